@@ -1,0 +1,59 @@
+"""Batches of the reference task for training: drawn on demand, in an order that a resumed run takes up exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.data.digits import LABELS, Task, draw
+from training.data.random_words import RandomWords
+
+BACKGROUND = len(LABELS)  # the eleventh token label
+_KEPT_SEED = 77
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shapes: images uint8 (B, S, S, 3); labels (B,); kept (B, K) patch indices; token_labels (B, K), 10 = background."""
+
+    images: Tensor
+    labels: Tensor
+    kept: Tensor
+    token_labels: Tensor
+
+
+class _Scenes(Dataset[tuple[Tensor, int, Tensor, Tensor]]):
+    def __init__(self, task: Task, patch_pixels: int, kept_patches: int) -> None:
+        self.task, self.patch_pixels, self.kept_patches = task, patch_pixels, kept_patches
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, Tensor]:
+        scene = draw("train", index, self.task)
+        cells = self.task.image_pixels // self.patch_pixels
+        covered = scene.mask.reshape(cells, self.patch_pixels, cells, self.patch_pixels).sum((1, 3)).ravel()
+        # The digit's patches come first, then the others in random order; patch order itself does not matter to a ViT.
+        order = RandomWords(_KEPT_SEED, index).permutation(cells * cells)
+        order = order[np.argsort(covered[order] == 0, kind="stable")][: self.kept_patches]
+        is_digit = covered[order] * 8 >= self.patch_pixels**2  # an eighth of the patch is ink
+        token_labels = np.where(is_digit, scene.label, BACKGROUND)
+        return torch.from_numpy(scene.image), scene.label, torch.from_numpy(order), torch.from_numpy(token_labels)
+
+
+def batches(
+    task: Task, *, first: int, n_images: int, batch_size: int, patch_pixels: int, kept_patches: int, n_workers: int
+) -> Iterator[Batch]:
+    """Yield training images `first` … `first + n_images - 1` in order, in whole batches."""
+    loader = DataLoader(
+        _Scenes(task, patch_pixels, kept_patches),
+        batch_size=batch_size,
+        sampler=range(first, first + n_images),
+        num_workers=n_workers,
+        drop_last=True,
+        prefetch_factor=4 if n_workers else None,
+    )
+    for images, labels, kept, token_labels in loader:
+        yield Batch(images, labels, kept, token_labels)
