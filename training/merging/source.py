@@ -1,0 +1,27 @@
+"""The source map says which of the original tokens each token stands for: 0 or 1, (B, N_out, N_in).
+
+A matching merges it as it merges sizes, `source = matching.merge_sum(source)`, because groups never overlap.
+"""
+
+import torch
+from torch import Tensor
+
+
+def identity_source(tokens: Tensor) -> Tensor:
+    """Return the source map of tokens that stand for themselves.
+
+    Shapes: tokens (B, N, C) -> (B, N, N), in float32 whatever the tokens' type.
+    """
+    n_images, n_tokens = tokens.shape[:2]
+    return torch.eye(n_tokens, device=tokens.device).expand(n_images, -1, -1)
+
+
+def unmerge(tokens: Tensor, source: Tensor) -> Tensor:
+    """Copy every token back to each of the places that it stands for.
+
+    Shapes: tokens (B, N_out, C), source (B, N_out, N_in) -> (B, N_in, C)
+    """
+    if tokens.shape[:2] != source.shape[:2]:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and source {tuple(source.shape)} differ in images or tokens")
+    owner = source.argmax(dim=1, keepdim=True).transpose(1, 2)  # (B, N_in, 1)
+    return torch.take_along_dim(tokens, owner, dim=1)

@@ -1,0 +1,123 @@
+"""Which architectures can merge tokens here, and why the others cannot.
+
+Told by the names of timm's classes, since `training.models.vit` alone imports timm.
+"""
+
+from torch import nn
+
+
+class UnsupportedArchitecture(ValueError):  # noqa: N818
+    """The architecture cannot merge tokens here; the message names it and the reason."""
+
+
+_HIERARCHICAL = "its stages pool or window a grid of tokens, which merging would break up"
+_WINDOWED = "its attention runs within windows of a grid of tokens, which merging would break up"
+_RELATIVE = "its attention adds a bias for the distance of two places in the grid, which a merged token no longer has"
+_ROTARY = "its attention rotates queries and keys by their place in the grid, which a merged token no longer has"
+_CONVOLUTION = "it has no tokens to merge: it is made of convolutions over a grid"
+
+_FAMILIES = {
+    "swin_transformer": _WINDOWED,
+    "swin_transformer_v2": _WINDOWED,
+    "swin_transformer_v2_cr": _WINDOWED,
+    "vision_transformer_sam": _WINDOWED,
+    "hieradet_sam2": _WINDOWED,
+    "maxxvit": _WINDOWED,
+    "gcvit": _WINDOWED,
+    "davit": _WINDOWED,
+    "focalnet": _HIERARCHICAL,
+    "hiera": _HIERARCHICAL,
+    "mvitv2": _HIERARCHICAL,
+    "pvt_v2": _HIERARCHICAL,
+    "twins": _HIERARCHICAL,
+    "nest": _HIERARCHICAL,
+    "pit": _HIERARCHICAL,
+    "levit": _HIERARCHICAL,
+    "vitamin": _HIERARCHICAL,
+    "vision_transformer_relpos": _RELATIVE,
+    "beit": _RELATIVE,
+    "eva": _ROTARY,
+    "vision_transformer_hybrid": "hybrid: its tokens come from a convolutional network, not from patches",
+    "naflexvit": "its images differ in their number of tokens, which it masks; merging here needs one number for all",
+    "convnext": _CONVOLUTION,
+    "resnet": _CONVOLUTION,
+    "efficientnet": _CONVOLUTION,
+    "mobilenetv3": _CONVOLUTION,
+    "regnet": _CONVOLUTION,
+    "mlp_mixer": "it has no attention: its MLPs mix a fixed number of tokens",
+    "cait": "its class token joins in other blocks than its patches do",
+    "xcit": "its attention is over channels and its blocks convolve a grid of tokens",
+}
+_ANY_OTHER = "it is not one of timm's plain vision transformers (VisionTransformer, VisionTransformerDistilled)"
+
+_PARALLEL = "its blocks run attention and MLP side by side: there is no place between them to merge"
+_BLOCKS = {
+    "ResPostBlock": "its blocks normalise after the attention",
+    "ParallelScalingBlock": _PARALLEL,
+    "DiffParallelScalingBlock": _PARALLEL,
+    "ParallelThingsBlock": "its blocks run several attentions side by side, so there is no one set of keys to compare",
+    "DiffAttention": "its attention is the difference of two softmaxes (differential attention)",
+}
+_POOLINGS = {
+    "map": "it pools by attention (global_pool='map'), which takes no account of token sizes",
+    "prr": "it pools by attention (global_pool='prr'), which takes no account of token sizes",
+    "max": "it pools by maximum (global_pool='max'), of which a merged token keeps no record",
+    "avgmax": "it pools by maximum (global_pool='avgmax'), of which a merged token keeps no record",
+    "": "it does not pool (global_pool=''), so it classifies tokens, not images",
+}
+_VIT = "timm.models.vision_transformer"
+_SUPPORTED = {(_VIT, "VisionTransformer"), ("timm.models.deit", "VisionTransformerDistilled")}
+_SUPPORTED_PARTS = {
+    "patch embedding": {("timm.layers.patch_embed", "PatchEmbed")},
+    "block": {(_VIT, "Block")},
+    "attention": {("timm.layers.attention", "Attention")},
+}
+
+
+def check_family(name: str, module: str) -> None:
+    """Refuse an architecture by the timm module that defines it, before it is built."""
+    family = module.rpartition(".")[2]
+    if family not in ("vision_transformer", "deit"):
+        raise UnsupportedArchitecture(f"{name} ({family}) cannot merge tokens: {_FAMILIES.get(family, _ANY_OTHER)}")
+
+
+def check_model(model: nn.Module, name: str | None = None) -> None:
+    """Refuse a built model unless every part is one whose forward pass this package knows.
+
+    Raises: UnsupportedArchitecture
+    """
+    name = name or type(model).__name__
+    if _identity(model) not in _SUPPORTED:
+        family = type(model).__module__.rpartition(".")[2]
+        raise UnsupportedArchitecture(f"{name} cannot merge tokens: {_FAMILIES.get(family, _ANY_OTHER)}")
+    reason = _part_reason(model) or _head_reason(model)
+    if reason:
+        raise UnsupportedArchitecture(f"{name} cannot merge tokens: {reason}")
+
+
+def _part_reason(model: nn.Module) -> str | None:
+    parts = [("patch embedding", model.get_submodule("patch_embed"))]
+    for block in model.get_submodule("blocks").children():
+        parts.append(("block", block))
+        if _identity(block) in _SUPPORTED_PARTS["block"]:
+            parts.append(("attention", block.get_submodule("attn")))
+    for role, part in parts:
+        if _identity(part) not in _SUPPORTED_PARTS[role]:
+            kind = type(part).__name__
+            if kind == "HybridEmbed":
+                return _FAMILIES["vision_transformer_hybrid"]
+            return _BLOCKS.get(kind, f"its {role} is a {kind}, whose forward pass is not known here")
+    return None
+
+
+def _head_reason(model: nn.Module) -> str | None:
+    pooling = getattr(model, "global_pool", None)
+    if pooling not in ("token", "avg"):
+        return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is not known here")
+    if not isinstance(getattr(model, "head", None), nn.Linear):
+        return "it has no classifier (num_classes=0)"
+    return None
+
+
+def _identity(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__

@@ -1,0 +1,193 @@
+"""A vision transformer of timm's that merges tokens in every block; the one module that imports timm.
+
+timm's model is held, not patched: its parts are called, none of its attributes is changed.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from training.merging import (
+    AttentionForm,
+    Matching,
+    Metric,
+    Schedule,
+    bipartite_soft_matching,
+    identity_source,
+    key_metric,
+    proportional_attention,
+    random_metric,
+    resolve_schedule,
+    tokens_per_block,
+)
+from training.merging.matching import IDENTITY
+from training.merging.schedule import Exhausted
+from training.models.support import UnsupportedArchitecture, check_family, check_model
+from training.models.weights import WeightsMismatch, load_weights
+
+__all__ = ["MergedFeatures", "MergingVisionTransformer", "UnsupportedArchitecture", "WeightsMismatch", "load_vit"]
+
+MetricChoice: TypeAlias = Literal["keys", "random"] | Metric
+
+
+class MergedFeatures(NamedTuple):
+    """The tokens that are left, after the final norm. Shapes: (B, N, C), (B, N, 1), (B, N, N_in)
+
+    source refers to the tokens that entered the first block, the protected ones first.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    source: Tensor | None
+
+
+class MergingVisionTransformer(nn.Module):
+    """timm's vision transformer, merging tokens between attention and MLP of every block.
+
+    schedule: see `training.merging.Schedule`; resolved here for the model's own number of tokens and, where images or
+        patch dropout bring another number, for that one.
+    metric: what tokens are compared by: their "keys", a "random" draw, or any `Metric`.
+    proportional_attention: None means on where a class token is pooled, off where tokens are averaged, as suits
+        models trained as masked autoencoders (arXiv 2210.09461, table 6).
+    attention: how attention is put, for the sake of kernels and exported graphs; see `AttentionForm`.
+    At r = 0 everywhere the logits are timm's own.
+
+    Raises: UnsupportedArchitecture, naming the reason; ValueError where the tokens cannot give what the schedule asks.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        schedule: Schedule = 0,
+        *,
+        exhausted: Exhausted = "error",
+        metric: MetricChoice = "keys",
+        metric_seed: int = 0,
+        proportional_attention: bool | None = None,
+        attention: AttentionForm = "masked",
+    ) -> None:
+        super().__init__()
+        check_model(vit)
+        self.vit = cast(Any, vit)
+        self.is_averaging = self.vit.global_pool == "avg"
+        self.is_proportional = not self.is_averaging if proportional_attention is None else proportional_attention
+        self.attention: AttentionForm = attention
+        self.metric = _metric(metric, metric_seed)
+        self.n_protected = int(self.vit.num_prefix_tokens)
+        self._requested, self._exhausted = schedule, exhausted
+        n_tokens = int(self.vit.patch_embed.num_patches) + self.n_protected
+        self.schedule = self._resolve(n_tokens)
+        self.tokens = tokens_per_block(self.schedule, n_tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits. Shapes: (B, 3, H, W), normalised -> (B, classes)"""
+        tokens, size, _ = self._encode(images)
+        return self._classify(self.vit.norm(tokens), size)
+
+    def forward_features(self, images: Tensor, *, with_source: bool = False) -> MergedFeatures:
+        """Return the tokens that are left, how many patches each stands for and, on demand, which."""
+        tokens, size, source = self._encode(images, with_source)
+        return MergedFeatures(self.vit.norm(tokens), torch.ones_like(tokens[..., :1]) if size is None else size, source)
+
+    def _encode(self, images: Tensor, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run patch embedding and blocks. A size of None says that every token is still one patch."""
+        x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+        size: Tensor | None = None
+        source = identity_source(x) if with_source else None
+        for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(int(x.shape[1])), strict=True)):
+            hidden = block.norm1(x)
+            mixed, keys = self._attend(block.attn, hidden, size)
+            x = x + block.drop_path1(block.ls1(mixed))
+            matching = self._match(index, r, hidden, keys)
+            x, size = matching.merge_mean(x, size)
+            if source is not None:
+                source = matching.merge_sum(source)
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return x, size, source
+
+    def _attend(self, attn: Any, hidden: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what timm's Attention returns, weighed by size, and the keys as it compares them."""
+        heads = attn.qkv(hidden).unflatten(-1, (3 * attn.num_heads, attn.head_dim)).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=1)  # (B, heads, N, d) each
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        mixed = proportional_attention(
+            q,
+            k,
+            v,
+            size if self.is_proportional else None,
+            form=self.attention,
+            dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        )
+        mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
+        if attn.gate is not None:
+            mixed = mixed * attn.gate(hidden).sigmoid()
+        return attn.proj_drop(attn.proj(mixed)), k
+
+    def _match(self, block: int, r: int, hidden: Tensor, keys: Tensor) -> Matching:
+        if r == 0:  # spares the metric too
+            return IDENTITY
+        metric = self.metric(block=block, hidden=hidden, keys=keys)
+        return bipartite_soft_matching(metric, r, n_protected=self.n_protected)
+
+    def _classify(self, tokens: Tensor, size: Tensor | None) -> Tensor:
+        """Pool and classify as timm does, an average weighted by size."""
+        if size is None or not self.is_averaging:
+            logits: Tensor = self.vit.forward_head(tokens)
+            return logits
+        first = 0 if self.vit.pool_include_prefix else self.n_protected
+        tokens, size = tokens[:, first:], size[:, first:].to(tokens.dtype)
+        pooled = (tokens * size).sum(dim=1) / size.sum(dim=1)
+        logits = self.vit.head(self.vit.head_drop(self.vit.fc_norm(pooled)))
+        return logits
+
+    def _resolve(self, n_tokens: int) -> tuple[int, ...]:
+        return resolve_schedule(
+            self._requested,
+            depth=len(self.vit.blocks),
+            n_tokens=n_tokens,
+            n_protected=self.n_protected,
+            exhausted=self._exhausted,
+        )
+
+
+def _metric(choice: MetricChoice, seed: int) -> Metric:
+    if choice == "keys":
+        return key_metric
+    if choice == "random":
+        return random_metric(seed)
+    if not callable(choice):
+        raise ValueError(f"metric must be 'keys', 'random' or a Metric, not {choice!r}")
+    return choice
+
+
+def load_vit(
+    architecture: str, *, weights: Literal["pretrained"] | Path | None = None, **timm_arguments: Any
+) -> nn.Module:
+    """Build a timm vision transformer, with new weights, timm's own, or those of a safetensors file.
+
+    architecture: a name that `timm.create_model` knows; timm_arguments go there too (img_size, num_classes, …).
+    Raises: UnsupportedArchitecture; ValueError on an unknown name; WeightsMismatch or FileNotFoundError on a bad file.
+    """
+    if isinstance(weights, str) and weights != "pretrained":
+        raise ValueError(f"weights must be None, 'pretrained' or the path of a safetensors file, not {weights!r}")
+    if ":" not in architecture:  # a hub or folder name says nothing of the family
+        _check_name(architecture)
+    model: nn.Module = timm.create_model(architecture, pretrained=weights == "pretrained", **timm_arguments)
+    check_model(model, architecture)
+    if isinstance(weights, Path):
+        load_weights(model, weights)
+    return model
+
+
+def _check_name(architecture: str) -> None:
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(
+            f"timm {timm.__version__} has no architecture {architecture!r}"
+            + (f"; like it: {', '.join(close)}" if close else "")
+        )
+    check_family(architecture, timm.model_entrypoint(architecture).__module__)
