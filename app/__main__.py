@@ -1,0 +1,162 @@
+"""`python -m app`: read the settings, listen, load and verify the store, and say when it is ready."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from app.backends import BackendOptions, open_backend
+from app.catalogue import Catalogue
+from app.errors import BackendError, SettingsError, StartupError
+from app.images import limit_pillow
+from app.main import create_app
+from app.metrics import Metrics
+from app.serving.service import Service
+from app.settings import Settings, read_settings
+from app.store import StoreOptions, load_catalogue
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BACKLOG = 2048
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def main() -> int:
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 if it could not start."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _exit)
+    try:
+        settings = read_settings()
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        with listen(settings.host, settings.port) as listener:
+            asyncio.run(serve(settings, listener))
+    except StartupError as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port before the work of loading.
+
+    Raises: SettingsError.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise SettingsError(f"DTEM_HOST={host} DTEM_PORT={port}: {error.strerror or error}") from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that tells the service of a signal at once, so that readiness fails before the listener closes."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.drain()
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # or it would raise them again when all is done, and the exit status were not 0
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serve, not ready at first, and load the store meanwhile; a store that cannot be loaded ends the process.
+
+    Raises: StartupError.
+    """
+    service = Service(settings, Metrics(CollectorRegistry()))
+    limit_pillow(settings.max_pixels)
+    server = Server(configure(settings, service), service)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    loading = asyncio.create_task(asyncio.to_thread(load, settings))
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():  # stopped while loading: the thread ends by itself
+        return await serving
+    try:
+        catalogue = loading.result()
+    except BaseException:
+        server.should_exit = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+        raise
+    service.publish(catalogue)
+    print(announce(catalogue, listener), flush=True)
+    await serving
+
+
+def configure(settings: Settings, service: Service) -> uvicorn.Config:
+    """Choose everything that uvicorn would choose by what happens to be installed."""
+    return uvicorn.Config(
+        create_app(service),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+
+
+def load(settings: Settings) -> Catalogue:
+    """Open the engine and load the store.
+
+    Raises: StartupError.
+    """
+    options = BackendOptions(settings.device, settings.n_inference_threads, settings.share_weights)
+    try:
+        backend = open_backend(settings.format, options)
+    except BackendError as error:
+        raise SettingsError(f"DTEM_FORMAT={settings.format} DTEM_DEVICE={settings.device}: {error}") from error
+    return load_catalogue(
+        settings.model_store, backend, StoreOptions(settings.format, settings.precision, settings.default_model)
+    )
+
+
+def announce(catalogue: Catalogue, listener: socket.socket) -> str:
+    """Say where the service is, and how to ask it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    images = sorted(path for path in EXAMPLES.glob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
+    image = images[0] if images else Path("image.jpg")
+    if image.is_relative_to(Path.cwd()):
+        image = image.relative_to(Path.cwd())
+    r = catalogue.find(None, None).manifest.default.r
+    return "\n".join(
+        [
+            f"ready: {address}",
+            f"  try      curl --data-binary @{image} '{address}/classify?r={r}'",
+            f"  docs     {address}/docs",
+            f"  models   {address}/models",
+            f"  metrics  {address}/metrics",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""HTTP: routes, documents, and the boundary where errors become answers."""

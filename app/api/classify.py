@@ -1,0 +1,159 @@
+"""`POST /classify`: an image, or a form of them, and the classes it shows."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+
+from app import selection
+from app.api.boundary import CLASSIFY_PATH, EXCHANGE
+from app.api.documents import (
+    Classification,
+    MeasuredAccuracy,
+    ModelName,
+    Prediction,
+    Results,
+    TimingsMs,
+    describe_problems,
+)
+from app.api.parameters import accept_parameters
+from app.api.uploads import Upload, form_boundary, read_form, read_image
+from app.errors import ClientGone, ServiceError, problem_document
+from app.metrics import Exchange
+from app.selection import Selection, select
+from app.serving.service import Classified, Outcome, Service
+
+T = TypeVar("T")
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "array", "minItems": 1, "items": BINARY["schema"]}},
+}
+IMAGE_TYPES = (
+    "application/octet-stream",
+    "image/jpeg",
+    "image/png",
+    "image/webp",
+    "image/gif",
+    "image/bmp",
+    "image/tiff",
+)
+BODY = {
+    "required": True,
+    "description": "the image itself, recognised by its bytes whatever the Content-Type, or a form with `file` parts",
+    "content": {**dict.fromkeys(IMAGE_TYPES, BINARY), "multipart/form-data": {"schema": FORM}},
+}
+SERVER_TIMING = {"Server-Timing": {"description": "the stages of `timings_ms`", "schema": {"type": "string"}}}
+
+
+def make_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        CLASSIFY_PATH,
+        summary="Classify one image, or several",
+        response_model=Classification | Results,
+        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503)},
+        openapi_extra={"requestBody": BODY},
+        dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
+    )
+    async def classify(request: Request, query: Annotated[selection.Query, Query()]) -> JSONResponse:
+        """The body is the image, or a multipart form with one or more parts named `file`: then a list comes back, in
+        which each file has its own result or its own problem. The rate `r` is used exactly as asked, or refused.
+        """
+        return await _classify(service, request, query)
+
+    return router
+
+
+async def _classify(service: Service, request: Request, query: selection.Query) -> JSONResponse:
+    exchange: Exchange = request.scope[EXCHANGE]
+    chosen = select(service.require_ready(), query)
+    entry = chosen.variant.entry
+    exchange.model, exchange.policy, exchange.r = chosen.model.manifest.name, entry.policy, str(entry.r)
+    boundary = form_boundary(request.headers.get("content-type"))
+    uploads = await _read_uploads(request, boundary, service.settings.max_files)
+    started_at = time.perf_counter()
+    work = service.classify(chosen, [upload.data for upload in uploads], exchange)
+    outcomes = await _while_connected(request, work)
+    exchange.total_seconds = time.perf_counter() - started_at
+    if boundary is None:
+        return _render(_describe(outcomes[0], chosen, exchange), exchange)
+    named = zip(outcomes, [upload.filename for upload in uploads], strict=True)
+    return _render({"results": [_describe_file(outcome, name, chosen, exchange) for outcome, name in named]}, exchange)
+
+
+async def _read_uploads(request: Request, boundary: bytes | None, max_files: int) -> list[Upload]:
+    try:
+        return [await read_image(request)] if boundary is None else await read_form(request, boundary, max_files)
+    except ClientDisconnect as error:
+        raise ClientGone("The caller left before the body was complete.") from error
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work unless the caller leaves first; then drop what has not begun.
+
+    Raises: ClientGone.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("The caller left before the answer.")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _describe(outcome: Outcome, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+    """Raises: the outcome, if it is an error."""
+    if isinstance(outcome, ServiceError):
+        exchange.refusals.clear()  # the boundary counts it
+        raise outcome
+    manifest, entry = chosen.model.manifest, chosen.variant.entry
+    accuracy = None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump())
+    return Classification(
+        predictions=_rank(outcome, manifest.labels, chosen.top_k),
+        model=ModelName(name=manifest.name, version=manifest.version),
+        policy=entry.policy,
+        r=entry.r,
+        gmacs=entry.gmacs,
+        accuracy=accuracy,
+        tokens=list(entry.tokens),
+        batch_size=outcome.batch_size,
+        degraded=False,
+        timings_ms=TimingsMs(**{**exchange.durations_ms(), "decode": round(outcome.decode_seconds * 1e3, 3)}),
+    ).model_dump(mode="json")
+
+
+def _describe_file(outcome: Outcome, name: str | None, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+    if isinstance(outcome, ServiceError):
+        return {**problem_document(outcome), "filename": name}
+    return {**_describe(outcome, chosen, exchange), "filename": name}
+
+
+def _rank(outcome: Classified, labels: tuple[str, ...], top_k: int) -> list[Prediction]:
+    logits = outcome.logits.astype(np.float64)
+    exponentials = np.exp(logits - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [Prediction(label=labels[i], index=int(i), probability=float(probabilities[i])) for i in best]
+
+
+def _render(document: dict[str, Any], exchange: Exchange) -> JSONResponse:
+    timing = ", ".join(f"{name};dur={value}" for name, value in exchange.durations_ms().items())
+    return JSONResponse(document, headers={"Server-Timing": timing})

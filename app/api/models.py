@@ -1,0 +1,85 @@
+"""`GET /models`: what there is to choose from, and what each choice costs and is worth."""
+
+from fastapi import APIRouter, Depends
+
+from app.api.documents import (
+    DefaultDocument,
+    LatencyMs,
+    MeasuredAccuracy,
+    ModelDocument,
+    ModelName,
+    ModelsDocument,
+    VariantDocument,
+    describe_problems,
+)
+from app.api.parameters import accept_parameters
+from app.catalogue import LatencyLog, ServedModel, ServedVariant
+from app.serving.service import Service
+
+
+def make_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(
+        "/models",
+        summary="All models, with every variant",
+        responses=describe_problems(422, 503),
+        dependencies=[Depends(accept_parameters())],
+    )
+    async def list_models() -> ModelsDocument:
+        catalogue = service.require_ready()
+        default = catalogue.find(None, None).manifest
+        models = [_describe_model(model, service.settings.device) for model in catalogue.all_models()]
+        return ModelsDocument(default=ModelName(name=default.name, version=default.version), models=models)
+
+    @router.get(
+        "/models/{name}",
+        summary="One model, with every variant",
+        responses=describe_problems(404, 422, 503),
+        dependencies=[Depends(accept_parameters("version"))],
+    )
+    async def show_model(name: str, version: str | None = None) -> ModelDocument:
+        return _describe_model(service.require_ready().find(name, version), service.settings.device)
+
+    return router
+
+
+def _describe_model(model: ServedModel, device: str) -> ModelDocument:
+    manifest = model.manifest
+    return ModelDocument(
+        name=manifest.name,
+        version=manifest.version,
+        architecture=manifest.architecture.timm_name,
+        labels=list(manifest.labels),
+        input=manifest.input.model_dump(),
+        dataset=manifest.training.dataset,
+        licence=manifest.training.licence,
+        credits=list(manifest.training.credits),
+        git_commit=manifest.git_commit,
+        created=manifest.created,
+        device=device,
+        default=DefaultDocument(policy=manifest.default.policy, r=manifest.default.r),
+        variants=[_describe_variant(model.variants[key]) for key in sorted(model.variants)],
+    )
+
+
+def _describe_variant(variant: ServedVariant) -> VariantDocument:
+    entry = variant.entry
+    return VariantDocument(
+        id=entry.id,
+        policy=entry.policy,
+        r=entry.r,
+        format=entry.format,
+        precision=entry.precision,
+        gmacs=entry.gmacs,
+        tokens=list(entry.tokens),
+        schedule=list(entry.schedule),
+        data_dependent=entry.data_dependent,
+        accuracy=None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump()),
+        latency_ms=_describe_latency(variant.latency),
+    )
+
+
+def _describe_latency(latency: LatencyLog) -> LatencyMs | None:
+    summary = latency.summary_ms()
+    return None if summary is None else LatencyMs(last=round(summary[0], 3), median=round(summary[1], 3), n=summary[2])

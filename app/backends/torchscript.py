@@ -1,0 +1,54 @@
+"""TorchScript, on the CPU or on CUDA. The only place where the service imports PyTorch."""
+
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from app.backends import BackendOptions, Logits, Pixels, Runner
+from app.errors import BackendError
+
+try:
+    import torch
+except ImportError as error:
+    raise BackendError("DTEM_FORMAT=torchscript needs PyTorch, which is not installed (pip install torch)") from error
+
+
+class TorchScriptBackend:
+    def __init__(self, options: BackendOptions) -> None:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("PyTorch finds no CUDA device here")
+        torch.set_num_threads(options.n_threads)
+        torch.backends.cuda.matmul.allow_tf32 = False  # golden outputs are float32
+        torch.backends.cudnn.allow_tf32 = False
+        self._device = torch.device(options.device)
+        self._loading = threading.Lock()  # catch_warnings changes the whole process
+
+    def load(self, path: Path, input_name: str, output_name: str) -> Runner:
+        try:
+            with self._loading, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that TorchScript is deprecated is known: it is one backend of two
+                module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            raise BackendError(f"PyTorch cannot load it: {_last_line(error)}") from error
+        return TorchScriptRunner(module.eval(), self._device)
+
+
+class TorchScriptRunner:
+    def __init__(self, module: torch.jit.ScriptModule, device: torch.device) -> None:
+        self._module, self._device = module, device
+
+    def run(self, pixels: Pixels) -> Logits:
+        try:
+            # Unoptimised: the profiling executor would recompile, for seconds, at each new batch size.
+            with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+                logits = self._module(batch.to(self._device)).cpu().numpy()
+        except Exception as error:
+            raise BackendError(f"PyTorch cannot run it: {_last_line(error)}") from error
+        return np.asarray(logits)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[-1]  # TorchScript puts the reason below its own stack

@@ -1,0 +1,195 @@
+# ruff: noqa: N818 (the names say what went wrong; `Error` at the end of each would say it twice)
+"""Errors: what can go wrong, and the one table that says which HTTP answer each becomes.
+
+Answers are RFC 9457 problem documents: `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
+"""
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import Response
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+MAX_ECHO_CHARACTERS = 100  # of a caller's own words in an answer
+
+
+class StartupError(Exception):
+    """The service cannot start; the message is one line for the operator."""
+
+
+class SettingsError(StartupError):
+    """The environment asks for something that does not exist or contradicts itself."""
+
+
+class StoreError(StartupError):
+    """A file of the model store cannot be trusted or used."""
+
+    def __init__(self, file: object, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file = str(file)
+        self.reason = reason
+
+
+class BackendError(Exception):
+    """The engine under a variant failed; foreign exceptions are translated to this one."""
+
+
+class ServiceError(Exception):
+    """A request that gets no result: `detail` and `members` are for the caller to read."""
+
+    def __init__(
+        self, detail: str, *, retry_after_seconds: int | None = None, allow: str | None = None, **members: Any
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+        headers = {"Retry-After": retry_after_seconds, "Allow": allow}
+        self.headers = {name: str(value) for name, value in headers.items() if value is not None}
+
+
+class MalformedRequest(ServiceError):
+    """The request breaks the protocol."""
+
+
+class UnknownPath(ServiceError):
+    """There is nothing at this path."""
+
+
+class MethodNotAllowed(ServiceError):
+    """The path is there, but not for this method."""
+
+
+class MalformedBody(ServiceError):
+    """The body is empty, or is not the multipart form it says it is."""
+
+
+class MalformedImage(ServiceError):
+    """The bytes begin like an image that we read, and then break off or contradict themselves."""
+
+
+class UnknownModel(ServiceError):
+    """There is no such model."""
+
+
+class UnknownVersion(ServiceError):
+    """The model has no such version."""
+
+
+class BodyTooLarge(ServiceError):
+    """More bytes than the service accepts."""
+
+
+class TooManyPixels(ServiceError):
+    """More pixels than the service decodes, by the image's header."""
+
+
+class TooManyFiles(ServiceError):
+    """More parts in one form than the service accepts."""
+
+
+class NotAnImage(ServiceError):
+    """Not one of the image formats that we read, or pixels without a defined range."""
+
+
+class UnknownParameter(ServiceError):
+    """A query parameter that does not exist here."""
+
+
+class DuplicateParameter(ServiceError):
+    """A query parameter that is there more than once."""
+
+
+class InvalidParameter(ServiceError):
+    """A query parameter whose value cannot be used."""
+
+
+class RateNotExported(ServiceError):
+    """A reduction rate for which the policy has no graph."""
+
+
+class UnknownPolicy(ServiceError):
+    """A policy for which the model has no graph."""
+
+
+class UnknownPart(ServiceError):
+    """A form part that is not named `file`."""
+
+
+class MissingFile(ServiceError):
+    """A form without a `file` part."""
+
+
+class QueueFull(ServiceError):
+    """As many images inside as the service admits."""
+
+
+class ClientGone(ServiceError):
+    """The caller has left; nobody reads this answer."""
+
+
+class InferenceFailed(ServiceError):
+    """The model could not be run. The text is fixed; the reason is in the log."""
+
+    def __init__(self) -> None:
+        super().__init__("The model could not be run. The reason is in the log of the service.")
+
+
+class NotReady(ServiceError):
+    """The models are still being loaded and verified, or the engine no longer answers."""
+
+
+class ShuttingDown(ServiceError):
+    """The service is draining and takes no new work."""
+
+
+PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
+    MalformedRequest: (400, "malformed_request"),
+    UnknownPath: (404, "unknown_path"),
+    MethodNotAllowed: (405, "method_not_allowed"),
+    MalformedBody: (400, "malformed_body"),
+    MalformedImage: (400, "malformed_image"),
+    UnknownModel: (404, "unknown_model"),
+    UnknownVersion: (404, "unknown_version"),
+    BodyTooLarge: (413, "body_too_large"),
+    TooManyPixels: (413, "too_many_pixels"),
+    TooManyFiles: (413, "too_many_files"),
+    NotAnImage: (415, "not_an_image"),
+    UnknownParameter: (422, "unknown_parameter"),
+    DuplicateParameter: (422, "duplicate_parameter"),
+    InvalidParameter: (422, "invalid_parameter"),
+    RateNotExported: (422, "rate_not_exported"),
+    UnknownPolicy: (422, "unknown_policy"),
+    UnknownPart: (422, "unknown_part"),
+    MissingFile: (422, "missing_file"),
+    QueueFull: (429, "queue_full"),
+    ClientGone: (499, "client_gone"),
+    InferenceFailed: (500, "inference_failed"),
+    NotReady: (503, "not_ready"),
+    ShuttingDown: (503, "shutting_down"),
+}
+
+
+def status_and_code(error: ServiceError) -> tuple[int, str]:
+    return PROBLEMS[type(error)]
+
+
+def echo(text: str) -> str:
+    """Shorten a caller's own words for an answer or a log line."""
+    return text if len(text) <= MAX_ECHO_CHARACTERS else text[:MAX_ECHO_CHARACTERS] + "…"
+
+
+def problem_document(error: ServiceError) -> dict[str, Any]:
+    """Describe an error; the type is `about:blank`, so the title is the status' own phrase (RFC 9457, 4.2.1)."""
+    status, code = status_and_code(error)
+    title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Client Closed Request"
+    base = {"type": "about:blank", "title": title, "status": status, "detail": error.detail, "code": code}
+    return {**base, **error.members}
+
+
+def problem_response(error: ServiceError) -> Response:
+    """Render an error."""
+    document = problem_document(error)
+    # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
+    content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
+    return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)

@@ -1,0 +1,1 @@
+"""Serving: from decoded requests to results, with bounds on everything that waits."""

@@ -1,0 +1,90 @@
+"""Settings: what an operator can choose, read from the environment (prefix `DTEM_`) here and nowhere else."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import SettingsError
+
+PREFIX = "DTEM_"
+
+
+class Settings(BaseSettings):
+    """One field per environment variable: `DTEM_` and the field's name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
+    model_store: Path = Field(default=Path("model_store"), description="folder with <model>/<version>/manifest.json")
+    default_model: str | None = Field(
+        default=None, description="model for requests that name none; else the first by name"
+    )
+    format: Literal["onnx", "torchscript"] = Field(default="onnx", description="which graphs of the store to run")
+    precision: str = Field(default="float32", description="which precision of the store to run")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to run them; there is no silent fallback")
+    n_threads: int | None = Field(
+        default=None, ge=1, le=1024, description="threads of one inference; else the CPUs we may use"
+    )
+    share_weights: bool = Field(
+        default=False,
+        description="ONNX: all rates share one mapped copy of the weights; 2-16 % slower, a fraction of the memory",
+    )
+    max_body_bytes: int = Field(default=20_000_000, ge=1, description="largest request body, bytes")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="largest image, pixels of its header and after resizing"
+    )
+    max_files: int = Field(default=32, ge=1, description="most files in one multipart request")
+    n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded at the same time")
+    max_queue_images: int = Field(
+        default=64, ge=1, description="most images inside the service (decoding, queued, running)"
+    )
+    max_batch_images: int = Field(default=8, ge=1, description="most images of one request in one run of the model")
+    stall_seconds: float = Field(default=60.0, gt=0, description="a run that takes longer makes the service not ready")
+    keep_alive_seconds: int = Field(
+        default=65, ge=1, description="idle connections are kept; above the usual balancer's 60"
+    )
+    drain_seconds: int = Field(default=20, ge=1, description="what SIGTERM leaves to the requests in flight")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least level that is logged"
+    )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        if self.max_files > self.max_queue_images:
+            raise ValueError(
+                f"DTEM_MAX_FILES ({self.max_files}) exceeds DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}):"
+                " such a request could never be admitted"
+            )
+        if self.share_weights and (self.format, self.device) != ("onnx", "cpu"):
+            raise ValueError("DTEM_SHARE_WEIGHTS is for DTEM_FORMAT=onnx on DTEM_DEVICE=cpu alone")
+        return self
+
+    @property
+    def n_inference_threads(self) -> int:
+        return self.n_threads or len(os.sched_getaffinity(0))
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Read the environment.
+
+    Raises: SettingsError for a value out of range, a contradiction, or a `DTEM_` variable that does not exist.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError("; ".join(_describe(dict(item)) for item in error.errors())) from error
+
+
+def _describe(item: dict[str, Any]) -> str:
+    if not item["loc"]:
+        return str(item["msg"]).removeprefix("Value error, ")
+    return f"{PREFIX}{str(item['loc'][0]).upper()}={item['input']}: {item['msg']}"

@@ -1,0 +1,212 @@
+"""Store: find, verify, load and warm up the model versions in a folder. Nothing unverified leaves this module."""
+
+import hashlib
+import logging
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from app.backends import Backend, Logits, Pixels, Runner
+from app.catalogue import Catalogue, ServedModel, ServedVariant
+from app.errors import BackendError, StoreError
+from app.manifest import MANIFEST_FILE, Manifest, Variant
+
+logger = logging.getLogger(__name__)
+
+VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
+N_LOADING_THREADS = 4
+N_WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which of the variants to serve."""
+
+    format: str
+    precision: str
+    default_model: str | None
+
+
+def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Catalogue:
+    """Load every version of every model.
+
+    Raises: StoreError naming the first file that fails, and why.
+    """
+    models: dict[str, dict[int, ServedModel]] = {}
+    for version_folder in find_versions(folder):
+        model = load_version(version_folder, backend, options)
+        models.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
+    if not models:
+        raise StoreError(folder, f"no model in it (no <model>/<version>/{MANIFEST_FILE})")
+    default_model = options.default_model or min(models)
+    if default_model not in models:
+        raise StoreError(folder, f"DTEM_DEFAULT_MODEL={default_model} is not in it, only {', '.join(sorted(models))}")
+    return Catalogue(models, default_model)
+
+
+def find_versions(folder: Path) -> list[Path]:
+    """List the finished version folders. Unfinished and temporary ones are left out, with a log line."""
+    if not folder.is_dir():
+        raise StoreError(folder, "is not a folder")
+    finished = []
+    for version_folder in sorted(path for path in folder.glob("*/*") if path.is_dir()):
+        if VERSION_FOLDER.fullmatch(version_folder.name) and (version_folder / MANIFEST_FILE).exists():
+            finished.append(version_folder)
+        else:
+            logger.warning("ignored %s: not a version, or without %s (unfinished)", version_folder, MANIFEST_FILE)
+    return finished
+
+
+def load_version(folder: Path, backend: Backend, options: StoreOptions) -> ServedModel:
+    """Load one version: manifest, digests, graphs, golden outputs, warm-up.
+
+    Raises: StoreError.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    entries = choose_variants(folder, manifest, options)
+    golden = read_golden(folder, manifest, entries)
+    runners = load_runners(folder, manifest, entries, backend)
+    for entry in entries:
+        compare_golden(folder, entry, runners[entry.file], golden, manifest.golden.atol)
+    variants = {(entry.policy, entry.r): ServedVariant(entry, runners[entry.file]) for entry in entries}
+    warm_up(folder, variants, golden.pixels[:1])
+    logger.info("loaded %s version %s: %d variants", manifest.name, manifest.version, len(variants))
+    return ServedModel(manifest, variants)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(path, error.strerror or str(error)) from error
+    except ValidationError as error:
+        raise StoreError(path, _describe(error)) from error
+    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+        raise StoreError(
+            path, f"says {manifest.name}/{manifest.version}, but lies in {folder.parent.name}/{folder.name}"
+        )
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Check that the folder holds the files of the manifest, byte for byte, and no others."""
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
+    unlisted = sorted(present - set(manifest.files))
+    if unlisted:
+        raise StoreError(folder / unlisted[0], f"is not listed in {MANIFEST_FILE}")
+    with ThreadPoolExecutor(N_LOADING_THREADS) as pool:
+        list(pool.map(lambda name: _verify_file(folder, name, manifest), sorted(manifest.files)))
+
+
+def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
+    path, expected = folder / name, manifest.files[name]
+    if path.resolve().parent != folder.resolve():
+        raise StoreError(path, "leads out of its folder")
+    try:
+        with path.open("rb") as file:
+            n_bytes = path.stat().st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(path, error.strerror or str(error)) from error
+    if n_bytes != expected.bytes:
+        raise StoreError(path, f"has {n_bytes} bytes instead of {expected.bytes}")
+    if digest != expected.sha256:
+        raise StoreError(path, f"SHA-256 is {digest} instead of {expected.sha256}")
+
+
+def choose_variants(folder: Path, manifest: Manifest, options: StoreOptions) -> list[Variant]:
+    """Pick the variants of the configured format and precision; the default must be among them."""
+    wanted = (options.precision, options.format)
+    entries = [variant for variant in manifest.variants if (variant.precision, variant.format) == wanted]
+    default = (manifest.default.policy, manifest.default.r)
+    if default not in [(entry.policy, entry.r) for entry in entries]:
+        reason = f"the default (policy {default[0]}, r {default[1]}) is not there as {' '.join(wanted)}"
+        raise StoreError(folder / MANIFEST_FILE, reason)
+    return entries
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs whose outputs are known. Shapes: pixels (n, H, W, 3), each of logits (n, classes)."""
+
+    pixels: Pixels
+    logits: dict[tuple[str, int], Logits]
+
+
+def read_golden(folder: Path, manifest: Manifest, entries: list[Variant]) -> Golden:
+    path = folder / manifest.golden.file
+    keys = {(entry.policy, entry.r): f"logits/{entry.policy}-r{entry.r}" for entry in entries}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            pixels = np.asarray(archive["pixels"])
+            logits = {pair: np.asarray(archive[key]) for pair, key in keys.items()}
+    except KeyError as error:
+        raise StoreError(path, f"lacks an array: {error.args[0]}") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise StoreError(path, f"cannot be read: {error}") from error
+    shape = (manifest.input.height, manifest.input.width, 3)
+    _require_array(path, "pixels", pixels, np.uint8, (max(1, len(pixels)) if pixels.ndim else 1, *shape))
+    for pair, key in keys.items():
+        _require_array(path, key, logits[pair], np.float32, (len(pixels), len(manifest.labels)))
+    return Golden(pixels, logits)
+
+
+def _require_array(path: Path, name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        wanted = f"{np.dtype(dtype)} {shape}"
+        raise StoreError(path, f"{name} is {array.dtype} {array.shape} instead of {wanted}")
+
+
+def load_runners(folder: Path, manifest: Manifest, entries: list[Variant], backend: Backend) -> dict[str, Runner]:
+    """Load each graph file once, whatever number of variants share it."""
+
+    def load(name: str) -> Runner:
+        try:
+            return backend.load(folder / name, manifest.input.name, manifest.output.name)
+        except BackendError as error:
+            raise StoreError(folder / name, str(error)) from error
+
+    names = sorted({entry.file for entry in entries})
+    with ThreadPoolExecutor(N_LOADING_THREADS) as pool:
+        return dict(zip(names, pool.map(load, names), strict=True))
+
+
+def compare_golden(folder: Path, entry: Variant, runner: Runner, golden: Golden, atol: float) -> None:
+    """Prove that this host computes what was exported."""
+    expected = golden.logits[entry.policy, entry.r]
+    try:
+        logits = runner.run(golden.pixels)
+    except BackendError as error:
+        raise StoreError(folder / entry.file, str(error)) from error
+    _require_array(folder / entry.file, "output", logits, np.float32, expected.shape)
+    difference = float(np.max(np.abs(logits.astype(np.float64) - expected)))
+    if not difference <= atol:  # so that NaN fails too
+        reason = f"{entry.id}: logits of the golden inputs differ by {difference:.3g}, tolerance {atol:.3g}"
+        raise StoreError(folder / entry.file, reason)
+
+
+def warm_up(folder: Path, variants: dict[tuple[str, int], ServedVariant], pixels: Pixels) -> None:
+    """Run each variant on one image alone, for the latency that `/models` shows before the first request."""
+    for variant in variants.values():
+        for _ in range(N_WARM_UP_RUNS):
+            started = time.perf_counter()
+            try:
+                variant.runner.run(pixels)
+            except BackendError as error:
+                raise StoreError(folder / variant.entry.file, str(error)) from error
+        variant.latency.add(time.perf_counter() - started)
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}".removeprefix(": ")
