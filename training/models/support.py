@@ -77,7 +77,8 @@ _SUPPORTED_PARTS = {
 def check_family(name: str, module: str) -> None:
     """Refuse an architecture by the timm module that defines it, before it is built."""
     family = module.rpartition(".")[2]
-    if family not in ("vision_transformer", "deit"):
+    is_old_name = family == "_registry"  # timm builds the architecture under its present name
+    if family not in ("vision_transformer", "deit") and not is_old_name:
         raise UnsupportedArchitecture(f"{name} ({family}) cannot merge tokens: {_FAMILIES.get(family, _ANY_OTHER)}")
 
 
@@ -115,7 +116,7 @@ def _head_reason(model: nn.Module) -> str | None:
     if pooling not in ("token", "avg"):
         return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is not known here")
     if not isinstance(getattr(model, "head", None), nn.Linear):
-        return "it has no classifier (num_classes=0)"
+        return "it has no classifier (its num_classes is 0: give it the number of classes)"
     return None
 
 

@@ -139,8 +139,9 @@ class MergingVisionTransformer(nn.Module):
             logits: Tensor = self.vit.forward_head(tokens)
             return logits
         first = 0 if self.vit.pool_include_prefix else self.n_protected
-        tokens, size = tokens[:, first:], size[:, first:].to(tokens.dtype)
-        pooled = (tokens * size).sum(dim=1) / size.sum(dim=1)
+        size = size[:, first:]
+        weight = (size / size.sum(dim=1, keepdim=True)).to(tokens.dtype)
+        pooled = (tokens[:, first:] * weight).sum(dim=1)
         logits = self.vit.head(self.vit.head_drop(self.vit.fc_norm(pooled)))
         return logits
 

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from tests.training.models.families import FAMILIES, build
+from training.merging import resolve_schedule
+from training.models import MergingVisionTransformer, count_macs, load_vit, matching_macs, vit_macs
+
+PUBLISHED_GMACS = {0: 4.60, 8: 3.42, 10: 3.13, 11: 2.99, 12: 2.84, 13: 2.70, 16: 2.29}
+
+
+@pytest.mark.parametrize(("r", "gmacs"), PUBLISHED_GMACS.items())
+def test_formula_gives_the_published_figures_of_deit_s(r: int, gmacs: float) -> None:
+    with torch.device("meta"):
+        vit = load_vit("deit_small_patch16_224")
+    schedule = resolve_schedule(r, depth=12, n_tokens=197, exhausted="reduce")
+    assert round(vit_macs(vit, schedule) / 1e9, 2) == gmacs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("schedule", [[0, 0, 0], [11, 0, 7], [1, 9, 10]])
+def test_counted_macs_are_the_formula_with_the_cost_of_merging(family: str, schedule: list[int]) -> None:
+    vit = build(family)
+    counted = count_macs(MergingVisionTransformer(vit, schedule), 48)
+    assert counted == vit_macs(vit, schedule) + matching_macs(vit, schedule)
+    assert (matching_macs(vit, schedule) > 0) == any(schedule)
+    assert count_macs(vit, (48, 48)) == vit_macs(vit, [0, 0, 0])
+
+
+@pytest.mark.parametrize("form", ["masked", "plain"])
+def test_count_does_not_depend_on_how_attention_is_put(form: str) -> None:
+    vit = build("augreg")
+    model = MergingVisionTransformer(vit, 5, attention=form)  # type: ignore[arg-type]
+    assert count_macs(model, 48) == vit_macs(vit, [5] * 3) + matching_macs(vit, [5] * 3)
+
+
+def test_counting_leaves_the_model_in_training() -> None:
+    model = MergingVisionTransformer(build("augreg")).train()
+    count_macs(model, 48)
+    assert model.training
+    assert model.vit.blocks.training
