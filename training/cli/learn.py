@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from timm.layers import set_fused_attn
-
 from training.learn.backbone import BackboneTraining
 from training.learn.recipe import read_recipe
 
@@ -18,8 +15,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there is resumed")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw images")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        set_fused_attn(False)  # on CPUs the backward pass of fused attention is slower than plain matrix products
     BackboneTraining(read_recipe(options.recipe), options.out, n_workers=options.workers).run()
 
 

@@ -133,7 +133,7 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# --- the digit ---------------------------------------------------------------------------------------------------------
+# --- the digit ---
 
 
 def _placed(words: RandomWords, scan: Image.Image, task: Task) -> NDArray[np.uint8]:
@@ -173,7 +173,7 @@ def _ink(words: RandomWords, under: NDArray[np.uint8], task: Task) -> NDArray[np
             return colour
 
 
-# --- what it is drawn on -----------------------------------------------------------------------------------------------
+# --- what it is drawn on ---
 
 
 def _ground(words: RandomWords, split: Split, task: Task) -> Image.Image:
@@ -222,7 +222,8 @@ def _noise(words: RandomWords, side: int) -> Image.Image:
 def _phase(words: RandomWords, side: int) -> NDArray[np.int64]:
     """A plane wave in 1/256 periods, in integers. Shapes: returns (side, side)."""
     y, x = np.mgrid[0:side, 0:side]
-    return x * words.integer(-28, 28) + y * words.integer(-28, 28) + words.integer(0, 255)
+    wave: NDArray[np.int64] = x * words.integer(-28, 28) + y * words.integer(-28, 28) + words.integer(0, 255)
+    return wave
 
 
 def _two_colours(words: RandomWords, share: NDArray[np.int64]) -> Image.Image:

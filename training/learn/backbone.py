@@ -1,20 +1,19 @@
 """Train a plain ViT from scratch on the reference task, by a recipe, resumable after any stop.
 
-Two things make it affordable on a CPU: patch dropout that keeps the digit's patches, and token labels (arXiv 2104.10858):
-each kept patch also learns to say whether it is digit or background, which ends the plateau of training from scratch.
-Both are gone in the last stage, so the model that ships is a plain classifier of whole images.
+Three things make it affordable on a CPU. Position embeddings begin as sines and cosines. Patch dropout keeps the
+digit's patches. And token labels (arXiv 2104.10858): each kept patch also learns to name the digit it shows, or background. The
+last two are gone in the last stage: what ships is a plain classifier of whole images.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from training.data.digits import LABELS, draw
 from training.learn.recipe import Optimiser, Recipe, Stage
 from training.learn.scenes import Batch, batches
-from training.models.vit import load_vit
+from training.models.vit import MergingVisionTransformer, load_vit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,35 +44,54 @@ def learning_rate(n_seen: int, n_total: int, optimiser: Optimiser) -> float:
     return optimiser.final_learning_rate + fall * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
 
+def sincos_positions(cells: int, width: int, temperature: float = 100.0) -> Tensor:
+    """Return 2-D sine and cosine position embeddings: what neighbours share is there from the first step on.
+
+    Temperature 100 spreads the frequencies over a grid of a dozen cells, where 10,000 leaves most of them constant.
+    Shapes: returns (cells², width)
+    Source: arXiv 2205.01580 (fixed there; here they only begin so).
+    """
+    frequencies = temperature ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(cells)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (cells, width / 2)
+    rows, columns = waves[:, None].expand(-1, cells, -1), waves[None].expand(cells, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
+
+
 class BackboneTraining:
     """The state of one run: model, token-label head, optimiser, images seen; what a checkpoint saves and restores."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, n_workers: int) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.n_workers = recipe, folder, n_workers
-        self.vit: Any = load_vit(recipe.architecture, weights=None, **recipe.arguments)
-        self.token_head = nn.Linear(self.vit.embed_dim, len(LABELS) + 1)
+        self.vit = cast(Any, load_vit(recipe.architecture, weights=None, **recipe.arguments))
+        self.n_prefix, width = int(self.vit.num_prefix_tokens), int(self.vit.embed_dim)
+        with torch.no_grad():
+            self.vit.pos_embed[0, self.n_prefix :] = sincos_positions(self.vit.patch_embed.grid_size[0], width)
+        # Plain attention: on CPUs the backward pass of the fused one is slower than the matrix products it fuses.
+        self.model = MergingVisionTransformer(self.vit, 0, attention="plain")
+        self.token_head = nn.Linear(width, len(LABELS) + 1)
         self.modules = nn.ModuleDict({"vit": self.vit, "token_head": self.token_head})
-        self.optimiser = torch.optim.AdamW(self._parameter_groups(), fused=True)
+        self.optimiser = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.98), fused=True)
         self.n_seen = 0
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         decayed = [p for p in self.modules.parameters() if p.ndim > 1]
         others = [p for p in self.modules.parameters() if p.ndim <= 1]
-        return [{"params": decayed, "weight_decay": self.recipe.optimiser.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [
+            {"params": decayed, "weight_decay": self.recipe.optimiser.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
 
-    # --- one step ------------------------------------------------------------------------------------------------------
+    # --- one step ---
 
     def _tokens(self, batch: Batch) -> Tensor:
         """Run the blocks over the kept patches. Shapes: returns (B, 1 + K, C), normed."""
-        tokens = self.vit._pos_embed(self.vit.patch_embed(normalised(batch.images)))
-        n_prefix, width = self.vit.num_prefix_tokens, tokens.shape[-1]
-        patches = tokens[:, n_prefix:]
-        if batch.kept.shape[1] < patches.shape[1]:
-            patches = patches.gather(1, batch.kept[..., None].expand(-1, -1, width))
-        else:  # every patch, in its own order: the labels are reordered instead
-            batch.token_labels.copy_(batch.token_labels.gather(1, batch.kept.argsort(1)))
-        return self.vit.norm(self.vit.blocks(self.vit.norm_pre(torch.cat([tokens[:, :n_prefix], patches], 1))))  # type: ignore[no-any-return]
+        tokens = self.model.embed(normalised(batch.images))
+        kept = torch.take_along_dim(tokens[:, self.n_prefix :], batch.kept[..., None], 1)
+        tokens, _, _ = self.model.encode(torch.cat([tokens[:, : self.n_prefix], kept], 1))
+        normed: Tensor = self.vit.norm(tokens)
+        return normed
 
     def step(self, batch: Batch, stage: Stage) -> dict[str, float]:
         """Take one optimiser step; return the losses and the batch's accuracy."""
@@ -84,7 +102,7 @@ class BackboneTraining:
         with torch.autocast("cpu", torch.bfloat16):
             tokens = self._tokens(batch)
             logits = self.vit.forward_head(tokens).float()
-            token_logits = self.token_head(tokens[:, self.vit.num_prefix_tokens :]).float()
+            token_logits = self.token_head(tokens[:, self.n_prefix :]).float()
         loss = functional.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
         token_loss = functional.cross_entropy(token_logits.flatten(0, 1), batch.token_labels.flatten())
         (loss + stage.token_label_weight * token_loss).backward()  # type: ignore[no-untyped-call]
@@ -93,9 +111,14 @@ class BackboneTraining:
         self.optimiser.zero_grad()
         self.n_seen += len(batch.labels)
         accuracy = (logits.argmax(1) == batch.labels).float().mean()
-        return {"loss": loss.item(), "token_loss": token_loss.item(), "accuracy": accuracy.item(), "learning_rate": rate}
+        return {
+            "loss": loss.item(),
+            "token_loss": token_loss.item(),
+            "accuracy": accuracy.item(),
+            "learning_rate": rate,
+        }
 
-    # --- the run -------------------------------------------------------------------------------------------------------
+    # --- the run ---
 
     def run(self, *, checkpoint_every: int = 12_800) -> None:
         """Train to the end of the recipe from wherever the run stands. Units: `checkpoint_every` in images."""
@@ -104,7 +127,9 @@ class BackboneTraining:
         for stage, batch in self._remaining():
             figures = self.step(batch, stage)
             progress.update(len(batch.labels))
-            progress.set_postfix({"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"})
+            progress.set_postfix(
+                {"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"}
+            )
             self._log({"n_seen": self.n_seen, "stage": stage.name, **figures})
             if self.n_seen % checkpoint_every < len(batch.labels):
                 self.save()
@@ -141,7 +166,7 @@ class BackboneTraining:
             for first in range(0, n_images, 100):
                 part = scenes[first : first + 100]
                 images = torch.stack([torch.from_numpy(scene.image) for scene in part])
-                found = self.vit(normalised(images)).argmax(1)
+                found = self.model(normalised(images)).argmax(1)
                 right += int((found == torch.tensor([scene.label for scene in part])).sum())
         self.modules.train()
         return right / n_images
@@ -150,7 +175,7 @@ class BackboneTraining:
         with (self.folder / "metrics.jsonl").open("a") as log:
             log.write(json.dumps({"time": time.time(), **entry}) + "\n")
 
-    # --- checkpoints: state.pt resumes, weights.safetensors is what others load, recipe.json says what made them -------
+    # --- checkpoints: state.pt resumes, weights.safetensors is what others load, recipe.json says what made them ---
 
     def save(self) -> None:
         """Write the checkpoint; each file under a temporary name, then renamed, state.pt last."""
@@ -158,11 +183,15 @@ class BackboneTraining:
         (self.folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
         weights = self.folder / "weights.safetensors"
         save_file({k: v.contiguous() for k, v in self.vit.state_dict().items()}, f"{weights}.tmp")
-        os.replace(f"{weights}.tmp", weights)
+        Path(f"{weights}.tmp").replace(weights)
         state = self.folder / "state.pt"
-        content = {"modules": self.modules.state_dict(), "optimiser": self.optimiser.state_dict(), "n_seen": self.n_seen}
+        content = {
+            "modules": self.modules.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "n_seen": self.n_seen,
+        }
         torch.save(content, f"{state}.tmp")
-        os.replace(f"{state}.tmp", state)
+        Path(f"{state}.tmp").replace(state)
 
     def resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ _KEPT_SEED = 77
 
 @dataclass(frozen=True)
 class Batch:
-    """Shapes: images uint8 (B, S, S, 3); labels (B,); kept (B, K) patch indices; token_labels (B, K), 10 = background."""
+    """Shapes: images uint8 (B, S, S, 3); labels (B,); kept (B, K) patches; token_labels (B, K), 10 = background."""
 
     images: Tensor
     labels: Tensor

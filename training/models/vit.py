@@ -85,17 +85,24 @@ class MergingVisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits. Shapes: (B, 3, H, W), normalised -> (B, classes)"""
-        tokens, size, _ = self._encode(images)
+        tokens, size, _ = self.encode(self.embed(images))
         return self._classify(self.vit.norm(tokens), size)
 
     def forward_features(self, images: Tensor, *, with_source: bool = False) -> MergedFeatures:
         """Return the tokens that are left, how many patches each stands for and, on demand, which."""
-        tokens, size, source = self._encode(images, with_source)
+        tokens, size, source = self.encode(self.embed(images), with_source=with_source)
         return MergedFeatures(self.vit.norm(tokens), torch.ones_like(tokens[..., :1]) if size is None else size, source)
 
-    def _encode(self, images: Tensor, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run patch embedding and blocks. A size of None says that every token is still one patch."""
-        x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens that enter the first block. Shapes: (B, 3, H, W), normalised -> (B, N, C)"""
+        tokens: Tensor = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+        return tokens
+
+    def encode(self, x: Tensor, *, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the blocks; return tokens, sizes and source map. A size of None says that every token is still one patch.
+
+        Shapes: as `MergedFeatures`, before the final norm.
+        """
         size: Tensor | None = None
         source = identity_source(x) if with_source else None
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(int(x.shape[1])), strict=True)):

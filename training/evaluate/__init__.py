@@ -1,0 +1,1 @@
+"""Evaluation: accuracy with its interval, compute and speed, for any policy at any rate."""

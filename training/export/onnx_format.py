@@ -1,0 +1,83 @@
+"""ONNX graphs by torch.export, tuned where it pays: linear layers as one Gemm each, on weights as PyTorch lays them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor
+
+from training.export.graph import ServedClassifier
+from training.export.weights import point_into, tensor_places
+
+OPSET = 20
+
+
+def export_onnx(classifier: ServedClassifier, example: Tensor, file: Path, weights: Path) -> None:
+    """Write the graph, its weights referenced in the safetensors file beside it. Batch is the only dynamic axis.
+
+    Shapes: example uint8 (B, H, W, 3) with B >= 2
+    Raises: ValueError where more than a tenth of the weights would have to be copied into the graph.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of the exporter's own internals
+        program = torch.onnx.export(
+            classifier,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table={torch.ops.aten.linear.default: _linear},
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no program")
+    graph = program.model_proto
+    n_inline = point_into(graph, tensor_places(weights), weights.name)
+    if n_inline * 10 > weights.stat().st_size:
+        raise ValueError(f"{file}: {n_inline} bytes of weights are not in {weights}; the graph would carry them again")
+    del graph.metadata_props[:]
+    onnx.save(graph, file)
+    onnx.checker.check_model(str(file))
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """One Gemm instead of a transposed copy of the weight, a MatMul and an Add.
+
+    Keeps the weight in PyTorch's layout, so that the graphs can share the file that PyTorch saves, and was 3-5 % faster
+    than MatMul on CPU. Shapes: x (…, C_in) with only the first axis dynamic, weight (C_out, C_in).
+    """
+    *lead, n_in = x.shape
+    inputs = (weight,) if bias is None else (weight, bias)
+    if len(lead) == 1:
+        return op.Gemm(x, *inputs, transB=1)
+    rows = op.Reshape(x, _integers(-1, int(n_in)))
+    shape = _integers(-1, *(int(side) for side in lead[1:]), int(weight.shape[0]))
+    return op.Reshape(op.Gemm(rows, *inputs, transB=1), shape)
+
+
+def _integers(*values: int) -> Any:
+    return op.Constant(value_ints=values)
+
+
+class OnnxClassifier:
+    """An exported graph, run as the service would on a CPU."""
+
+    def __init__(self, file: Path, n_threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = n_threads
+        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        (logits,) = self._session.run(["logits"], {"pixels": np.ascontiguousarray(pixels.numpy())})
+        return torch.from_numpy(logits)
