@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from app.backends import BackendOptions, open_backend
 from app.catalogue import Catalogue
@@ -38,6 +38,8 @@ def main() -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
+        for noisy in ("PIL", "python_multipart"):  # they describe to us what callers send
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         with listen(settings.host, settings.port) as listener:
             asyncio.run(serve(settings, listener))
     except StartupError as error:
@@ -84,6 +86,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
 
     Raises: StartupError.
     """
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
     service = Service(settings, Metrics(CollectorRegistry()))
     limit_pillow(settings.max_pixels)
     server = Server(configure(settings, service), service)

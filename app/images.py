@@ -112,7 +112,7 @@ def _orient(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; EXIF that cannot be read is ignored. TIFF files were turned while loading."""
     try:
         transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (as many kinds as there are ways to break it)
         logger.debug("ignored broken EXIF: %r", error)
         return image
     return image if transposition is None else image.transpose(transposition)

@@ -1,7 +1,6 @@
 """Boundary: every answer leaves through here. Errors become problem documents; `/classify` is counted and logged."""
 
 import logging
-import time
 from typing import NoReturn
 
 from fastapi import FastAPI
@@ -39,11 +38,9 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_at = time.perf_counter()
         exchange = scope[EXCHANGE] = Exchange()
         status = await self._answer(scope, receive, send, exchange)
         if scope["path"] == CLASSIFY_PATH:
-            exchange.total_seconds = exchange.total_seconds or time.perf_counter() - started_at
             self._metrics.observe(exchange, status)
             _log(exchange, status)
 

@@ -1,12 +1,14 @@
 """Backend: what turns a graph file into something that runs. One file per engine, one line in the registry."""
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from app.errors import BackendError
 
 Pixels = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -42,19 +44,11 @@ class BackendOptions:
     share_weights: bool
 
 
-def _open_onnx(options: BackendOptions) -> Backend:
-    from app.backends.onnx import OnnxBackend
-
-    return OnnxBackend(options)
-
-
-def _open_torchscript(options: BackendOptions) -> Backend:
-    from app.backends.torchscript import TorchScriptBackend  # needs PyTorch, which the service does without
-
-    return TorchScriptBackend(options)
-
-
-BACKENDS: dict[str, Callable[[BackendOptions], Backend]] = {"onnx": _open_onnx, "torchscript": _open_torchscript}
+# Imported when opened: each needs its engine installed, and only one of them is chosen.
+BACKENDS = {
+    "onnx": ("app.backends.onnx", "OnnxBackend"),
+    "torchscript": ("app.backends.torchscript", "TorchScriptBackend"),
+}
 
 
 def open_backend(graph_format: str, options: BackendOptions) -> Backend:
@@ -62,4 +56,9 @@ def open_backend(graph_format: str, options: BackendOptions) -> Backend:
 
     Raises: BackendError if the engine or the device is not there.
     """
-    return BACKENDS[graph_format](options)
+    module, name = BACKENDS[graph_format]
+    try:
+        backend: Backend = getattr(importlib.import_module(module), name)(options)
+    except ImportError as error:
+        raise BackendError(f"the engine for {graph_format} graphs is not installed: {error}") from error
+    return backend

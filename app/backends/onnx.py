@@ -25,11 +25,11 @@ class OnnxBackend:
         self._provider = PROVIDERS[options.device]
         self._n_threads = options.n_threads
         self._share_weights = options.share_weights
-        if options.device == "cuda":
-            onnxruntime.preload_dlls()  # finds CUDA libraries that pip installed
         available = onnxruntime.get_available_providers()
         if self._provider not in available:
             raise BackendError(f"ONNX Runtime has no {self._provider} here, only {', '.join(available)}")
+        if options.device == "cuda":
+            onnxruntime.preload_dlls()  # finds CUDA libraries that pip installed
 
     def load(self, path: Path, input_name: str, output_name: str) -> Runner:
         try:

@@ -5,14 +5,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from app.backends import BackendOptions, Logits, Pixels, Runner
 from app.errors import BackendError
-
-try:
-    import torch
-except ImportError as error:
-    raise BackendError("DTEM_FORMAT=torchscript needs PyTorch, which is not installed (pip install torch)") from error
 
 
 class TorchScriptBackend:

@@ -1,0 +1,58 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.testclient import TestClient
+
+from app.backends import BackendOptions, open_backend
+from app.catalogue import Catalogue
+from app.main import create_app
+from app.metrics import Metrics
+from app.serving.service import Service
+from app.settings import Settings
+from app.store import StoreOptions, load_catalogue
+from tests.app.tiny_store import write_store
+
+OPTIONS = BackendOptions("cpu", 1, share_weights=False)
+ONNX = StoreOptions("onnx", "float32", None)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model, to be read only."""
+    root = tmp_path_factory.mktemp("store")
+    write_store(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def catalogue(store: Path) -> Catalogue:
+    return load_catalogue(store, open_backend("onnx", OPTIONS), ONNX)
+
+
+ClientFactory = Callable[..., TestClient]
+
+
+@pytest.fixture
+def make_client(catalogue: Catalogue) -> Iterator[ClientFactory]:
+    """Make clients of services with settings of their own; the service is `client.service`."""
+    clients: list[TestClient] = []
+
+    def make(served: Catalogue | None = catalogue, **settings: object) -> TestClient:
+        service = Service(Settings.model_validate(settings), Metrics(CollectorRegistry()))
+        client = TestClient(create_app(service), raise_server_exceptions=False)
+        client.service = service  # type: ignore[attr-defined]
+        clients.append(client.__enter__())
+        if served is not None:
+            service.publish(served)
+        return client
+
+    yield make
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(make_client: ClientFactory) -> TestClient:
+    return make_client()
