@@ -1,0 +1,104 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from app.manifest import Manifest, render_schema
+from tests.app.tiny_store import make_manifest, write_store
+
+SCHEMA = Path(__file__).parents[2] / "model_store" / "manifest.schema.json"
+VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return json.dumps(make_manifest(write_store(tmp_path_factory.mktemp("store"))))
+
+
+@pytest.fixture
+def manifest(text: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def test_committed_schema_is_the_one_of_the_models() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == render_schema(), "run: python -m app.manifest > " + str(SCHEMA)
+
+
+def test_schema_is_valid_and_accepts_a_manifest(manifest: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(VALIDATOR.schema)
+    VALIDATOR.validate(manifest)
+    assert Manifest.model_validate_json(json.dumps(manifest)).name == "tiny"
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMA.parent.glob("*/*/manifest.json")), ids=str)
+def test_schema_and_models_accept_every_manifest_in_the_store(path: Path) -> None:
+    VALIDATOR.validate(json.loads(path.read_bytes()))
+    assert Manifest.model_validate_json(path.read_bytes()).version == path.parent.name
+
+
+Change = Callable[[dict[str, Any]], object]
+BOTH_REFUSE: dict[str, Change] = {
+    "missing key": lambda m: m.pop("golden"),
+    "unknown key": lambda m: m.update(extra=1),
+    "unknown key of a variant": lambda m: m["variants"][0].update(speed=1),
+    "schema version": lambda m: m.update(schema_version=2),
+    "version that is no number": lambda m: m.update(version="1a"),
+    "version as a number": lambda m: m.update(version=1),
+    "upper-case digest": lambda m: m["files"]["golden.npz"].update(sha256="A" * 64),
+    "path in a file name": lambda m: m["variants"][0].update(file="../x.onnx"),
+    "absolute file name": lambda m: m["golden"].update(file="/etc/passwd"),
+    "hidden file name": lambda m: m["golden"].update(file=".golden.npz"),
+    "text for a number": lambda m: m["variants"][0].update(r="0"),
+    "negative rate": lambda m: m["variants"][0].update(r=-2),
+    "zero atol": lambda m: m["golden"].update(atol=0),
+    "accuracy above one": lambda m: m["variants"][1]["accuracy"].update(top1=97.0),
+    "short commit": lambda m: m.update(git_commit="abc"),
+    "no labels": lambda m: m.update(labels=[]),
+    "no variants": lambda m: m.update(variants=[]),
+    "other layout": lambda m: m["input"].update(layout="NCHW"),
+    "other interpolation": lambda m: m["input"].update(interpolation="cubic"),
+    "background of four": lambda m: m["input"].update(alpha_background=[1, 2, 3, 4]),
+    "float channel": lambda m: m["input"].update(alpha_background=[1.5, 2, 3]),
+}
+MODELS_REFUSE: dict[str, tuple[Change, str]] = {
+    "unlisted graph": (lambda m: m["files"].pop("tome-r8.onnx"), "tome-r8.onnx is referenced but not listed"),
+    "unlisted golden": (lambda m: m["golden"].update(file="other.npz"), "other.npz is referenced"),
+    "unlisted weights": (lambda m: m["variants"][0].update(requires=["w.bin"]), "w.bin is referenced"),
+    "manifest in files": (lambda m: m["files"].update({"manifest.json": m["files"]["golden.npz"]}), "its own digest"),
+    "same variant twice": (lambda m: m["variants"].append({**m["variants"][0], "id": "x"}), "more than once"),
+    "same id twice": (lambda m: m["variants"][0].update(id=m["variants"][1]["id"]), "more than once"),
+    "default that is not there": (lambda m: m.update(default={"policy": "tome", "r": 4}), "no variant"),
+    "short schedule": (lambda m: m["variants"][2].update(schedule=[8]), "2 blocks need 2 numbers"),
+    "tokens off by one": (lambda m: m["variants"][2].update(tokens=[65, 57, 48]), "do not follow"),
+    "other first token count": (lambda m: m["variants"][2].update(tokens=[64, 56, 48]), "n_tokens"),
+    "merging at zero": (lambda m: m["variants"][0].update(schedule=[1, 0], tokens=[65, 64, 64]), "r is 0"),
+    "interval the wrong way": (lambda m: m["variants"][1]["accuracy"].update(ci95=[0.98, 0.96]), "not ordered"),
+    "crop larger than the image": (lambda m: m["input"].update(height=9), "smaller than the crop"),
+    "date without zone": (lambda m: m.update(created="2026-11-20T12:00:00"), "timezone"),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_REFUSE)
+def test_schema_and_models_refuse(manifest: dict[str, Any], name: str) -> None:
+    BOTH_REFUSE[name](manifest)
+    assert not VALIDATOR.is_valid(manifest)
+    with pytest.raises(ValidationError):
+        Manifest.model_validate_json(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", MODELS_REFUSE)
+def test_models_refuse_contradictions(manifest: dict[str, Any], name: str) -> None:
+    change, reason = MODELS_REFUSE[name]
+    change(manifest)
+    with pytest.raises(ValidationError, match=reason):
+        Manifest.model_validate_json(json.dumps(manifest))
+
+
+def test_models_accept_expected_token_counts_that_depend_on_the_data(manifest: dict[str, Any]) -> None:
+    manifest["variants"][2].update(tokens=[65, 60, 50], data_dependent=True)
+    Manifest.model_validate_json(json.dumps(manifest))
