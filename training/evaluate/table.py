@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
 from training.evaluate.accuracy import measure
-from training.export.graph import frozen_classifier
+from training.models.classifier import frozen_classifier
 from training.models.macs import count_macs
 
 POLICIES = {"none": "keys", "tome": "keys", "random": "random"}

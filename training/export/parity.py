@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.export.graph import ServedClassifier
+from training.models.classifier import ServedClassifier
 from training.merging.matching import cosine_scores
 from training.merging.metrics import Metric
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from training.data.preprocessing import InputRule
 from training.data.sources import Source, pixel_batches
 from training.evaluate.accuracy import measure
-from training.export.graph import ServedClassifier, frozen_classifier
+from training.models.classifier import ServedClassifier, frozen_classifier
 from training.export.onnx_format import OPSET, OnnxClassifier, export_onnx
 from training.export.parity import ParityError, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
@@ -99,6 +99,8 @@ def publish(vit: nn.Module, rule: InputRule, source: Source, plan: Plan, store: 
     np.savez(work / GOLDEN, pixels=golden_pixels.numpy(), **golden)  # type: ignore[arg-type]
     (work / "accuracy.json").unlink(missing_ok=True)
     _write_manifest(_manifest(vit, rule, source, plan, variants, work), work, store)
+    for path in work.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone; the service may be another user
     work.replace(target)
     return Published(target, parity)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.export.graph import ServedClassifier
+from training.models.classifier import ServedClassifier
 
 
 def export_torchscript(classifier: ServedClassifier, example: Tensor, file: Path) -> None:

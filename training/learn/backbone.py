@@ -1,8 +1,8 @@
 """Train a plain ViT from scratch on the reference task, by a recipe, resumable after any stop.
 
 Three things make it affordable on a CPU. Position embeddings begin as sines and cosines. Patch dropout keeps the
-digit's patches. And token labels (arXiv 2104.10858): each kept patch also learns to name the digit it shows, or background. The
-last two are gone in the last stage: what ships is a plain classifier of whole images.
+digit's patches. And token labels (arXiv 2104.10858): each kept patch also learns to name the digit it shows, or
+background. The last two are gone in the last stage: what ships is a plain classifier of whole images.
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+# Two commands do all the set-up: `make serve` runs the service on the model in the repository, `make test` the tests.
+PYTHON ?= python3
+PORT ?= 8000
+ENGINE ?= cpu# or gpu: onnxruntime-gpu instead of onnxruntime
+BIN := .venv/bin
+
+.PHONY: serve test check format clean
+.DELETE_ON_ERROR:
+
+serve: .venv/service-$(ENGINE)
+	@DTEM_PORT=$(PORT) exec $(BIN)/python -m app
+
+test: .venv/development
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: .venv/development
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/development
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.venv/service-$(ENGINE): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE)]'
+	@touch $@
+
+.venv/development: .venv/service-$(ENGINE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE),training,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv
