@@ -33,7 +33,6 @@ class _CountedBody:
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length", b"")  # the server has refused what is not a number
         self._is_declared_too_large = declared.isdigit() and int(declared[:20]) > max_bytes
-        self._awaits_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         self._n_bytes = 0
         self._is_complete = False
         self._is_refused = False
@@ -53,7 +52,6 @@ class _CountedBody:
 
     async def _receive_counted(self) -> Message:
         message = await self._receive()
-        self._awaits_continue = False
         self._n_bytes += len(message.get("body", b""))
         self._is_complete = not message.get("more_body", False)
         return message
@@ -71,10 +69,8 @@ class _CountedBody:
 
     async def _drain(self) -> None:
         """Swallow what the caller is still sending, for a while: closing at once would reset the connection,
-        and many a client would never read the answer. A client that waits for `100 Continue` sends nothing.
+        and many a client would never read the answer.
         """
-        if self._awaits_continue:
-            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):
                 while not self._is_complete:

@@ -115,6 +115,7 @@ def refused_images() -> dict[str, tuple[bytes, int]]:
         "bad-checksum.png": (png[:40] + bytes([png[40] ^ 255]) + png[41:], 400),
         "text-bomb.png": (make_png(8, 8, 8, 2, (b"\0" + bytes(24)) * 8, text_bomb), 400),
         "bomb.png": (make_png(20_000, 20_000, 8, 2, b""), 413),
+        "bomb-of-real-data.png": (make_png(20_000, 20_000, 1, 0, bytes(2501 * 20_000)), 413),
         "bomb-1bit.png": (make_png(60_000, 60_000, 1, 0, b""), 413),
         "bomb.gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + encode(photo, "GIF")[10:], 413),
         "bomb.bmp": (b"BM" + bytes(12) + struct.pack("<IiiHHIIiiII", 40, 40_000, 40_000, 1, 24, *(0,) * 6), 413),

@@ -84,12 +84,6 @@ def test_limit_sends_the_whole_answer_before_it_drains() -> None:
     assert wire.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
 
-def test_limit_does_not_ask_for_a_body_that_waits_to_be_asked() -> None:
-    wire = Wire(b"x" * 11)
-    assert wire.run(10, content_length="11", expect="100-continue") == 413
-    assert wire.n_received == 0
-
-
 @pytest.mark.parametrize("length", ["", "x", "-1", "1e9"])
 def test_limit_counts_chunks_when_the_length_is_no_number(length: str) -> None:
     assert Wire(b"12345").run(10, content_length=length) == 200

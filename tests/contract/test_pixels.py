@@ -14,7 +14,10 @@ from tests.app.tiny_store import make_input
 from training.data.preprocessing import InputRule, read_pixels
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-IMAGES = {path.name: path.read_bytes() for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".jpg", ".png")}
+EXAMPLE_IMAGES = {
+    path.name: path.read_bytes() for path in sorted(EXAMPLES.glob("*")) if path.suffix in (".jpg", ".png")
+}
+IMAGES = ordinary_images() | EXAMPLE_IMAGES
 SIDES = (16, 112)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -27,9 +30,9 @@ def assert_same_pixels(data: bytes, side: int) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", [*ordinary_images(), *IMAGES])
+@pytest.mark.parametrize("name", IMAGES)
 def test_both_halves_see_the_same_pixels(name: str, side: int) -> None:
-    assert_same_pixels((ordinary_images() | IMAGES)[name], side)
+    assert_same_pixels(IMAGES[name], side)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (31, 500), (1000, 33), (223, 225), (640, 481)])

@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.app.tiny_store import write_store
+from tests.integration.server import Server
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    write_store(root, formats=("onnx", "torchscript"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(store, tmp_path_factory.mktemp("log") / "server.log", max_body_bytes=1_000_000) as server:
+        yield server

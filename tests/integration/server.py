@@ -1,0 +1,89 @@
+"""A real server process, started as an operator would."""
+
+import http.client
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 60.0  # what a busy machine may take; how long it should take is a test of its own
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """Make the environment of a server, with no setting but these."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DTEM_")}
+    return inherited | {f"DTEM_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+class Server:
+    """`python -m app` on a free port, until the block is left."""
+
+    def __init__(self, model_store: Path, log: Path, **settings: object) -> None:
+        self._log = log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "app"],
+                cwd=ROOT,
+                env=environment(port=0, model_store=model_store, **settings),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+        self.announcement = ""
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        """Wait until it says that it is ready."""
+        try:
+            self.announcement = self._read_announcement()
+            self.port = int(re.findall(r"ready: http://127\.0\.0\.1:(\d+)", self.announcement)[0])
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
+
+    def _read_announcement(self) -> str:
+        assert self.process.stdout is not None
+        deadline, text = time.monotonic() + START_SECONDS, b""
+        while b"/metrics\n" not in text:
+            left = deadline - time.monotonic()
+            readable, _, _ = select.select([self.process.stdout], [], [], max(0, left))
+            chunk = os.read(self.process.stdout.fileno(), 4096) if readable else b""
+            assert chunk, f"the server did not start:\n{self.log}"
+            text += chunk
+        return text.decode()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def resident_bytes(self) -> int:
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self, number: int = signal.SIGTERM, timeout_seconds: float = 30) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout_seconds)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        """Send one request on a connection of its own. Returns status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()

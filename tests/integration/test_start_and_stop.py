@@ -1,0 +1,148 @@
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.app.odd_images import encode, make_photo
+from tests.app.test_store import BREAKAGES
+from tests.app.tiny_store import write_store
+from tests.integration.server import ROOT, Server, environment
+
+PNG = encode(make_photo(8, 8), "PNG")
+SECONDS = 60
+
+
+def run_failing(**settings: object) -> tuple[int, str]:
+    """Run a server that should not start. Returns its exit status and its error output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "app"],
+        check=False,
+        cwd=ROOT,
+        env=environment(**settings),
+        capture_output=True,
+        timeout=SECONDS,
+        text=True,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def assert_one_clear_line(errors: str, *words: str) -> None:
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("cannot start: ")]
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["missing file", "changed byte", "not JSON", "wrong golden", "missing key", "schema version", "broken graph"],
+)
+def test_a_broken_store_stops_the_start_naming_file_and_reason(tmp_path: Path, name: str) -> None:
+    breakage, file, reason = BREAKAGES[name]
+    breakage(write_store(tmp_path))
+    status, errors = run_failing(model_store=tmp_path, port=0)
+    assert status == 1
+    assert_one_clear_line(errors, str(tmp_path), file, reason)
+
+
+def test_a_missing_store_stops_the_start(tmp_path: Path) -> None:
+    status, errors = run_failing(model_store=tmp_path / "nowhere", port=0)
+    assert status == 1
+    assert_one_clear_line(errors, "nowhere", "not a folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("port", "99999"), ("device", "tpu"), ("prot", "1"), ("host", "nowhere.invalid")]
+)
+def test_a_bad_setting_stops_the_start(store: Path, name: str, value: str) -> None:
+    status, errors = run_failing(model_store=store, **{name: value})
+    assert status == 1
+    assert_one_clear_line(errors, f"DTEM_{name.upper()}")
+
+
+def test_a_port_in_use_stops_the_start(store: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, errors = run_failing(model_store=store, port=port)
+    assert status == 1
+    assert_one_clear_line(errors, f"DTEM_PORT={port}", "in use")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_promptly_with_status_zero(store: Path, tmp_path: Path, number: int) -> None:
+    with Server(store, tmp_path / "log") as server:
+        idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
+        idle.request("GET", "/health/live")
+        idle.getresponse().read()
+        started_at = time.monotonic()
+        assert server.stop(number) == 0
+        assert time.monotonic() - started_at < 5
+        assert "Traceback" not in server.log
+        idle.close()
+
+
+def test_a_signal_lets_the_request_in_flight_finish(store: Path, tmp_path: Path) -> None:
+    with Server(store, tmp_path / "log") as server, socket.create_connection(("127.0.0.1", server.port)) as wire:
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PNG)}\r\n\r\n".encode()
+        wire.sendall(head + PNG[:10])
+        server.ask("GET", "/health/live")  # once this is answered, the event loop has seen the request before it
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(server.port))
+        wire.sendall(PNG[10:])
+        response = http.client.HTTPResponse(wire)
+        response.begin()
+        assert response.status == 200
+        assert server.process.wait(SECONDS) == 0
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_announcement_says_where_everything_is(store: Path, tmp_path: Path) -> None:
+    with Server(store, tmp_path / "log") as server:
+        address = f"http://127.0.0.1:{server.port}"
+        assert f"ready: {address}" in server.announcement
+        assert "curl --data-binary @" in server.announcement
+        assert f"'{address}/classify?r=8'" in server.announcement
+        for path in ("docs", "models", "metrics"):
+            assert f"{address}/{path}" in server.announcement
+            assert server.ask("GET", f"/{path}")[0] == 200
+
+
+def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
+    answers: list[dict[str, Any]] = []
+    for graph_format in ("onnx", "torchscript"):
+        with Server(store, tmp_path / graph_format, format=graph_format) as server:
+            answers.append(json.loads(server.ask("POST", "/classify?r=16", PNG)[1]))
+    for first, second in zip(*(answer["predictions"] for answer in answers), strict=True):
+        assert first["label"] == second["label"]
+        assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
+
+
+def test_the_service_needs_nothing_of_training() -> None:
+    """What `python -m app` imports, engine included, is what the service alone installs."""
+    forbidden = {"torch", "timm", "jsonschema", "onnx", "scipy", "sklearn", "matplotlib", "training", "httpx"}
+    program = "import sys, app.__main__, app.backends.onnx; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert {name.split(".")[0] for name in done.stdout.split()} & forbidden == set()
