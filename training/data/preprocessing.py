@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO comes by way of JPEG
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -80,5 +80,4 @@ def _cropped(image: Image.Image, rule: InputRule) -> NDArray[np.uint8]:
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling[rule.interpolation.upper()])
     left, top = (image.width - rule.width) // 2, (image.height - rule.height) // 2
-    pixels = np.asarray(image.crop((left, top, left + rule.width, top + rule.height)))
-    return np.ascontiguousarray(pixels)
+    return np.array(image.crop((left, top, left + rule.width, top + rule.height)), dtype=np.uint8)

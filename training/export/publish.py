@@ -27,7 +27,7 @@ from training.data.sources import Source, pixel_batches
 from training.evaluate.accuracy import measure
 from training.models.classifier import ServedClassifier, frozen_classifier
 from training.export.onnx_format import OPSET, OnnxClassifier, export_onnx
-from training.export.parity import ParityError, largest_difference, parity_pixels
+from training.export.parity import MIN_MARGIN, ParityError, decisions, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
 from training.models.macs import count_macs
 
@@ -115,11 +115,14 @@ def _first_pixels(source: Source, n_images: int) -> Tensor:
 
 
 def _golden_pixels(vit: nn.Module, rule: InputRule, plan: Plan, candidates: Tensor) -> Tensor:
-    """Pick images that every rate decides clearly, so that another host's rounding does not change a decision."""
-    for r in sorted(plan.rates, reverse=True):
-        wanted = N_GOLDEN if r == min(plan.rates) else N_GOLDEN * 2
-        candidates = parity_pixels(frozen_classifier(vit, rule, r), candidates, min(wanted, len(candidates)))
-    return candidates[:N_GOLDEN]
+    """Pick the images that every rate decides most clearly: another host's rounding must not change a decision."""
+    margins = [decisions(frozen_classifier(vit, rule, r), candidates).margin for r in plan.rates]
+    clearest = torch.stack(margins).amin(0).topk(min(N_GOLDEN, len(candidates)))
+    if float(clearest.values.min()) < MIN_MARGIN:
+        raise ParityError(
+            f"fewer than {N_GOLDEN} of {len(candidates)} images are decided by {MIN_MARGIN} at every rate"
+        )
+    return candidates[clearest.indices]
 
 
 def _graphs(

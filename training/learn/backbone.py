@@ -194,10 +194,16 @@ class BackboneTraining:
         Path(f"{state}.tmp").replace(state)
 
     def resume(self) -> None:
+        """Take up the run where its last checkpoint left it.
+
+        Raises: ValueError where the folder holds the run of another recipe.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self.folder / "state.pt"
         if not state.exists():
             return
+        if json.loads((self.folder / "recipe.json").read_text()) != json.loads(json.dumps(asdict(self.recipe))):
+            raise ValueError(f"{self.folder} holds a run of another recipe: give another folder")
         content = torch.load(state, weights_only=True)
         self.modules.load_state_dict(content["modules"])
         self.optimiser.load_state_dict(content["optimiser"])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
-from training.merging import Schedule
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
@@ -32,14 +31,18 @@ class ServedClassifier(nn.Module):
 
 
 def frozen_classifier(
-    vit: nn.Module, rule: InputRule, schedule: Schedule, *, metric: MetricChoice = "keys", metric_seed: int = 0
+    vit: nn.Module, rule: InputRule, r: int, *, metric: MetricChoice = "keys", metric_seed: int = 0
 ) -> ServedClassifier:
-    """Wrap a ViT at a rate for evaluation or export. The last blocks give what they can; the schedule says how much.
+    """Wrap a ViT at a constant rate for evaluation or export.
 
-    Attention is put plainly (matmul, softmax, matmul): the fewest nodes in a graph, and the fastest on CPUs that was
-    measured; the fused forms are exact equals of it.
+    Late blocks that run out of tokens remove what they can, as the published figures do; `model.schedule` tells.
+    Attention is put plainly (matmul, softmax, matmul): the fewest nodes in a graph, and on CPUs the fastest of the four
+    forms; the others are its exact equals.
+    Raises: ValueError where already the first block cannot remove r.
     """
     model = MergingVisionTransformer(
-        vit, schedule, exhausted="reduce", metric=metric, metric_seed=metric_seed, attention="plain"
+        vit, r, exhausted="reduce", metric=metric, metric_seed=metric_seed, attention="plain"
     )
+    if model.schedule[0] != r:
+        raise ValueError(f"the first block cannot remove r={r} of {model.tokens[0]} tokens, only {model.schedule[0]}")
     return ServedClassifier(model, rule).eval()

@@ -1,0 +1,148 @@
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training.data.digits import Task
+from training.learn import backbone
+from training.learn.backbone import BackboneTraining, learning_rate, sincos_positions
+from training.learn.recipe import Optimiser, Recipe, Stage
+from training.learn.scenes import BACKGROUND, batches
+from training.models.vit import load_vit
+
+EASY = Task(light_on_dark=True, photo_percent=0, texture_percent=0, max_clutter=0, min_digit_pixels=40)
+OPTIMISER = Optimiser(
+    batch_size=8,
+    learning_rate=1e-3,
+    final_learning_rate=1e-5,
+    warmup_images=16,
+    weight_decay=0.05,
+    clip_norm=1.0,
+    label_smoothing=0.0,
+)
+RECIPE = Recipe(
+    seed=3,
+    architecture="vit_tiny_patch16_224",
+    arguments={"img_size": 112, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10},
+    optimiser=OPTIMISER,
+    stages=(
+        Stage("few patches", 24, kept_patches=20, token_label_weight=0.5, task=EASY),
+        Stage("every patch", 24, kept_patches=196, token_label_weight=0.0, task=EASY),
+    ),
+)
+
+
+def weights(run: BackboneTraining) -> dict[str, torch.Tensor]:
+    return dict(run.modules.state_dict())
+
+
+def train(folder: Path, recipe: Recipe = RECIPE) -> BackboneTraining:
+    run = BackboneTraining(recipe, folder, n_workers=0)
+    run.run(checkpoint_every=8)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def quick_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = BackboneTraining.validate
+    monkeypatch.setattr(BackboneTraining, "validate", lambda run, n_images=10: validate(run, 10))
+
+
+@pytest.mark.parametrize("n_steps", [2, 4])
+def test_interrupted_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
+    whole = train(tmp_path / "whole")
+    step, taken = BackboneTraining.step, 0
+
+    def failing_step(run: BackboneTraining, *arguments: Any) -> dict[str, float]:
+        nonlocal taken
+        if taken == n_steps:
+            raise KeyboardInterrupt
+        taken += 1
+        return step(run, *arguments)
+
+    monkeypatch.setattr(BackboneTraining, "step", failing_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "halved")
+    monkeypatch.setattr(BackboneTraining, "step", step)
+    resumed = train(tmp_path / "halved")
+    assert resumed.n_seen == whole.n_seen == 48
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    before = {name: tensor.clone() for name, tensor in weights(run).items()}
+    again = train(tmp_path)
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in before.items())
+
+
+def test_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    train(tmp_path)
+    other = replace(RECIPE, seed=4)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(tmp_path, other)
+
+
+def test_checkpoint_rebuilds_the_model_alone(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    vit = load_vit(recipe["architecture"], weights=tmp_path / "weights.safetensors", **recipe["arguments"])
+    for name, tensor in run.vit.state_dict().items():
+        assert torch.equal(tensor, vit.state_dict()[name])
+
+
+def test_log_tells_losses_and_validation(tmp_path: Path) -> None:
+    train(tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["n_seen"] for entry in entries if "loss" in entry] == [8, 16, 24, 32, 40, 48]
+    assert all(0 <= entry["validation_top1"] <= 1 for entry in entries if "validation_top1" in entry)
+
+
+def test_training_learns_one_batch_by_heart(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, optimiser=replace(OPTIMISER, learning_rate=3e-3, warmup_images=8))
+    run = BackboneTraining(recipe, tmp_path, n_workers=0)
+    stage = RECIPE.stages[0]
+    batch = next(batches(EASY, first=0, n_images=8, batch_size=8, patch_pixels=8, kept_patches=20, n_workers=0))
+    losses = []
+    for _ in range(40):
+        run.n_seen = 8
+        losses.append(run.step(batch, stage)["loss"])
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_kept_patches_hold_the_digit_and_token_labels_name_it() -> None:
+    (batch,) = batches(EASY, first=5, n_images=4, batch_size=4, patch_pixels=8, kept_patches=40, n_workers=0)
+    for image in range(4):
+        digit = batch.token_labels[image] != BACKGROUND
+        assert (batch.token_labels[image][digit] == batch.labels[image]).all()
+        assert 4 <= int(digit.sum()) <= 40
+        assert len(set(batch.kept[image].tolist())) == 40
+        cells = batch.images[image].reshape(14, 8, 14, 8, 3).amax((1, 3, 4)).flatten()
+        assert cells[batch.kept[image][digit]].min() > 150  # light ink in each
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    rates = [learning_rate(n_seen, 800, OPTIMISER) for n_seen in range(0, 801, 8)]
+    assert rates[0] < rates[1] == OPTIMISER.learning_rate
+    assert all(later <= earlier for earlier, later in pairwise(rates[1:]))
+    assert rates[-1] == pytest.approx(OPTIMISER.final_learning_rate)
+
+
+def test_sincos_positions_are_nearer_for_neighbours() -> None:
+    positions = sincos_positions(14, 128)
+    middle = positions[7 * 14 + 7]
+    similarity = (positions @ middle).reshape(14, 14)
+    assert similarity.argmax() == 7 * 14 + 7
+    assert similarity[7, 8] > similarity[7, 10] > similarity[7, 13]
+    assert similarity[8, 7] == pytest.approx(float(similarity[7, 8]), rel=1e-4)
+
+
+def test_normalised_pixels_have_the_channels_first() -> None:
+    image = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert backbone.normalised(image).flatten().tolist() == pytest.approx(expected)
