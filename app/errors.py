@@ -135,6 +135,13 @@ class InferenceFailed(ServiceError):
         super().__init__("The model could not be run. The reason is in the log of the service.")
 
 
+class InternalError(ServiceError):
+    """A mistake of ours. The text is fixed; the reason is in the log."""
+
+    def __init__(self) -> None:
+        super().__init__("Something went wrong here. The reason is in the log of the service.")
+
+
 class NotReady(ServiceError):
     """The models are still being loaded and verified, or the engine no longer answers."""
 
@@ -165,6 +172,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     QueueFull: (429, "queue_full"),
     ClientGone: (499, "client_gone"),
     InferenceFailed: (500, "inference_failed"),
+    InternalError: (500, "internal_error"),
     NotReady: (503, "not_ready"),
     ShuttingDown: (503, "shutting_down"),
 }

@@ -40,6 +40,8 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+START_OF_SCAN = b"\xff\xda"
+MAX_SCANS = 200  # encoders write about ten
 UNDEFINED_RANGE = {"I": "signed or 32-bit integers", "F": "floating point numbers"}
 
 
@@ -79,6 +81,7 @@ def _decode(data: bytes, rule: Input, max_pixels: int) -> Pixels:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _require_size(image.width, image.height, rule, max_pixels)
         if isinstance(image, JpegImagePlugin.JpegImageFile):
+            _require_few_scans(image, data)
             least = rule.jpeg_draft_scale * rule.resize_shorter_side
             image.draft(None, (least, least))
         image.load()
@@ -99,6 +102,12 @@ def _require_size(width: int, height: int, rule: Input, max_pixels: int) -> None
         if w * h > max_pixels:
             detail = f"The image {verb} {w} x {h} pixels, more than {max_pixels}."
             raise TooManyPixels(detail, width=width, height=height, max_pixels=max_pixels)
+
+
+def _require_few_scans(image: Image.Image, data: bytes) -> None:
+    """Refuse a progressive JPEG that goes on for ever: each 69 bytes of it can cost a pass over all its pixels."""
+    if image.info.get("progressive") and data.count(START_OF_SCAN) > MAX_SCANS:
+        raise MalformedImage(f"The JPEG has more than {MAX_SCANS} scans.", max_scans=MAX_SCANS)
 
 
 def resized_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:

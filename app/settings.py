@@ -66,7 +66,8 @@ class Settings(BaseSettings):
 
     @property
     def n_inference_threads(self) -> int:
-        return self.n_threads or len(os.sched_getaffinity(0))
+        n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.n_threads or n_cpus or 1
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import (
-    InferenceFailed,
+    InternalError,
     InvalidParameter,
     MalformedRequest,
     MethodNotAllowed,
@@ -60,7 +60,7 @@ class Boundary:
                 logger.exception("unexpected error")
             if status:  # half an answer is out: only a broken connection can tell
                 raise
-            known = error if isinstance(error, ServiceError) else InferenceFailed()
+            known = error if isinstance(error, ServiceError) else InternalError()
             exchange.refusals.append(status_and_code(known)[1])
             await problem_response(known)(scope, receive, send_noting_status)
         return status

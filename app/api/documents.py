@@ -147,6 +147,6 @@ DESCRIPTIONS = {
     415: "Not an image that is read here",
     422: "A query parameter or a form part cannot be used; `accepted` lists what can",
     429: "The queue is full; come back after Retry-After seconds",
-    500: "The model could not be run; the reason is in the log",
+    500: "The service failed; the reason is in its log",
     503: "The models are still being loaded, or the service is draining",
 }

@@ -88,6 +88,8 @@ def refused_images() -> dict[str, tuple[bytes, int]]:
     """Return bytes that get no result, each with its status."""
     photo = make_photo()
     jpeg, png = encode(photo, "JPEG"), encode(photo, "PNG")
+    progressive = encode(photo, "JPEG", progressive=True)
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     text_bomb = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000)))
     cases = {
         "text": (b"hello, world", 415),
@@ -108,6 +110,7 @@ def refused_images() -> dict[str, tuple[bytes, int]]:
         "int32.tiff": (encode(Image.new("I", (9, 9), 70000), "TIFF"), 415),
         "magic-only.jpg": (jpeg[:4], 400),
         "magic-only.png": (png[:8], 400),
+        "scans.jpg": (progressive[:-2] + last_scan * 300 + progressive[-2:], 400),
         "half.jpg": (jpeg[: len(jpeg) // 2], 400),
         "half.png": (png[: len(png) // 2], 400),
         "no-width.png": (make_png(0, 5, 8, 2, b""), 400),

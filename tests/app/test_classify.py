@@ -259,7 +259,7 @@ def test_unexpected_errors_are_answered_with_fixed_text(
 
     monkeypatch.setattr("app.api.classify.select", fail)
     response = client.post("/classify", content=PNG)
-    assert_problem(response, 500, "inference_failed")
+    assert_problem(response, 500, "internal_error")
     assert "secret" not in response.text
     assert "Traceback" in caplog.text
 
