@@ -41,13 +41,13 @@ class Task:
     """
 
     image_pixels: int = 112
-    min_digit_pixels: int = 26
-    max_digit_pixels: int = 46
+    min_digit_pixels: int = 28
+    max_digit_pixels: int = 48
     photo_percent: int = 55
     texture_percent: int = 35
     max_tilt_degrees: int = 20
     max_clutter: int = 4
-    min_contrast: int = 56
+    min_contrast: int = 96
     light_on_dark: bool = False
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from training.models.classifier import ServedClassifier
 from training.export.weights import point_into, tensor_places
+from training.models.classifier import ServedClassifier
 
 OPSET = 20
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.models.classifier import ServedClassifier
 from training.merging.matching import cosine_scores
 from training.merging.metrics import Metric
+from training.models.classifier import ServedClassifier
 
 MIN_MARGIN = 2e-5  # in cosine: a hundred roundings of float32
 BATCHES = (1, 2, 32)

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from training.data.preprocessing import InputRule
 from training.data.sources import Source, pixel_batches
 from training.evaluate.accuracy import measure
-from training.models.classifier import ServedClassifier, frozen_classifier
 from training.export.onnx_format import OPSET, OnnxClassifier, export_onnx
 from training.export.parity import MIN_MARGIN, ParityError, decisions, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
+from training.models.classifier import ServedClassifier, frozen_classifier
 from training.models.macs import count_macs
 
 WEIGHTS, GOLDEN, MANIFEST = "weights.safetensors", "golden.npz", "manifest.json"

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from training.data.digits import LABELS, draw
-from training.learn.recipe import Optimiser, Recipe, Stage
+from training.learn.recipe import Recipe, Stage
 from training.learn.scenes import Batch, batches
 from training.models.vit import MergingVisionTransformer, load_vit
 
@@ -35,13 +35,19 @@ def normalised(images: Tensor) -> Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def learning_rate(n_seen: int, n_total: int, optimiser: Optimiser) -> float:
-    """Linear warm-up, then a cosine down to the final rate at `n_total` images."""
-    if n_seen < optimiser.warmup_images:
-        return optimiser.learning_rate * (n_seen + optimiser.batch_size) / optimiser.warmup_images
-    share = (n_seen - optimiser.warmup_images) / max(1, n_total - optimiser.warmup_images)
-    fall = optimiser.learning_rate - optimiser.final_learning_rate
-    return optimiser.final_learning_rate + fall * (1 + math.cos(math.pi * min(1.0, share))) / 2
+def learning_rate(n_seen: int, recipe: Recipe) -> float:
+    """Return the rate of the step after `n_seen` images: linear warm-up, then half a cosine through each stage."""
+    first = 0
+    for stage in recipe.stages[:-1]:
+        if n_seen < first + stage.n_images:
+            break
+        first += stage.n_images
+    else:
+        stage = recipe.stages[-1]
+    begin, end = stage.learning_rate
+    share = min(1.0, (n_seen - first) / stage.n_images)
+    warmth = min(1.0, (n_seen + recipe.optimiser.batch_size) / recipe.optimiser.warmup_images)
+    return warmth * (end + (begin - end) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def sincos_positions(cells: int, width: int, temperature: float = 100.0) -> Tensor:
@@ -96,7 +102,7 @@ class BackboneTraining:
     def step(self, batch: Batch, stage: Stage) -> dict[str, float]:
         """Take one optimiser step; return the losses and the batch's accuracy."""
         settings = self.recipe.optimiser
-        rate = learning_rate(self.n_seen, self.recipe.n_images, settings)
+        rate = learning_rate(self.n_seen, self.recipe)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):

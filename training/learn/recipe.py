@@ -12,11 +12,9 @@ from training.data.digits import Task
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW under a cosine schedule with linear warm-up. Units: warm-up in images, rates per step."""
+    """AdamW; its learning rate rises linearly for `warmup_images`, and then each stage says where it goes."""
 
     batch_size: int
-    learning_rate: float
-    final_learning_rate: float
     warmup_images: int
     weight_decay: float
     clip_norm: float
@@ -25,10 +23,14 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of the curriculum: how many images of which task, and how many patches of each are kept."""
+    """One stretch of the curriculum: how many images of which task, and how many patches of each are kept.
+
+    learning_rate: at the stage's begin and at its end, half a cosine between them.
+    """
 
     name: str
     n_images: int
+    learning_rate: tuple[float, float]
     kept_patches: int
     token_label_weight: float
     task: Task = field(default_factory=Task)
@@ -57,10 +59,17 @@ def read_recipe(path: Path) -> Recipe:
         kind = content.pop("kind")
         if kind != "backbone":
             raise ValueError(f"kind {kind!r}: expected 'backbone'")
-        stages = tuple(Stage(**{**stage, "task": Task(**stage.get("task", {}))}) for stage in content.pop("stage"))
+        stages = tuple(_stage(entry) for entry in content.pop("stage"))
         model = content.pop("model")
         return Recipe(optimiser=Optimiser(**content.pop("optimiser")), stages=stages, **model, **content)
     except KeyError as err:
         raise ValueError(f"{path}: key {err} is missing") from err
     except (TypeError, ValueError) as err:
         raise ValueError(f"{path}: {err}") from err
+
+
+def _stage(entry: dict[str, Any]) -> Stage:
+    rates = entry["learning_rate"]
+    if not isinstance(rates, list) or len(rates) != 2:
+        raise ValueError(f"learning_rate {rates!r}: expected [at the stage's begin, at its end]")
+    return Stage(**{**entry, "learning_rate": (rates[0], rates[1]), "task": Task(**entry.get("task", {}))})

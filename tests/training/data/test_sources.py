@@ -62,5 +62,5 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
     "settings", [{"height": 128, "width": 64, "resize_shorter_side": 100}, {"interpolation": "cubic-ish"}]
 )
 def test_impossible_input_rule_is_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="resize_shorter_side 100|interpolation 'cubic-ish'"):
+    with pytest.raises(ValueError, match=r"resize_shorter_side 100|interpolation 'cubic-ish'"):
         InputRule(**{"height": 64, "width": 64, "resize_shorter_side": 64, **settings})  # type: ignore[arg-type]

@@ -17,8 +17,6 @@ from training.models.vit import load_vit
 EASY = Task(light_on_dark=True, photo_percent=0, texture_percent=0, max_clutter=0, min_digit_pixels=40)
 OPTIMISER = Optimiser(
     batch_size=8,
-    learning_rate=1e-3,
-    final_learning_rate=1e-5,
     warmup_images=16,
     weight_decay=0.05,
     clip_norm=1.0,
@@ -30,8 +28,8 @@ RECIPE = Recipe(
     arguments={"img_size": 112, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10},
     optimiser=OPTIMISER,
     stages=(
-        Stage("few patches", 24, kept_patches=20, token_label_weight=0.5, task=EASY),
-        Stage("every patch", 24, kept_patches=196, token_label_weight=0.0, task=EASY),
+        Stage("few patches", 24, (1e-3, 8e-4), kept_patches=20, token_label_weight=0.5, task=EASY),
+        Stage("every patch", 24, (8e-4, 1e-5), kept_patches=196, token_label_weight=0.0, task=EASY),
     ),
 )
 
@@ -104,9 +102,9 @@ def test_log_tells_losses_and_validation(tmp_path: Path) -> None:
 
 
 def test_training_learns_one_batch_by_heart(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, optimiser=replace(OPTIMISER, learning_rate=3e-3, warmup_images=8))
+    stage = replace(RECIPE.stages[0], learning_rate=(3e-3, 3e-3))
+    recipe = replace(RECIPE, optimiser=replace(OPTIMISER, warmup_images=8), stages=(stage,))
     run = BackboneTraining(recipe, tmp_path, n_workers=0)
-    stage = RECIPE.stages[0]
     batch = next(batches(EASY, first=0, n_images=8, batch_size=8, patch_pixels=8, kept_patches=20, n_workers=0))
     losses = []
     for _ in range(40):
@@ -126,11 +124,14 @@ def test_kept_patches_hold_the_digit_and_token_labels_name_it() -> None:
         assert cells[batch.kept[image][digit]].min() > 150  # light ink in each
 
 
-def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
-    rates = [learning_rate(n_seen, 800, OPTIMISER) for n_seen in range(0, 801, 8)]
-    assert rates[0] < rates[1] == OPTIMISER.learning_rate
-    assert all(later <= earlier for earlier, later in pairwise(rates[1:]))
-    assert rates[-1] == pytest.approx(OPTIMISER.final_learning_rate)
+def test_learning_rate_warms_up_and_follows_its_stages() -> None:
+    rates = [learning_rate(n_seen, RECIPE) for n_seen in range(0, 49, 4)]
+    assert rates[0] == pytest.approx(5e-4)  # half warm
+    assert rates[1] == pytest.approx(7.4e-4, rel=0.02)
+    assert rates[6] == pytest.approx(8e-4)  # the second stage begins
+    assert all(later < earlier for earlier, later in pairwise(rates[2:]))
+    assert rates[-1] == pytest.approx(1e-5)
+    assert learning_rate(10**6, RECIPE) == pytest.approx(1e-5)
 
 
 def test_sincos_positions_are_nearer_for_neighbours() -> None:

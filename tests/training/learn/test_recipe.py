@@ -24,6 +24,7 @@ def test_reference_recipe_ends_on_the_task_that_is_evaluated() -> None:
         ("batch_size = 64", "", "batch_size"),
         ("seed = 1", "seed = 1\ncolour = 3", "colour"),
         ("min_digit_pixels = 36", "min_digit_pixels = 360", "digit sizes 360"),
+        ("[7e-4, 2e-4]", "7e-4", "learning_rate"),
         ("[model]", "[modle]", "model"),
     ],
 )

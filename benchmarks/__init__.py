@@ -1,0 +1,1 @@
+"""Speed, as ratios within one run: machines differ and drift, ratios much less."""

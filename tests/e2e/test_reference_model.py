@@ -1,0 +1,140 @@
+"""The model in the repository, as its users meet it: a real server process, the example images, every rate."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from tests.integration.server import ROOT, Server
+from training.data.preprocessing import read_pixels
+from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
+from training.evaluate.accuracy import measure
+from training.export.onnx_format import OnnxClassifier
+from training.models.classifier import frozen_classifier
+from training.models.macs import matching_macs, vit_macs
+from training.models.vit import load_vit
+
+STORE = ROOT / "model_store"
+FOLDER = STORE / "reference" / "1"
+RATES = list(range(0, 17, 2))
+EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png"))
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with (
+        Server(STORE, tmp_path_factory.mktemp("log") / "server.log") as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
+    ):
+        yield client
+
+
+def classify(client: httpx.Client, image: Path, query: str) -> dict[str, Any]:
+    response = client.post(f"/classify?{query}", content=image.read_bytes())
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def digit(image: Path) -> str:
+    return image.stem.rsplit("-", 1)[1]
+
+
+def test_there_are_a_dozen_examples_of_both_formats() -> None:
+    assert len(EXAMPLES) == 12
+    assert {path.suffix for path in EXAMPLES} == {".jpg", ".png"}
+
+
+@pytest.mark.parametrize("r", [0, 8, 16])
+def test_most_examples_are_named_rightly_at_every_rate(client: httpx.Client, r: int) -> None:
+    found = [classify(client, image, f"r={r}")["predictions"][0]["label"] for image in EXAMPLES]
+    assert sum(label == digit(image) for label, image in zip(found, EXAMPLES, strict=True)) >= 11
+
+
+def test_the_curl_of_the_readme_gives_the_right_digit(client: httpx.Client) -> None:
+    for r in (0, 8, 16):
+        answer = classify(client, EXAMPLES[0], f"r={r}")
+        assert answer["predictions"][0]["label"] == digit(EXAMPLES[0])
+        assert answer["r"] == r
+    port = client.base_url.port
+    command = ["curl", "-sS", "--data-binary", f"@{EXAMPLES[0]}", f"http://127.0.0.1:{port}/classify?r=16"]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert said["predictions"][0]["label"] == digit(EXAMPLES[0])
+
+
+def test_answer_says_what_ran_and_what_it_cost(client: httpx.Client, manifest: dict[str, Any]) -> None:
+    for variant in manifest["variants"]:
+        answer = classify(client, EXAMPLES[1], f"r={variant['r']}&policy={variant['policy']}")
+        assert (answer["policy"], answer["r"]) == (variant["policy"], variant["r"])
+        assert answer["gmacs"] == variant["gmacs"]
+        assert answer["accuracy"]["top1"] == variant["accuracy"]["top1"]
+        assert answer["tokens"] == variant["tokens"]
+
+
+def test_rate_that_was_not_exported_is_refused_with_those_there_are(client: httpx.Client) -> None:
+    response = client.post("/classify?r=3", content=EXAMPLES[0].read_bytes())
+    assert response.status_code == 422
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["accepted"] == RATES
+
+
+def test_service_answers_what_eager_pytorch_computes(client: httpx.Client, manifest: dict[str, Any]) -> None:
+    architecture = manifest["architecture"]
+    weights = FOLDER / "weights.safetensors"
+    vit = load_vit(architecture["timm_name"], weights=weights, **architecture["timm_arguments"])
+    for r in (0, 16):
+        classifier = frozen_classifier(vit, REFERENCE_INPUT, r)
+        for image in EXAMPLES[:4]:
+            pixels = torch.from_numpy(read_pixels(image, REFERENCE_INPUT))[None]
+            with torch.no_grad():
+                expected = classifier(pixels).softmax(1)[0]
+            for prediction in classify(client, image, f"r={r}&top_k=10")["predictions"]:
+                assert prediction["probability"] == pytest.approx(float(expected[prediction["index"]]), abs=1e-3)
+
+
+def test_published_gmacs_and_tokens_are_those_of_the_formula(manifest: dict[str, Any]) -> None:
+    architecture = manifest["architecture"]
+    vit = load_vit(architecture["timm_name"], **architecture["timm_arguments"])
+    for variant in manifest["variants"]:
+        formula = vit_macs(vit, variant["schedule"]) + matching_macs(vit, variant["schedule"])
+        assert variant["gmacs"] == pytest.approx(formula / 1e9, rel=1e-12)
+    last = {variant["r"]: variant["tokens"][-1] for variant in manifest["variants"]}
+    assert (architecture["n_tokens"], last[0], last[8], last[16]) == (197, 197, 101, 11)
+
+
+def test_every_rate_is_there_and_accuracy_was_measured_on_ten_thousand(manifest: dict[str, Any]) -> None:
+    assert [v["r"] for v in manifest["variants"] if v["policy"] == "tome"] == RATES
+    assert [v["r"] for v in manifest["variants"] if v["policy"] == "none"] == [0]
+    assert all(v["accuracy"]["n_images"] == 10_000 for v in manifest["variants"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [0, 16])
+def test_published_accuracy_is_found_again_on_part_of_the_images(manifest: dict[str, Any], r: int) -> None:
+    (variant,) = [v for v in manifest["variants"] if (v["policy"], v["r"]) == ("tome", r)]
+    result = measure(OnnxClassifier(FOLDER / variant["file"]), pixel_batches(DigitScenes("test", 1000), 50, 0))
+    published = variant["accuracy"]["top1"]
+    four_sigma = 4 * (published * (1 - published) / 1000) ** 0.5
+    assert result.top1 == pytest.approx(published, abs=four_sigma)
+
+
+def test_store_stays_small_in_git() -> None:
+    names = subprocess.run(["git", "ls-files", "model_store"], cwd=ROOT, capture_output=True, check=True, text=True)
+    assert sum((ROOT / name).stat().st_size for name in names.stdout.split()) < 40_000_000
+
+
+def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
+    for name, entry in manifest["files"].items():
+        assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == entry["sha256"]
