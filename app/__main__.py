@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
@@ -106,7 +107,10 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(asyncio.to_thread(load, settings))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():  # stopped while loading: the thread ends by itself
+    if not loading.done():  # stopped while loading, which cannot be interrupted, and there is nothing to lose
+        serving.result()
+        os._exit(0)
+    if server.should_exit:  # a signal came first
         return await serving
     try:
         catalogue = loading.result()

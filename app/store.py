@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
 N_LOADING_THREADS = 4
-N_WARM_UP_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ def load_version(folder: Path, backend: Backend, options: StoreOptions) -> Serve
     entries = choose_variants(folder, manifest, options)
     golden = read_golden(folder, manifest, entries)
     runners = load_runners(folder, manifest, entries, backend)
+    answers = {name: run(folder / name, runner, golden.pixels) for name, runner in runners.items()}
     for entry in entries:
-        compare_golden(folder, entry, runners[entry.file], golden, manifest.golden.atol)
+        compare_golden(folder, entry, answers[entry.file], golden, manifest.golden.atol)
     variants = {(entry.policy, entry.r): ServedVariant(entry, runners[entry.file]) for entry in entries}
     warm_up(folder, variants, golden.pixels[:1])
     logger.info("loaded %s version %s: %d variants", manifest.name, manifest.version, len(variants))
@@ -179,13 +179,16 @@ def load_runners(folder: Path, manifest: Manifest, entries: list[Variant], backe
         return dict(zip(names, pool.map(load, names), strict=True))
 
 
-def compare_golden(folder: Path, entry: Variant, runner: Runner, golden: Golden, atol: float) -> None:
+def run(path: Path, runner: Runner, pixels: Pixels) -> Logits:
+    try:
+        return runner.run(pixels)
+    except BackendError as error:
+        raise StoreError(path, str(error)) from error
+
+
+def compare_golden(folder: Path, entry: Variant, logits: Logits, golden: Golden, atol: float) -> None:
     """Prove that this host computes what was exported."""
     expected = golden.logits[entry.policy, entry.r]
-    try:
-        logits = runner.run(golden.pixels)
-    except BackendError as error:
-        raise StoreError(folder / entry.file, str(error)) from error
     _require_array(folder / entry.file, "output", logits, np.float32, expected.shape)
     difference = float(np.max(np.abs(logits.astype(np.float64) - expected)))
     if not difference <= atol:  # so that NaN fails too
@@ -196,13 +199,9 @@ def compare_golden(folder: Path, entry: Variant, runner: Runner, golden: Golden,
 def warm_up(folder: Path, variants: dict[tuple[str, int], ServedVariant], pixels: Pixels) -> None:
     """Run each variant on one image alone, for the latency that `/models` shows before the first request."""
     for variant in variants.values():
-        for _ in range(N_WARM_UP_RUNS):
-            started = time.perf_counter()
-            try:
-                variant.runner.run(pixels)
-            except BackendError as error:
-                raise StoreError(folder / variant.entry.file, str(error)) from error
-        variant.latency.add(time.perf_counter() - started)
+        started_at = time.perf_counter()
+        run(folder / variant.entry.file, variant.runner, pixels)
+        variant.latency.add(time.perf_counter() - started_at)
 
 
 def _describe(error: ValidationError) -> str:

@@ -47,6 +47,9 @@ class OnnxBackend:
         options.intra_op_num_threads = self._n_threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
+        # Planned for a batch of unknown size, reuse of buffers saves nothing (the arena does it), and planning it is
+        # four fifths of the time to load: 0.33 s instead of 0.06 s for 12 blocks.
+        options.enable_mem_reuse = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._share_weights:  # a prepacked copy per session would undo the sharing of the mapped file
             options.add_session_config_entry("session.disable_prepacking", "1")

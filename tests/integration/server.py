@@ -72,6 +72,11 @@ class Server:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    @property
+    def cpu_seconds(self) -> float:
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").split()[13:15]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def stop(self, number: int = signal.SIGTERM, timeout_seconds: float = 30) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout_seconds)

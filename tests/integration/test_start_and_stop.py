@@ -130,6 +130,28 @@ def test_the_announcement_says_where_everything_is(store: Path, tmp_path: Path) 
             assert server.ask("GET", f"/{path}")[0] == 200
 
 
+def test_the_start_costs_less_than_three_seconds_of_cpu(store: Path, tmp_path: Path) -> None:
+    """The wall clock of a busy machine proves nothing; what the start needs of a free one is this at most."""
+    with Server(store, tmp_path / "log") as server:
+        assert server.cpu_seconds < 3
+
+
+def test_a_signal_while_loading_ends_it_too(store: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "app"],
+        cwd=ROOT,
+        env=environment(model_store=store, port=0),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    while b"onnxruntime" not in process.stderr.readline():  # imported when the store is about to be loaded
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+
+
 def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
     answers: list[dict[str, Any]] = []
     for graph_format in ("onnx", "torchscript"):
