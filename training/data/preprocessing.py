@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO comes by way of JPEG
-_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_UNDEFINED_RANGE = ("I", "F")  # 32-bit integers and floats, of which no one says what is white
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class InputRule:
 def read_pixels(source: Path | BinaryIO, rule: InputRule) -> NDArray[np.uint8]:
     """Decode, orient, resize and crop an image file. Shapes: returns uint8 (height, width, 3).
 
-    Raises: OSError where Pillow cannot read the file.
+    Raises: OSError where Pillow cannot read the file; ValueError where its pixels have no defined range.
     """
     with Image.open(source, formats=FORMATS) as image:
         least = rule.jpeg_draft_scale * rule.resize_shorter_side
@@ -64,14 +64,25 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT_MODES:
-        high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-        return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = _by_high_byte(image)
+    if image.mode in _UNDEFINED_RANGE:
+        raise ValueError(f"pixels of mode {image.mode}: expected 8 or 16 bits a channel")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         ground = Image.new("RGBA", coloured.size, (*background, 255))
         return Image.alpha_composite(ground, coloured).convert("RGB")
     return image.convert("RGB")
+
+
+def _by_high_byte(image: Image.Image) -> Image.Image:
+    """Make 8 bits of 16-bit grey; the one grey that a PNG may declare transparent becomes so."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _cropped(image: Image.Image, rule: InputRule) -> NDArray[np.uint8]:

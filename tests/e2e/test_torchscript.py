@@ -1,0 +1,38 @@
+"""The reference model exported anew in both formats, and served from its TorchScript graphs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.server import ROOT, Server
+from training.cli import export
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_both_formats_answer_alike(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
+    model = ["--published", str(ROOT / "model_store" / "reference" / "1"), "--name", "reference", "--store", str(store)]
+    assert export.main([*model, "--formats", "onnx,torchscript", "--rates", "0,8,16", "--n-images", "256"]) == 0
+    answers = {}
+    for served in ("onnx", "torchscript"):
+        with Server(store, tmp_path / f"{served}.log", format=served) as server:
+            address = f"http://127.0.0.1:{server.port}/classify?top_k=10&r="
+            answers[served] = [
+                httpx.post(f"{address}{r}", content=image.read_bytes(), timeout=60).json()
+                for r in (0, 8, 16)
+                for image in EXAMPLES[:3]
+            ]
+    for by_onnx, by_torchscript in zip(answers["onnx"], answers["torchscript"], strict=True):
+        assert by_onnx["r"] == by_torchscript["r"]
+        expected = {p["label"]: p["probability"] for p in by_onnx["predictions"]}
+        found = {p["label"]: p["probability"] for p in by_torchscript["predictions"]}
+        assert found == pytest.approx(expected, abs=1e-3)
+    manifest = json.loads((store / "reference" / "1" / "manifest.json").read_text())
+    assert {variant["format"] for variant in manifest["variants"]} == {"onnx", "torchscript"}
