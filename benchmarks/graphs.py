@@ -1,4 +1,4 @@
-"""Time every graph of a published version against its r = 0, in turn, in one process: images/s and the ratio.
+"""Time every graph of a published version against its r = 0, in turn, in one process; accuracy from its manifest beside.
 
 `python -m benchmarks.graphs --published model_store/reference/1 --batches 1,8 --rounds 30`
 The graphs take turns within a round, so that a drift of the machine meets all of them; medians over rounds are given.
@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Timing:
-    """Median over rounds. Units: images/s; ratio to the same round's r = 0; gmacs of one image."""
+    """Median over rounds. Units: images/s; ratio to the same round's r = 0."""
 
-    r: int
+    variant: dict[str, Any]
     batch: int
-    gmacs: float
     images_per_second: float
     ratio: float
 
@@ -43,8 +42,7 @@ def time_graphs(folder: Path, batches: Sequence[int], n_rounds: int, n_threads: 
         seconds = _rounds(sessions, pixels, n_rounds)
         for r, measured in seconds.items():
             ratio = statistics.median(base / own for base, own in zip(seconds[0], measured, strict=True))
-            gmacs = float(variants[r]["gmacs"])
-            timings.append(Timing(r, batch, gmacs, batch / statistics.median(measured), ratio))
+            timings.append(Timing(variants[r], batch, batch / statistics.median(measured), ratio))
     return timings
 
 
@@ -69,14 +67,22 @@ def _rounds(sessions: dict[int, Any], pixels: np.ndarray[Any, Any], n_rounds: in
 def markdown(timings: Sequence[Timing]) -> str:
     """Lay the timings out, a row a rate, a pair of columns a batch size."""
     batches = list(dict.fromkeys(timing.batch for timing in timings))
-    heads = [f"images/s, batch {batch} | against r = 0" for batch in batches]
-    lines = [f"| r | GMACs | against r = 0 | {' | '.join(heads)} |", "|" + "---:|" * (3 + 2 * len(batches))]
-    base = timings[0].gmacs
-    for timing in (timing for timing in timings if timing.batch == batches[0]):
-        row = [t for batch in batches for t in timings if (t.r, t.batch) == (timing.r, batch)]
-        cells = [f"{t.images_per_second:.0f} | {t.ratio:.2f}×" for t in row]
-        lines.append(f"| {timing.r} | {timing.gmacs:.3f} | {base / timing.gmacs:.2f}× | {' | '.join(cells)} |")
+    heads = [f"images/s, batch {batch}" for batch in batches]
+    lines = [f"| r | top-1 % (95 % interval) | GMACs | {' | '.join(heads)} |", "|" + "---:|" * (3 + len(batches))]
+    base = timings[0].variant["gmacs"]
+    for variant in (timing.variant for timing in timings if timing.batch == batches[0]):
+        row = [t for batch in batches for t in timings if (t.variant["r"], t.batch) == (variant["r"], batch)]
+        cells = [f"{t.images_per_second:.0f} ({t.ratio:.2f}×)" for t in row]
+        cost = f"{variant['gmacs']:.3f} ({variant['gmacs'] / base:.0%})"
+        lines.append(f"| {variant['r']} | {_accuracy(variant['accuracy'])} | {cost} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _accuracy(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "not measured"
+    low, high = (f"{100 * bound:.2f}" for bound in measured["ci95"])
+    return f"{100 * measured['top1']:.2f} ({low} … {high})"
 
 
 def main(arguments: list[str] | None = None) -> None:
