@@ -1,4 +1,4 @@
-"""Time every graph of a published version against its r = 0, in turn, in one process; accuracy from its manifest beside.
+"""Time every graph of a published version against its r = 0, in turn, in one process, with its accuracy beside.
 
 `python -m benchmarks.graphs --published model_store/reference/1 --batches 1,8 --rounds 30`
 The graphs take turns within a round, so that a drift of the machine meets all of them; medians over rounds are given.
