@@ -53,7 +53,7 @@ def chosen_model(options: argparse.Namespace) -> ChosenModel:
         recipe = json.loads((options.run / "recipe.json").read_text())
         name, arguments = recipe["architecture"], recipe["arguments"]
         vit = load_vit(name, weights=options.run / "weights.safetensors", **arguments)
-        return ChosenModel(vit.eval(), name, arguments, REFERENCE_INPUT, recipe.get("file", str(options.run)))
+        return ChosenModel(vit.eval(), name, arguments, REFERENCE_INPUT, recipe["file"])
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]

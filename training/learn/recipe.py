@@ -38,6 +38,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """Units: see the parts. `file` is the recipe's file name, for the manifest of what comes of it."""
+
+    file: str
     seed: int
     architecture: str
     arguments: dict[str, Any]
@@ -61,7 +64,7 @@ def read_recipe(path: Path) -> Recipe:
             raise ValueError(f"kind {kind!r}: expected 'backbone'")
         stages = tuple(_stage(entry) for entry in content.pop("stage"))
         model = content.pop("model")
-        return Recipe(optimiser=Optimiser(**content.pop("optimiser")), stages=stages, **model, **content)
+        return Recipe(file=path.name, optimiser=Optimiser(**content.pop("optimiser")), stages=stages, **model, **content)
     except KeyError as err:
         raise ValueError(f"{path}: key {err} is missing") from err
     except (TypeError, ValueError) as err:

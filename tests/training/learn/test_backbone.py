@@ -23,6 +23,7 @@ OPTIMISER = Optimiser(
     label_smoothing=0.0,
 )
 RECIPE = Recipe(
+    file="tiny.toml",
     seed=3,
     architecture="vit_tiny_patch16_224",
     arguments={"img_size": 112, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10},
