@@ -33,7 +33,7 @@ from training.models.macs import count_macs
 
 WEIGHTS, GOLDEN, MANIFEST = "weights.safetensors", "golden.npz", "manifest.json"
 N_GOLDEN = 4
-_N_CANDIDATES = 256
+_N_CANDIDATES = 512
 
 
 @dataclass(frozen=True)
