@@ -41,13 +41,13 @@ class Task:
     """
 
     image_pixels: int = 112
-    min_digit_pixels: int = 28
-    max_digit_pixels: int = 48
+    min_digit_pixels: int = 30
+    max_digit_pixels: int = 50
     photo_percent: int = 55
     texture_percent: int = 35
-    max_tilt_degrees: int = 20
+    max_tilt_degrees: int = 12
     max_clutter: int = 4
-    min_contrast: int = 96
+    min_contrast: int = 112
     light_on_dark: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +52,18 @@ def wilson_interval(n_right: int, n_images: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure(classify: Classifier, batches: Iterable[tuple[Tensor, Tensor]]) -> Measurement:
-    """Classify every batch once and compare with its labels."""
+def measure(classify: Classifier, batches: Iterable[tuple[Tensor, Tensor]], n_parallel: int = 1) -> Measurement:
+    """Classify every batch once and compare with its labels.
+
+    n_parallel: how many batches at a time; classifiers of one thread each, side by side, waste less than one of many.
+    """
     right: list[NDArray[np.bool_]] = []
     seconds = 0.0
-    for pixels, labels in batches:
-        start = time.perf_counter()
-        logits = classify(pixels)
-        seconds += time.perf_counter() - start
-        right.append((logits.argmax(1) == labels).numpy())
+    remaining = iter(batches)
+    with ThreadPoolExecutor(n_parallel) as pool:
+        while group := list(islice(remaining, n_parallel)):
+            start = time.perf_counter()
+            logits = list(pool.map(classify, [pixels for pixels, _ in group]))
+            seconds += time.perf_counter() - start
+            right += [(found.argmax(1) == labels).numpy() for found, (_, labels) in zip(logits, group, strict=True)]
     return Measurement(np.concatenate(right), seconds)

@@ -59,8 +59,7 @@ def evaluate(
 def _row(vit: nn.Module, rule: InputRule, batches: Iterable[tuple[Tensor, Tensor]], policy: str, r: int) -> Row:
     classifier = frozen_classifier(vit, rule, r, metric=POLICIES[policy], metric_seed=1)  # type: ignore[arg-type]
     macs = count_macs(classifier.model, (rule.height, rule.width))
-    with torch.inference_mode():
-        result = measure(classifier, batches)
+    result = measure(torch.inference_mode()(classifier.forward), batches)
     tokens_left = classifier.model.tokens[-1]
     n_images = len(result.is_right)
     return Row(policy, r, tokens_left, macs / 1e9, result.top1, result.ci95, n_images, result.images_per_second)

@@ -81,7 +81,7 @@ def _integers(*values: int) -> Any:
 class OnnxClassifier:
     """An exported graph, run as the service would on a CPU."""
 
-    def __init__(self, file: Path, n_threads: int = 0) -> None:
+    def __init__(self, file: Path, n_threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

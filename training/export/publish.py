@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -146,7 +147,7 @@ def _accuracy(exported: Any, name: str, source: Source, work: Path) -> dict[str,
     key = f"{_sha256(work / name)} {_sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
     if key not in known:
         batches = tqdm(pixel_batches(source, 50, 1), desc=name, total=-(-len(source) // 50), unit="batch")
-        result = measure(exported, batches)
+        result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
         known[key] = {
             "top1": result.top1,
             "dataset": source.name,

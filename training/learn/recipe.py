@@ -64,7 +64,9 @@ def read_recipe(path: Path) -> Recipe:
             raise ValueError(f"kind {kind!r}: expected 'backbone'")
         stages = tuple(_stage(entry) for entry in content.pop("stage"))
         model = content.pop("model")
-        return Recipe(file=path.name, optimiser=Optimiser(**content.pop("optimiser")), stages=stages, **model, **content)
+        return Recipe(
+            file=path.name, optimiser=Optimiser(**content.pop("optimiser")), stages=stages, **model, **content
+        )
     except KeyError as err:
         raise ValueError(f"{path}: key {err} is missing") from err
     except (TypeError, ValueError) as err:

@@ -31,7 +31,7 @@ def test_measure_compares_image_by_image_and_times_inference_alone() -> None:
     pixels = torch.zeros(7, 2, 2, 3, dtype=torch.uint8)
     pixels[:, 0, 0, 0] = torch.tensor([0, 1, 2, 3, 4, 0, 1])
     labels = torch.tensor([0, 1, 2, 0, 0, 0, 2])
-    result = measure(first_pixel, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])])
+    result = measure(first_pixel, [(pixels[:4], labels[:4]), (pixels[4:6], labels[4:6]), (pixels[6:], labels[6:])], 2)
     assert result.is_right.tolist() == [True, True, True, False, False, True, False]
     assert result.top1 == pytest.approx(4 / 7)
     assert result.ci95[0] < 4 / 7 < result.ci95[1]
