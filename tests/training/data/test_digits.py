@@ -108,7 +108,7 @@ def test_what_cannot_be_drawn_is_refused(split: digits.Split, index: int, messag
 
 @pytest.mark.parametrize(
     "settings",
-    [{"min_digit_pixels": 50}, {"max_digit_pixels": 200}, {"photo_percent": 80}, {"min_digit_pixels": 4}],
+    [{"min_digit_pixels": 60}, {"max_digit_pixels": 200}, {"photo_percent": 80}, {"min_digit_pixels": 4}],
 )
 def test_contradictory_task_is_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"px|percent"):
