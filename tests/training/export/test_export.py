@@ -17,6 +17,7 @@ from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import export
 from training.data.digits import draw
 from training.data.preprocessing import InputRule
+from training.evaluate import accuracy
 from training.export import publish as publishing
 from training.export.onnx_format import OnnxClassifier
 from training.export.parity import ParityError, decisions, largest_difference, parity_pixels
@@ -164,7 +165,7 @@ def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
     batch = parity_pixels(classifier, pixels, 32)
 
     def wrong_at_two(images: Tensor) -> Tensor:
-        logits = classifier(images)
+        logits: Tensor = classifier(images)
         return logits.flip(0) if len(images) == 2 else logits
 
     with torch.no_grad():
@@ -174,13 +175,13 @@ def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
 
 def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    measure = publishing.measure
+    measure = accuracy.measure
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **settings: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(1)
-        return measure(*arguments)
+        return measure(*arguments, **settings)
 
     monkeypatch.setattr(publishing, "measure", counting)
     with pytest.raises(KeyboardInterrupt):
