@@ -59,8 +59,9 @@ def test_there_are_a_dozen_examples_of_both_formats() -> None:
 
 @pytest.mark.parametrize("r", [0, 8, 16])
 def test_most_examples_are_named_rightly_at_every_rate(client: httpx.Client, r: int) -> None:
+    # The first dozen of the test split, not the best: at the published 89 % and more, fewer than 8 right are 1 in 200.
     found = [classify(client, image, f"r={r}")["predictions"][0]["label"] for image in EXAMPLES]
-    assert sum(label == digit(image) for label, image in zip(found, EXAMPLES, strict=True)) >= 11
+    assert sum(label == digit(image) for label, image in zip(found, EXAMPLES, strict=True)) >= 8
 
 
 def test_the_curl_of_the_readme_gives_the_right_digit(client: httpx.Client) -> None:
