@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training.cli.model_options import add_model_options, chosen_model, chosen_source, rates
 from training.data.sources import pixel_batches
-from training.evaluate.table import evaluate, markdown, plot, read_rows, write_rows
+from training.evaluate.table import POLICIES, evaluate, markdown, plot, read_rows, write_rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +57,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for row in evaluate(chosen.vit, chosen.rule, batches, options.rates, options.policies.split(","), rows):
         rows.append(row)
         write_rows(file, rows, about)
+    rows.sort(key=lambda row: (list(POLICIES).index(row.policy), row.r))
     table = markdown(rows)
     options.out.with_suffix(".md").write_text(table)
     plot(rows, options.out.with_suffix(".png"), f"{about['model']}, {len(source)} images of {source.name}")
