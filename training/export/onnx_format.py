@@ -63,7 +63,9 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """One Gemm instead of a transposed copy of the weight, a MatMul and an Add.
 
     Keeps the weight in PyTorch's layout, so that the graphs can share the file that PyTorch saves, and was 3-7 %
-    faster than MatMul in one trial on a CPU. Shapes: x (…, C_in) with only the first axis dynamic, weight (C_out, C_in).
+    faster than MatMul in one trial on a CPU.
+
+    Shapes: x (…, C_in) with only the first axis dynamic, weight (C_out, C_in).
     """
     *lead, n_in = x.shape
     inputs = (weight,) if bias is None else (weight, bias)
