@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import REFERENCE_INPUT, Source, open_source
+from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.models.vit import load_vit
+
+EMBEDDING = "embedding.safetensors"
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class ChosenModel:
     timm_arguments: dict[str, Any]
     rule: InputRule
     recipe: str
+    embedding: DecoupledEmbedding | None = None
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--architecture", help="a timm name, e.g. deit_small_patch16_224")
     model.add_argument("--weights", help="'pretrained' (timm's own) or a local safetensors file")
     model.add_argument("--arguments", type=json.loads, default={}, help="JSON for timm.create_model")
+    model.add_argument("--embedding", type=Path, help="DTEM's, a safetensors file; default: the run's or version's own")
     data = parser.add_argument_group("the data")
     data.add_argument(
         "--data", default="digits", help="'digits' (the reference task) or a folder with one folder a class"
@@ -42,13 +47,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_model(options: argparse.Namespace) -> ChosenModel:
-    """Load what the options name.
+    """Load what the options name, and the embedding that is beside it or named by itself.
 
-    Raises: ValueError where they name no model or more than one, or weights that are neither a file nor 'pretrained'.
+    Raises: EmbeddingMismatch; ValueError where they name no model or more than one, or weights that are neither a file
+        nor 'pretrained'.
     """
     named = [name for name in ("run", "published", "architecture") if getattr(options, name)]
     if len(named) != 1:
         raise ValueError(f"expected exactly one of --run, --published and --architecture, not {named or 'none'}")
+    chosen = _chosen_vit(options)
+    beside = (options.run or options.published or Path()) / EMBEDDING
+    file = options.embedding or (beside if beside.is_file() and not options.architecture else None)
+    if file is None:
+        return chosen
+    embedding = load_embedding(file).eval()
+    embedding.check_fits(chosen.vit)
+    return replace(chosen, embedding=embedding)
+
+
+def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     if options.run:
         recipe = json.loads((options.run / "recipe.json").read_text())
         name, arguments = recipe["architecture"], recipe["arguments"]

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.merging.matching import cosine_scores
-from training.merging.metrics import Metric
+from training.merging.matching import Matching, cosine_scores
 from training.models.classifier import ServedClassifier
 
 MIN_MARGIN = 3e-6  # of cosines: fifty roundings of float32; median over images of a trained model: 2e-6
@@ -36,21 +36,19 @@ class Decisions:
 
 @contextmanager
 def _recorded(classifier: ServedClassifier) -> Iterator[list[tuple[int, Tensor]]]:
-    """Record each block's scores while the classifier runs, by a metric that keeps what the real one gives."""
-    model = classifier.model
-    original: Metric = model.metric
+    """Record what each block decides by while the classifier runs."""
+    model: Any = classifier.model
     seen: list[tuple[int, Tensor]] = []
 
-    def recording(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
-        metric = original(block=block, hidden=hidden, keys=keys)
-        seen.append((model.schedule[block], cosine_scores(metric, model.n_protected)))
-        return metric
+    def decide(metric: Tensor, r: int) -> Matching:
+        seen.append((r, cosine_scores(metric, model.n_protected)))
+        return type(model).decide(model, metric, r)  # type: ignore[no-any-return]
 
-    model.metric = recording
+    model.decide = decide
     try:
         yield seen
     finally:
-        model.metric = original
+        del model.decide
 
 
 @torch.no_grad()

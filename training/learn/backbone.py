@@ -70,10 +70,12 @@ class BackboneTraining:
     def __init__(self, recipe: Recipe, folder: Path, *, n_workers: int) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.n_workers = recipe, folder, n_workers
-        self.vit = cast(Any, load_vit(recipe.architecture, weights=None, **recipe.arguments))
+        weights = Path(recipe.weights) if recipe.weights else None
+        self.vit = cast(Any, load_vit(recipe.architecture, weights=weights, **recipe.arguments))
         self.n_prefix, width = int(self.vit.num_prefix_tokens), int(self.vit.embed_dim)
-        with torch.no_grad():
-            self.vit.pos_embed[0, self.n_prefix :] = sincos_positions(self.vit.patch_embed.grid_size[0], width)
+        if weights is None:
+            with torch.no_grad():
+                self.vit.pos_embed[0, self.n_prefix :] = sincos_positions(self.vit.patch_embed.grid_size[0], width)
         # Plain attention: on CPUs the backward pass of the fused one is slower than the matrix products it fuses.
         self.model = MergingVisionTransformer(self.vit, 0, attention="plain")
         self.token_head = nn.Linear(width, len(LABELS) + 1)

@@ -1,17 +1,20 @@
 """Proportional attention: a token that stands for m patches is attended to as m equal tokens would be."""
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-AttentionForm: TypeAlias = Literal["masked", "plain", "augmented_keys", "augmented_values"]
+AttentionForm: TypeAlias = Literal["masked", "plain", "augmented_keys", "augmented_values", "plain_augmented_values"]
 """How softmax(qkᵀ/√d + log m)v is put; the result is the same.
 
 masked: the bias goes to the fused kernel as a mask, which rules out some kernels. plain: matmul, softmax, matmul, the
 fewest nodes in an exported graph. augmented_keys: [q, 1]·[k, log m]. augmented_values: attend over [m·v, m], divide
-by the last column. The last two give fused kernels nothing to mask, at the price of a wider head.
+by the last column. These two give fused kernels nothing to mask, at the price of a wider head.
+plain_augmented_values: the same without a fused kernel. The forms with augmented values are safe where a size is 0, and
+so is their gradient.
 """
 
 
@@ -31,8 +34,10 @@ def proportional_attention(
     """
     if form not in get_args(AttentionForm):
         raise ValueError(f"form must be one of {', '.join(get_args(AttentionForm))}, not {form!r}")
-    if form == "plain":
+    if form == "plain" or (form == "plain_augmented_values" and size is None):
         return _plain(q, k, v, size, dropout_p)
+    if form == "plain_augmented_values" and size is not None:
+        return _augmented_values(q, k, v, size, dropout_p, attend=_plain)
     if size is None:
         return functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     if form == "augmented_keys":
@@ -47,7 +52,7 @@ def _log_size(size: Tensor, like: Tensor) -> Tensor:
     return size.log().reshape(-1, 1, 1, int(size.shape[1])).to(like.dtype)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, dropout_p: float) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     logits: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if size is not None:
         logits = logits + _log_size(size, q)
@@ -66,12 +71,19 @@ def _augmented_keys(q: Tensor, k: Tensor, v: Tensor, size: Tensor, dropout_p: fl
     return functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
 
 
-def _augmented_values(q: Tensor, k: Tensor, v: Tensor, size: Tensor, dropout_p: float) -> Tensor:
+def _augmented_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor,
+    dropout_p: float,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = functional.scaled_dot_product_attention,
+) -> Tensor:
     if dropout_p:
         raise ValueError(
             "augmented_values has no attention dropout: numerator and normaliser would lose the same terms"
         )
     size = size.unsqueeze(1).to(v.dtype)  # (B, 1, N, 1)
     v = torch.cat([v * size, size.expand(*v.shape[:-1], 1)], dim=-1)
-    mixed = functional.scaled_dot_product_attention(q, k, v)
+    mixed = attend(q, k, v)
     return mixed[..., :-1] / mixed[..., -1:]

@@ -90,9 +90,10 @@ def bipartite_soft_matching(metric: Tensor, r: int, *, n_protected: int = 1) -> 
     Shapes: metric (B, N, D)
     Raises: ValueError where r is negative or more than `max_r(N, n_protected)`.
     """
-    n_tokens = _check(metric, r, n_protected)
+    n_tokens = checked_tokens(metric, r, n_protected)
     if r == 0:
         return IDENTITY
+    metric = metric.detach()  # a choice has no gradient
     return match_by_scores(cosine_scores(metric, n_protected), r, n_tokens=n_tokens, n_protected=n_protected)
 
 
@@ -101,7 +102,6 @@ def cosine_scores(metric: Tensor, n_protected: int = 1) -> Tensor:
 
     Shapes: (B, N, D) -> (B, |A|, |B|), both without the protected tokens
     """
-    metric = metric.detach()  # the choice has no gradient
     metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     first_a, first_b = first_free(n_protected)
     return metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)
@@ -153,7 +153,11 @@ def _rows(merged: Tensor, rest: Tensor, n_b: int, n_tokens: int, n_protected: in
     return torch.cat([protected, rest * 2 + a, b, merged * 2 + a], dim=1)
 
 
-def _check(metric: Tensor, r: int, n_protected: int) -> int:
+def checked_tokens(metric: Tensor, r: int, n_protected: int) -> int:
+    """Return how many tokens a metric is of.
+
+    Raises: ValueError where it is no metric, or r or n_protected is not possible with it.
+    """
     if metric.ndim != 3:
         raise ValueError(f"a metric is (images, tokens, width), not {tuple(metric.shape)}")
     n_tokens = int(metric.shape[1])  # a constant in every exported graph

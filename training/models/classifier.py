@@ -38,10 +38,11 @@ def frozen_classifier(
     Late blocks that run out of tokens remove what they can, as the published figures do; `model.schedule` tells.
     Attention is put plainly (matmul, softmax, matmul): the fewest nodes in a graph. Of the other exact forms, the two
     augmented ones were 1-2 % slower as graphs in one trial on a CPU; the masked one was not timed.
+    A decoupled embedding as metric is computed in the GEMM of the qkv layers.
     Raises: ValueError where already the first block cannot remove r.
     """
     model = MergingVisionTransformer(
-        vit, r, exhausted="reduce", metric=metric, metric_seed=metric_seed, attention="plain"
+        vit, r, exhausted="reduce", metric=metric, metric_seed=metric_seed, attention="plain", join=r > 0
     )
     if model.schedule[0] != r:
         raise ValueError(f"the first block cannot remove r={r} of {model.tokens[0]} tokens, only {model.schedule[0]}")

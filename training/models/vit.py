@@ -26,6 +26,7 @@ from training.merging import (
 )
 from training.merging.matching import IDENTITY
 from training.merging.schedule import Exhausted
+from training.models.embedding import DecoupledEmbedding, JoinedProjections
 from training.models.support import UnsupportedArchitecture, check_family, check_model
 from training.models.weights import WeightsMismatch, load_weights
 
@@ -54,9 +55,12 @@ class MergingVisionTransformer(nn.Module):
     proportional_attention: None means on where a class token is pooled, off where tokens are averaged, as suits
         models trained as masked autoencoders (arXiv 2210.09461, table 6).
     attention: how attention is put, for the sake of kernels and exported graphs; see `AttentionForm`.
+    join: compute a `DecoupledEmbedding` by rows appended to copies of the qkv weights, one GEMM for both, as exported
+        graphs do. Such a model is for inference: its qkv layers no longer follow the ViT's.
     At r = 0 everywhere the logits are timm's own.
 
-    Raises: UnsupportedArchitecture, naming the reason; ValueError where the tokens cannot give what the schedule asks.
+    Raises: UnsupportedArchitecture, naming the reason; EmbeddingMismatch; ValueError where the tokens cannot give what
+        the schedule asks.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class MergingVisionTransformer(nn.Module):
         metric_seed: int = 0,
         proportional_attention: bool | None = None,
         attention: AttentionForm = "masked",
+        join: bool = False,
     ) -> None:
         super().__init__()
         check_model(vit)
@@ -77,6 +82,9 @@ class MergingVisionTransformer(nn.Module):
         self.is_proportional = not self.is_averaging if proportional_attention is None else proportional_attention
         self.attention: AttentionForm = attention
         self.metric = _metric(metric, metric_seed)
+        if isinstance(metric, DecoupledEmbedding):
+            metric.check_fits(vit)
+        self.joined = JoinedProjections(vit, metric) if join and isinstance(metric, DecoupledEmbedding) else None
         self.n_protected = int(self.vit.num_prefix_tokens)
         self._requested, self._exhausted = schedule, exhausted
         n_tokens = int(self.vit.patch_embed.num_patches) + self.n_protected
@@ -107,18 +115,26 @@ class MergingVisionTransformer(nn.Module):
         source = identity_source(x) if with_source else None
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(int(x.shape[1])), strict=True)):
             hidden = block.norm1(x)
-            mixed, keys = self._attend(block.attn, hidden, size)
+            qkv, embedded = self._project(index, block.attn, hidden)
+            mixed, keys = self._attend(block.attn, qkv, hidden, size)
             x = x + block.drop_path1(block.ls1(mixed))
-            matching = self._match(index, r, hidden, keys)
+            matching = self._match(index, r, hidden, keys, embedded)
             x, size = matching.merge_mean(x, size)
             if source is not None:
                 source = matching.merge_sum(source)
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, size, source
 
-    def _attend(self, attn: Any, hidden: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _project(self, block: int, attn: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return queries, keys and values and, where it is joined to them, the embedding."""
+        if self.joined is not None:
+            qkv, embedded = self.joined(block, hidden)
+            return qkv, embedded
+        return attn.qkv(hidden), None
+
+    def _attend(self, attn: Any, qkv: Tensor, hidden: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return what timm's Attention returns, weighed by size, and the keys as it compares them."""
-        heads = attn.qkv(hidden).unflatten(-1, (3 * attn.num_heads, attn.head_dim)).transpose(1, 2)
+        heads = qkv.reshape(*qkv.shape[:2], 3 * attn.num_heads, attn.head_dim).transpose(1, 2)
         q, k, v = heads.chunk(3, dim=1)  # (B, heads, N, d) each
         q, k = attn.q_norm(q), attn.k_norm(k)
         mixed = proportional_attention(
@@ -134,10 +150,14 @@ class MergingVisionTransformer(nn.Module):
             mixed = mixed * attn.gate(hidden).sigmoid()
         return attn.proj_drop(attn.proj(mixed)), k
 
-    def _match(self, block: int, r: int, hidden: Tensor, keys: Tensor) -> Matching:
+    def _match(self, block: int, r: int, hidden: Tensor, keys: Tensor, embedded: Tensor | None) -> Matching:
         if r == 0:  # spares the metric too
             return IDENTITY
-        metric = self.metric(block=block, hidden=hidden, keys=keys)
+        metric = self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded
+        return self.decide(metric, r)
+
+    def decide(self, metric: Tensor, r: int) -> Matching:
+        """Decide which r tokens merge away. Shapes: metric (B, N, D)"""
         return bipartite_soft_matching(metric, r, n_protected=self.n_protected)
 
     def _classify(self, tokens: Tensor, size: Tensor | None) -> Tensor:
