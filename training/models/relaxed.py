@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -68,5 +66,5 @@ class RelaxedVisionTransformer(MergingVisionTransformer):
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, size, None
 
-    def _weight(self, size: Tensor | None) -> Any:
+    def _weight(self, size: Tensor | None) -> Tensor | None:
         return size if size is None or self.is_proportional else size.clamp(max=1)

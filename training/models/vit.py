@@ -1,4 +1,4 @@
-"""A vision transformer of timm's that merges tokens in every block; the one module that imports timm.
+"""A vision transformer of timm's that merges tokens in every block; of the models the one module that imports timm.
 
 timm's model is held, not patched: its parts are called, none of its attributes is changed.
 """
@@ -116,7 +116,7 @@ class MergingVisionTransformer(nn.Module):
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(int(x.shape[1])), strict=True)):
             hidden = block.norm1(x)
             qkv, embedded = self._project(index, block.attn, hidden)
-            mixed, keys = self._attend(block.attn, qkv, hidden, size)
+            mixed, keys = self._attend(block.attn, qkv, hidden, self._weight(size))
             x = x + block.drop_path1(block.ls1(mixed))
             matching = self._match(index, r, hidden, keys, embedded)
             x, size = matching.merge_mean(x, size)
@@ -132,8 +132,8 @@ class MergingVisionTransformer(nn.Module):
             return qkv, embedded
         return attn.qkv(hidden), None
 
-    def _attend(self, attn: Any, qkv: Tensor, hidden: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what timm's Attention returns, weighed by size, and the keys as it compares them."""
+    def _attend(self, attn: Any, qkv: Tensor, hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what timm's Attention returns, keys weighed, and the keys as it compares them."""
         heads = qkv.reshape(*qkv.shape[:2], 3 * attn.num_heads, attn.head_dim).transpose(1, 2)
         q, k, v = heads.chunk(3, dim=1)  # (B, heads, N, d) each
         q, k = attn.q_norm(q), attn.k_norm(k)
@@ -141,7 +141,7 @@ class MergingVisionTransformer(nn.Module):
             q,
             k,
             v,
-            size if self.is_proportional else None,
+            weight,
             form=self.attention,
             dropout_p=attn.attn_drop.p if attn.training else 0.0,
         )
@@ -149,6 +149,10 @@ class MergingVisionTransformer(nn.Module):
         if attn.gate is not None:
             mixed = mixed * attn.gate(hidden).sigmoid()
         return attn.proj_drop(attn.proj(mixed)), k
+
+    def _weight(self, size: Tensor | None) -> Tensor | None:
+        """Return how much attention each token draws, None for all the same. Shapes: (B, N, 1) -> the same"""
+        return size if self.is_proportional else None
 
     def _match(self, block: int, r: int, hidden: Tensor, keys: Tensor, embedded: Tensor | None) -> Matching:
         if r == 0:  # spares the metric too

@@ -1,0 +1,180 @@
+"""Run a study: every variant of a recipe trained and judged; a table, a JSON file and a picture.
+
+`python -m training.cli.study temperatures --out runs/studies`
+Variants that are done are kept, so it resumes. What each study asks is in training/learn/studies.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
+from training.evaluate.accuracy import Measurement, measure
+from training.learn.backbone import MEAN, STD
+from training.learn.dtem import DtemTraining
+from training.learn.images import DigitImages
+from training.learn.processes import Processes
+from training.learn.recipe import DtemRecipe, read_recipe
+from training.learn.studies import STUDIES, Study
+from training.models.classifier import frozen_classifier
+from training.models.vit import MetricChoice, load_vit
+
+Row = dict[str, Any]
+"""variant, r, top1, ci95, n_images (judged on), n_trained (images seen in training)"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 0 done, 2 refused, with the reason on standard error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--recipe", type=Path, default=Path("training/recipes/reference-dtem.toml"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and, named as the study, results")
+    parser.add_argument("--n-images", type=int, default=2_000, help="validation images that each variant is judged on")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
+    options = parser.parse_args(arguments)
+    try:
+        _study(options)
+    except (ValueError, OSError) as err:
+        print(f"study refused: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _study(options: argparse.Namespace) -> None:
+    recipe = read_recipe(options.recipe)
+    if not isinstance(recipe, DtemRecipe):
+        raise ValueError(f"{options.recipe} is a backbone's; a study varies a recipe of DTEM")
+    study = STUDIES[options.study]
+    images = list(pixel_batches(DigitScenes("validation", options.n_images), 50, options.workers))
+    file = options.out / f"{options.study}.json"
+    about = {"study": options.study, "question": study.question, "recipe": recipe.file, "n_images": options.n_images}
+    rows = _read(file, about)
+    for name, varied in {"ToMe, untrained": None, **study.vary(recipe)}.items():
+        if name in {row["variant"] for row in rows}:
+            continue
+        if varied is None:
+            vit = load_vit(recipe.architecture, weights=Path(recipe.weights), **recipe.arguments)
+            rows += _judged(name, vit.eval(), "keys", (0, *study.rates), images, 0)
+        else:
+            training = _trained(name, replace(varied, file=f"{recipe.file}, {name}"), options)
+            metric: MetricChoice = training.embedding.eval() if varied.embedding else "keys"
+            rows += _judged(name, training.vit.eval(), metric, study.rates, images, varied.n_images)
+        file.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    table = markdown(study, rows)
+    file.with_suffix(".md").write_text(table)
+    plot(study, rows, file.with_suffix(".png"))
+    print(table)
+
+
+def _trained(name: str, recipe: DtemRecipe, options: argparse.Namespace) -> DtemTraining:
+    folder = options.out / options.study / re.sub(r"[^a-z0-9.=]+", "-", name.lower())
+    images = DigitImages(recipe.data.n_distinct or 0, MEAN, STD)
+    training = DtemTraining(recipe, images, folder, processes=Processes(), n_workers=options.workers)
+    training.run()
+    return training
+
+
+def _judged(
+    name: str,
+    vit: nn.Module,
+    metric: MetricChoice,
+    rates: tuple[int, ...],
+    images: list[tuple[Tensor, Tensor]],
+    n_trained: int,
+) -> list[Row]:
+    rows = []
+    for r in tqdm(rates, desc=name, unit="rate"):
+        classifier = frozen_classifier(vit, REFERENCE_INPUT, r, metric=metric)
+        found: Measurement = measure(torch.inference_mode()(classifier.forward), images)
+        rows.append(
+            {
+                "variant": name,
+                "r": r,
+                "top1": found.top1,
+                "ci95": list(found.ci95),
+                "n_images": len(found.is_right),
+                "n_trained": n_trained,
+            }
+        )
+    return rows
+
+
+def _read(file: Path, about: dict[str, object]) -> list[Row]:
+    """Raises: ValueError where the file tells of another study."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        return []
+    content = json.loads(file.read_text())
+    if content["about"] != about:
+        raise ValueError(f"{file} holds another study, {content['about']}, not {about}: give another --out")
+    rows: list[Row] = content["rows"]
+    return rows
+
+
+def markdown(study: Study, rows: list[Row]) -> str:
+    """Lay the rows out, a line a variant, a column a rate."""
+    rates = sorted({row["r"] for row in rows})
+    lines = [
+        f"{study.question} Top-1 % on {rows[0]['n_images']} validation images, 95 % interval.",
+        "",
+        f"| variant | images seen | {' | '.join(f'r={r}' for r in rates)} |",
+        f"|---|---:|{'---:|' * len(rates)}",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = {row["r"]: row for row in rows if row["variant"] == name}
+        cells = [_cell(own[r]) if r in own else "" for r in rates]
+        seen = next(iter(own.values()))["n_trained"]
+        lines.append(f"| {name} | {seen} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    low, high = (100 * bound for bound in row["ci95"])
+    return f"{100 * row['top1']:.2f} ({low:.1f} … {high:.1f})"
+
+
+def plot(study: Study, rows: list[Row], file: Path) -> None:
+    """Draw top-1 against r, a line a variant; with two rates or fewer, a group of points a variant."""
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    figure = Figure(figsize=(8, 4.8 if len(study.rates) > 2 else 1.2 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    if len(study.rates) > 2:
+        for name in names:
+            line = [row for row in rows if row["variant"] == name]
+            axes.errorbar([row["r"] for row in line], *_points(line), marker="o", markersize=4, capsize=2, label=name)
+        axes.set(xlabel="r", ylabel="top-1 %")
+        axes.legend()
+    else:
+        for shift, r in enumerate(study.rates):
+            line = [row for row in rows if row["r"] == r]
+            heights = [names.index(row["variant"]) + 0.2 * shift - 0.1 for row in line]
+            top1, errors = _points(line)
+            axes.errorbar(top1, heights, xerr=errors, fmt="o", markersize=4, capsize=2, label=f"r={r}")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(xlabel="top-1 %")
+        axes.legend()
+    axes.set_title(study.question, fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def _points(line: list[Row]) -> tuple[list[float], tuple[list[float], list[float]]]:
+    below = [100 * (row["top1"] - row["ci95"][0]) for row in line]
+    above = [100 * (row["ci95"][1] - row["top1"]) for row in line]
+    return [100 * row["top1"] for row in line], (below, above)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

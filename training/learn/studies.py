@@ -1,0 +1,107 @@
+"""Studies: one recipe varied, every variant trained equally long and judged by hard merging on the same images.
+
+They answer what the paper leaves open (arXiv 2412.10569); what came out is in training/LOG.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from training.learn.recipe import AdamW, DtemRecipe
+from training.merging.relaxed import Relaxation
+
+N_IMAGES = 6_400  # seen by each variant, unless it is about that
+N_DISTINCT = 51_200  # "all" of the data, of which a share is taken
+_VIT = AdamW(learning_rate=(5e-5, 1e-6), weight_decay=0.05, clip_norm=1.0, warmup_images=640)
+
+Variants = dict[str, DtemRecipe]
+
+
+@dataclass(frozen=True)
+class Study:
+    """question: what it asks; rates: judged at; vary: the base recipe -> each variant's recipe, by its name."""
+
+    question: str
+    rates: tuple[int, ...]
+    vary: Callable[[DtemRecipe], Variants]
+
+
+def _base(recipe: DtemRecipe) -> DtemRecipe:
+    return replace(recipe, n_images=N_IMAGES, data=replace(recipe.data, n_distinct=N_DISTINCT))
+
+
+def _soft(recipe: DtemRecipe, **temperatures: float) -> DtemRecipe:
+    return replace(recipe, relaxation=replace(recipe.relaxation, **temperatures))
+
+
+def _with_vit(recipe: DtemRecipe) -> DtemRecipe:
+    return replace(recipe, mode="end-to-end", vit=_VIT)
+
+
+def _generalisation(recipe: DtemRecipe) -> Variants:
+    base = _base(recipe)
+    return {
+        "trained at r=16": base,
+        "trained at r=8": replace(base, r=8),
+        "r=16, d'=8": replace(base, dim=8),
+        "r=16, d'=64": replace(base, dim=64),
+        "r=8, tau 0.3": _soft(replace(base, r=8), tau1=0.3, tau2=0.3),
+        "r=16, tau 0.3": _soft(base, tau1=0.3, tau2=0.3),
+    }
+
+
+def _data(recipe: DtemRecipe) -> Variants:
+    base = _base(recipe)
+    shares = {"100 %": 1.0, "10 %": 0.1, "1 %": 0.01, "0.3 %": 0.003}
+    variants = {}
+    for text, share in shares.items():
+        limited = replace(base, data=replace(base.data, n_distinct=round(N_DISTINCT * share)))
+        variants[f"modular, {text}"] = limited
+        variants[f"end-to-end, {text}"] = _with_vit(limited)
+    for n_images in (3_200, 1_600, 640):
+        variants[f"modular, {n_images} images seen"] = replace(base, n_images=n_images)
+    return variants
+
+
+def _temperatures(recipe: DtemRecipe) -> Variants:
+    base = _base(recipe)
+    values = (0.01, 0.03, 0.3, 1.0)
+    variants = {"tau1 0.1, tau2 0.1": base}
+    variants |= {f"tau1 {value}, tau2 0.1": _soft(base, tau1=value) for value in values}
+    variants |= {f"tau1 0.1, tau2 {value}": _soft(base, tau2=value) for value in values}
+    return variants
+
+
+def _keys(recipe: DtemRecipe) -> Variants:
+    base = _base(recipe)
+    alone = replace(base, embedding=None, vit=_VIT)
+    return {
+        "embedding, modular": base,
+        "embedding, end-to-end": _with_vit(base),
+        "keys, hard merging": replace(alone, mode="hard keys"),
+        "keys, soft merging": replace(alone, mode="soft keys"),
+    }
+
+
+def _relaxation(recipe: DtemRecipe) -> Variants:
+    base = _base(recipe)
+    return {
+        "tail dropped": replace(base, keep_tail=False),
+        "tail kept": replace(base, keep_tail=True),
+        "1 partner": replace(base, relaxation=Relaxation(n_partners=1)),
+        "8 partners": replace(base, relaxation=Relaxation(n_partners=8)),
+    }
+
+
+STUDIES = {
+    "generalisation": Study(
+        "Does what is learnt at one rate serve every other, and do d' or the temperatures matter for it?",
+        (2, 4, 6, 8, 10, 12, 14, 16),
+        _generalisation,
+    ),
+    "data": Study("How little data and how few steps are enough, modular and end-to-end?", (8, 16), _data),
+    "temperatures": Study("How soft should grouping be: tau1 and tau2 over two decades?", (8, 16), _temperatures),
+    "keys": Study("Is the decoupled embedding needed, or do the ViT's keys learn as well?", (8, 16), _keys),
+    "relaxation": Study("Must the tail be kept in training, and how many partners?", (8, 16), _relaxation),
+}
