@@ -75,12 +75,11 @@ def _temperatures(recipe: DtemRecipe) -> Variants:
 
 def _keys(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
-    alone = replace(base, embedding=None, vit=_VIT)
     return {
         "embedding, modular": base,
         "embedding, end-to-end": _with_vit(base),
-        "keys, hard merging": replace(alone, mode="hard keys"),
-        "keys, soft merging": replace(alone, mode="soft keys"),
+        "keys, hard merging": replace(base, mode="hard keys", embedding=None, vit=_VIT),
+        "keys, soft merging": replace(base, mode="soft keys", embedding=None, vit=_VIT),
     }
 
 
