@@ -31,8 +31,8 @@ def _base(recipe: DtemRecipe) -> DtemRecipe:
     return replace(recipe, n_images=N_IMAGES, data=replace(recipe.data, n_distinct=N_DISTINCT))
 
 
-def _soft(recipe: DtemRecipe, **temperatures: float) -> DtemRecipe:
-    return replace(recipe, relaxation=replace(recipe.relaxation, **temperatures))
+def _soft(recipe: DtemRecipe, tau1: float = 0.1, tau2: float = 0.1) -> DtemRecipe:
+    return replace(recipe, relaxation=replace(recipe.relaxation, tau1=tau1, tau2=tau2))
 
 
 def _with_vit(recipe: DtemRecipe) -> DtemRecipe:

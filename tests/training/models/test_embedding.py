@@ -30,7 +30,7 @@ def test_embedding_is_one_affine_layer_a_block_of_what_attention_reads_detached(
     hidden = torch.randn(2, 7, 32, requires_grad=True)
     found = own(block=1, hidden=hidden)
     layer = own.blocks[1]
-    torch.testing.assert_close(found, hidden.detach() @ layer.weight.T + layer.bias)  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(found, hidden.detach() @ layer.weight.T + layer.bias)  # type: ignore[operator]
     found.sum().backward()
     assert hidden.grad is None
     assert [name for name, parameter in own.named_parameters() if parameter.grad is not None] == [

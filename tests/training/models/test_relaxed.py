@@ -62,7 +62,7 @@ def test_relaxed_model_teaches_every_block_that_merges_before_a_later_attention(
     """The last block merges after the last attention: what the class token says cannot depend on it."""
     own = embedding()
     vit = tiny_vit().requires_grad_(False)
-    RelaxedVisionTransformer(vit, [16, 8, 8], metric=own)(pixels()).square().sum().backward()  # type: ignore[no-untyped-call]
+    RelaxedVisionTransformer(vit, [16, 8, 8], metric=own)(pixels()).square().sum().backward()
     norms = [float(layer.weight.grad.norm()) for layer in own.blocks]  # type: ignore[union-attr,operator]
     assert norms[0] > 0
     assert norms[1] > 0
