@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from training.learn.recipe import AdamW, DtemRecipe
 from training.merging.relaxed import Relaxation
 
-N_IMAGES = 6_400  # seen by each variant, unless it is about that
+N_IMAGES = 3_200  # seen by each variant, unless it is about that
 N_DISTINCT = 51_200  # "all" of the data, of which a share is taken
-_VIT = AdamW(learning_rate=(5e-5, 1e-6), weight_decay=0.05, clip_norm=1.0, warmup_images=640)
+_VIT = AdamW(learning_rate=(5e-5, 1e-6), weight_decay=0.05, clip_norm=1.0, warmup_images=320)
 
 Variants = dict[str, DtemRecipe]
 
@@ -59,7 +59,7 @@ def _data(recipe: DtemRecipe) -> Variants:
         limited = replace(base, data=replace(base.data, n_distinct=round(N_DISTINCT * share)))
         variants[f"modular, {text}"] = limited
         variants[f"end-to-end, {text}"] = _with_vit(limited)
-    for n_images in (3_200, 1_600, 640):
+    for n_images in (12_800, 1_600, 640):
         variants[f"modular, {n_images} images seen"] = replace(base, n_images=n_images)
     return variants
 
