@@ -1,23 +1,38 @@
 """Measure top-1, GMACs and images/s of merging policies over rates: a table, a JSON file and a picture.
 
-`python -m training.cli.evaluate --published model_store/reference/1 --out benchmarks/results/policies`
+`python -m training.cli.evaluate --published model_store/reference/1 --out docs/policies`
+`python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
+Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.cli.model_options import add_model_options, chosen_model, chosen_source, rates
-from training.data.sources import pixel_batches
-from training.evaluate.table import POLICIES, evaluate, markdown, plot, read_rows, write_rows
+from training.cli.model_options import ChosenModel, add_model_options, chosen_model, chosen_source, rates
+from training.data.sources import Source, pixel_batches
+from training.evaluate.results import finished_rows, with_suffix, write_evaluation
+from training.evaluate.table import (
+    POLICIES,
+    check_policies,
+    evaluate,
+    in_order,
+    markdown,
+    planned,
+    plot,
+    policy_classifier,
+)
+from training.models.classifier import ServedClassifier
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
-    parser.add_argument("--policies", default="none,tome,random", help="some of none, tome, random, with commas")
+    parser.add_argument("--policies", help=f"some of {', '.join(POLICIES)}, with commas (default: none, tome and dtem)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.md and <out>.png")
+    parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.npz, <out>.md and <out>.png")
     options = parser.parse_args(arguments)
     try:
         _evaluate(options)
@@ -39,29 +54,58 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     chosen = chosen_model(options)
+    policies = chosen_policies(options, chosen, default="none,tome,dtem" if chosen.embedding else "none,tome")
     source = chosen_source(options, chosen.rule)
-    about: dict[str, object] = {
-        "model": str(options.published or options.run or options.architecture),
-        "dataset": source.name,
-        "split": source.split,
-        "n_images": len(source),
-        "batch_size": options.batch_size,
-    }
-    file = options.out.with_suffix(".json")
-    rows = read_rows(file, about)
+    about = _about(options, chosen, source)
+    rows = finished_rows(options.out, about)
+    done = {(row.policy, row.r) for row in rows}
+
+    def classifiers(policy: str, r: int) -> ServedClassifier:
+        return policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding)
 
     def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
         n_batches = -(-len(source) // options.batch_size)
         return tqdm(pixel_batches(source, options.batch_size, n_workers=1), desc=title, total=n_batches, unit="batch")
 
-    for row in evaluate(chosen.vit, chosen.rule, batches, options.rates, options.policies.split(","), rows):
+    plan = [entry for entry in planned(policies, options.rates) if entry not in done]
+    for row in evaluate(classifiers, chosen.rule, batches, plan):
         rows.append(row)
-        write_rows(file, rows, about)
-    rows.sort(key=lambda row: (list(POLICIES).index(row.policy), row.r))
-    table = markdown(rows)
-    options.out.with_suffix(".md").write_text(table)
-    plot(rows, options.out.with_suffix(".png"), f"{about['model']}, {len(source)} images of {source.name}")
+        write_evaluation(options.out, about, in_order(rows))
+    if not rows:
+        raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: nothing to measure")
+    table = markdown(in_order(rows), options.batch_size)
+    with_suffix(options.out, ".md").write_text(table)
+    plot(in_order(rows), with_suffix(options.out, ".png"), f"{about['model']}, {len(source)} images of {source.name}")
     print(table)
+
+
+def chosen_policies(options: argparse.Namespace, chosen: ChosenModel, default: str) -> list[str]:
+    """Return the policies asked for. Raises: ValueError where one is unknown, or dtem without an embedding."""
+    policies = (options.policies or default).split(",")
+    check_policies(policies, chosen.embedding)
+    return policies
+
+
+def _about(options: argparse.Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
+    """Say what is evaluated. Weights and embedding by their digest: a run's change while it learns."""
+    return {
+        "model": str(options.published or options.run or options.architecture),
+        "weights": weights_digest(chosen.vit),
+        "embedding": weights_digest(chosen.embedding) if chosen.embedding else None,
+        "dataset": source.name,
+        "split": source.split,
+        "n_images": len(source),
+        "batch_size": options.batch_size,
+    }
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the SHA-256 of all tensors of a module, names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,18 @@ def draw(split: Split, index: int, task: Task = REFERENCE_TASK) -> Scene:
     return Scene(image.astype(np.uint8), label, mask, _box(mask))
 
 
+def patch_ink(mask: NDArray[np.bool_], patch_pixels: int) -> NDArray[np.int64]:
+    """Count the digit's pixels in each patch, patches row by row. Shapes: mask (S, S) -> (patches,)"""
+    cells = len(mask) // patch_pixels
+    ink: NDArray[np.int64] = mask.reshape(cells, patch_pixels, cells, patch_pixels).sum((1, 3)).ravel()
+    return ink
+
+
+def digit_patches(mask: NDArray[np.bool_], patch_pixels: int) -> NDArray[np.bool_]:
+    """Say which patches are the digit's: those of which an eighth is ink. Shapes: mask (S, S) -> (patches,)"""
+    return patch_ink(mask, patch_pixels) * 8 >= patch_pixels**2
+
+
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

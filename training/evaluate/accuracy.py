@@ -16,7 +16,7 @@ from torch import Tensor
 Classifier = Callable[[Tensor], Tensor]
 """Shapes: uint8 (B, H, W, 3) -> logits (B, classes)"""
 
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def wilson_interval(n_right: int, n_images: int) -> tuple[float, float]:
     """
     if not 0 <= n_right <= n_images or n_images == 0:
         raise ValueError(f"n_right {n_right} of n_images {n_images}: expected 0 <= n_right <= n_images, n_images > 0")
-    share, z2 = n_right / n_images, _Z95**2
+    share, z2 = n_right / n_images, Z95**2
     centre = (share + z2 / (2 * n_images)) / (1 + z2 / n_images)
-    half = _Z95 / (1 + z2 / n_images) * math.sqrt(share * (1 - share) / n_images + z2 / (4 * n_images**2))
+    half = Z95 / (1 + z2 / n_images) * math.sqrt(share * (1 - share) / n_images + z2 / (4 * n_images**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

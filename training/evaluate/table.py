@@ -1,72 +1,91 @@
-"""Evaluate policies over rates, and lay the figures out as a table, as JSON and as a picture."""
+"""Evaluate policies over rates, and lay the figures out as a table and as a picture."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.data.preprocessing import InputRule
 from training.evaluate.accuracy import measure
-from training.models.classifier import frozen_classifier
+from training.evaluate.results import Row
+from training.models.classifier import ServedClassifier, frozen_classifier
+from training.models.embedding import DecoupledEmbedding
 from training.models.macs import count_macs
+from training.models.vit import MetricChoice
 
-POLICIES = {"none": "keys", "tome": "keys", "random": "random"}
-"""Policy -> the metric that it merges by; `none` does not merge."""
+POLICIES = ("none", "tome", "dtem", "random")
+"""`none` does not merge; the others merge by the keys, by a decoupled embedding, and by numbers drawn at random."""
+COLOURS = {"none": "black", "tome": "tab:blue", "dtem": "tab:red", "random": "tab:gray"}
+_RANDOM_SEED = 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """One policy at one rate. Units: gmacs for one image; images_per_second of inference alone, in eager PyTorch."""
+def check_policies(policies: Sequence[str], embedding: DecoupledEmbedding | None) -> None:
+    """Raises: ValueError for none, an unknown or a repeated policy, and for dtem without an embedding."""
+    if not policies or set(policies) - set(POLICIES) or len(set(policies)) < len(policies):
+        raise ValueError(f"policies {list(policies)}: expected some of {', '.join(POLICIES)}, each once")
+    if "dtem" in policies and embedding is None:
+        raise ValueError("policy dtem needs an embedding: name one by --embedding, or a --run or --published with one")
 
-    policy: str
-    r: int
-    tokens_left: int
-    gmacs: float
-    top1: float
-    ci95: tuple[float, float]
-    n_images: int
-    images_per_second: float
+
+def policy_classifier(
+    policy: str, model: Any, rule: InputRule, r: int, embedding: DecoupledEmbedding | None
+) -> ServedClassifier:
+    """Return the model merging at the rate as the policy does. Raises: as `check_policies`, `frozen_classifier`."""
+    check_policies([policy], embedding)
+    metric: MetricChoice = "random" if policy == "random" else "keys"
+    if policy == "dtem" and embedding is not None:
+        metric = embedding
+    return frozen_classifier(model, rule, r, metric=metric, metric_seed=_RANDOM_SEED)
+
+
+def planned(policies: Sequence[str], rates: Sequence[int]) -> list[tuple[str, int]]:
+    """Return the policies and rates to measure; r = 0, where nothing merges, once, as policy none."""
+    merging = [rate for rate in rates if rate]
+    return [(policy, r) for policy in policies for r in ([0] if policy == "none" else merging)]
 
 
 def evaluate(
-    vit: nn.Module,
+    classifiers: Callable[[str, int], ServedClassifier],
     rule: InputRule,
     batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
-    rates: Sequence[int],
-    policies: Sequence[str],
-    done: Sequence[Row] = (),
+    plan: Sequence[tuple[str, int]],
 ) -> Iterable[Row]:
-    """Yield a row for each policy and rate that is not `done` yet; r = 0 is measured once, as policy none.
+    """Yield a row for each policy and rate of the plan.
 
-    batches: given a title for the progress bar, the same images in the same order each time.
-    Raises: ValueError for an unknown policy.
+    classifiers: give that of a policy and rate; batches: given a title for the progress bar, the same images in the
+    same order each time.
+    Raises: what `classifiers` raises for any of the plan, before the first image.
     """
-    if unknown := set(policies) - set(POLICIES):
-        raise ValueError(f"policies {sorted(unknown)}: expected some of {', '.join(POLICIES)}")
-    finished = {(row.policy, row.r) for row in done}
-    for policy in policies:
-        for r in [0] if policy == "none" else [rate for rate in rates if rate]:
-            if (policy, r) not in finished:
-                yield _row(vit, rule, batches(f"{policy} r={r}"), policy, r)
+    for policy, r in plan:
+        classifiers(policy, r)
+    for policy, r in plan:
+        classifier = classifiers(policy, r)
+        macs = count_macs(classifier.model, (rule.height, rule.width))
+        result = measure(torch.inference_mode()(classifier.forward), batches(f"{policy} r={r}"))
+        yield Row(
+            policy=policy,
+            r=r,
+            tokens_left=classifier.model.tokens[-1],
+            gmacs=macs / 1e9,
+            top1=result.top1,
+            ci95=result.ci95,
+            n_images=len(result.is_right),
+            images_per_second=result.images_per_second,
+            is_right=result.is_right,
+        )
 
 
-def _row(vit: nn.Module, rule: InputRule, batches: Iterable[tuple[Tensor, Tensor]], policy: str, r: int) -> Row:
-    classifier = frozen_classifier(vit, rule, r, metric=POLICIES[policy], metric_seed=1)  # type: ignore[arg-type]
-    macs = count_macs(classifier.model, (rule.height, rule.width))
-    result = measure(torch.inference_mode()(classifier.forward), batches)
-    tokens_left = classifier.model.tokens[-1]
-    n_images = len(result.is_right)
-    return Row(policy, r, tokens_left, macs / 1e9, result.top1, result.ci95, n_images, result.images_per_second)
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (POLICIES.index(row.policy), row.r))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Lay the rows out as a Markdown table."""
+def markdown(rows: Sequence[Row], batch_size: int) -> str:
+    """Lay the rows out as a Markdown table, and say what images/s means."""
     lines = [
         "| policy | r | tokens left | GMACs | top-1 % | 95 % interval | images/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -77,44 +96,63 @@ def markdown(rows: Sequence[Row]) -> str:
             f"| {row.policy} | {row.r} | {row.tokens_left} | {row.gmacs:.3f} | {100 * row.top1:.2f} | {low} … {high} "
             f"| {row.images_per_second:.0f} |"
         )
+    lines += [
+        "",
+        f"GMACs of one image, merging included. images/s: inference alone, FP32 in eager PyTorch, batches of "
+        f"{batch_size} one at a time, beside whatever else the machine was doing: it compares policies roughly, and is "
+        f"not the service's speed.",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def read_rows(file: Path, about: dict[str, object]) -> list[Row]:
-    """Read the rows of an interrupted evaluation; none where there is no file.
-
-    Raises: ValueError where the file tells of another evaluation.
-    """
-    if not file.exists():
-        return []
-    content = json.loads(file.read_text())
-    if content["about"] != about:
-        raise ValueError(f"{file} holds another evaluation, {content['about']}, not {about}: give another --out")
-    return [Row(**{**entry, "ci95": tuple(entry["ci95"])}) for entry in content["rows"]]
-
-
-def write_rows(file: Path, rows: Sequence[Row], about: dict[str, object]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-
-
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
-    """Draw top-1 against GMACs, a line a policy, with intervals."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")  # no pyplot: no window, no global state
+    """Draw top-1 against GMACs, a line a policy, with intervals; r along the top.
+
+    What random merging loses is far below the rest, which would then lie on one another: it may leave the picture.
+    """
+    figure = Figure(figsize=(7.5, 5), layout="constrained")  # no pyplot: no window, no global state
     axes = figure.subplots()
     unmerged = [row for row in rows if row.policy == "none"]
     for policy in dict.fromkeys(row.policy for row in rows):
         line = [row for row in rows if row.policy == policy]
         if policy != "none":
             line = sorted(unmerged + line, key=lambda row: row.r)
-        below = [100 * (row.top1 - row.ci95[0]) for row in line]
-        above = [100 * (row.ci95[1] - row.top1) for row in line]
-        gmacs, top1 = [row.gmacs for row in line], [100 * row.top1 for row in line]
-        axes.errorbar(gmacs, top1, yerr=(below, above), marker="o", markersize=4, capsize=3, label=policy)
-        if policy == "tome":
-            for row in line:
-                axes.annotate(f"r={row.r}", (row.gmacs, 100 * row.top1), (3, 7), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="GMACs per image", ylabel="top-1 %", title=title)
+        intervals = [row.ci95 for row in line]
+        axes.errorbar(
+            [row.gmacs for row in line],
+            [100 * row.top1 for row in line],
+            yerr=error_bars([100 * row.top1 for row in line], [(100 * low, 100 * high) for low, high in intervals]),
+            color=COLOURS[policy],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=f"random (down to {100 * min(row.top1 for row in line):.1f} %)" if policy == "random" else policy,
+            zorder=3 if policy == "none" else 2,
+        )
+    axes.set(xlabel="GMACs per image", ylabel="top-1 %")
+    if knowing := [row for row in rows if row.policy != "random"]:
+        low, high = min(row.ci95[0] for row in knowing), max(row.ci95[1] for row in knowing)
+        axes.set_ylim(100 * (low - 0.2 * (high - low)), 100 * (high + 0.1 * (high - low)))
+    figure.suptitle(title, fontsize=10)
+    _rates_on_top(axes, rows)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=130)
+
+
+def error_bars(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Return how far each interval reaches below and above its value, as matplotlib wants it."""
+    ends = list(zip(values, intervals, strict=True))  # an end that is the value itself may be beside it by rounding
+    return [[max(0.0, value - low) for value, (low, _) in ends], [max(0.0, high - value) for value, (_, high) in ends]]
+
+
+def _rates_on_top(axes: Any, rows: Sequence[Row]) -> None:
+    """Write each r above the GMACs that it costs, leaving out those too close to the one before."""
+    places: dict[int, float] = {}
+    left, right = axes.get_xlim()
+    for row in sorted(rows, key=lambda row: (row.r, POLICIES.index(row.policy))):
+        if row.r not in places and all(abs(row.gmacs - place) > (right - left) / 30 for place in places.values()):
+            places[row.r] = row.gmacs
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(list(places.values()), [str(r) for r in places])
+    top.set_xlabel("r, tokens that each block merges away")

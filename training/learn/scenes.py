@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.data.digits import LABELS, Task, draw
+from training.data.digits import LABELS, Task, digit_patches, draw, patch_ink
 from training.data.random_words import RandomWords
 
 BACKGROUND = len(LABELS)  # the eleventh token label
@@ -33,12 +33,11 @@ class _Scenes(Dataset[tuple[Tensor, int, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, Tensor]:
         scene = draw("train", index, self.task)
-        cells = self.task.image_pixels // self.patch_pixels
-        covered = scene.mask.reshape(cells, self.patch_pixels, cells, self.patch_pixels).sum((1, 3)).ravel()
+        covered = patch_ink(scene.mask, self.patch_pixels)
         # The digit's patches come first, then the others in random order; patch order itself does not matter to a ViT.
-        order = RandomWords(_KEPT_SEED, index).permutation(cells * cells)
+        order = RandomWords(_KEPT_SEED, index).permutation(len(covered))
         order = order[np.argsort(covered[order] == 0, kind="stable")][: self.kept_patches]
-        is_digit = covered[order] * 8 >= self.patch_pixels**2  # an eighth of the patch is ink
+        is_digit = digit_patches(scene.mask, self.patch_pixels)[order]
         token_labels = np.where(is_digit, scene.label, BACKGROUND)
         return torch.from_numpy(scene.image), scene.label, torch.from_numpy(order), torch.from_numpy(token_labels)
 

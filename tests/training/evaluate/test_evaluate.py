@@ -1,12 +1,22 @@
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import evaluate
+from training.cli.model_options import add_model_options, chosen_model
+from training.data.digits import draw
+from training.data.sources import open_source, pixel_batches
+from training.evaluate.results import Row, read_evaluation, write_evaluation
+from training.models.classifier import frozen_classifier
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 
 
 @pytest.fixture
@@ -17,15 +27,22 @@ def command(tmp_path: Path) -> list[str]:
     return [*model, "--arguments", json.dumps(ARGUMENTS), *rates, "--out", str(tmp_path / "result")]
 
 
+@pytest.fixture
+def embedding(tmp_path: Path) -> list[str]:
+    torch.manual_seed(3)
+    DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=30)).save(tmp_path / "own.safetensors")
+    return ["--embedding", str(tmp_path / "own.safetensors")]
+
+
 def test_evaluate_writes_table_json_and_picture(command: list[str], tmp_path: Path) -> None:
-    assert evaluate.main(command) == 0
+    assert evaluate.main([*command, "--policies", "none,random,tome"]) == 0
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     expected = [("none", 0, 197), ("tome", 30, 107), ("tome", 60, 39), ("random", 30, 107), ("random", 60, 39)]
     assert [(row["policy"], row["r"], row["tokens_left"]) for row in rows] == expected
     assert rows[0]["gmacs"] > rows[1]["gmacs"] > rows[2]["gmacs"]
     assert all(row["n_images"] == 24 and row["ci95"][0] <= row["top1"] <= row["ci95"][1] for row in rows)
     table = (tmp_path / "result.md").read_text()
-    assert len(table.splitlines()) == 2 + len(rows)
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(rows)
     assert f"| tome | 30 | 107 | {rows[1]['gmacs']:.3f} |" in table
     with Image.open(tmp_path / "result.png") as picture:
         assert picture.width > 500
@@ -45,6 +62,97 @@ def test_evaluate_resumes_and_repeats_itself(command: list[str], tmp_path: Path)
     assert [row["top1"] for row in resumed["rows"]] == [row["top1"] for row in whole["rows"]]
 
 
+def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
+    command: list[str], embedding: list[str], tmp_path: Path
+) -> None:
+    assert evaluate.main([*command, *embedding]) == 0
+    rows = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
+    assert list(rows) == ["none-r0", "tome-r30", "tome-r60", "dtem-r30", "dtem-r60"]
+    # 197, 167 and 137 tokens enter the blocks, each meets 32 x 8 weights; scores by 8 numbers instead of a head's 16
+    scores = sum(n_a * n_b for n_a, n_b in ((98, 98), (83, 83), (68, 68)))
+    own = (197 + 167 + 137) * 32 * 8 - scores * (16 - 8)
+    assert (rows["dtem-r30"].gmacs - rows["tome-r30"].gmacs) * 1e9 == pytest.approx(own, abs=1)
+
+
+def test_rows_say_which_images_were_right(command: list[str], embedding: list[str], tmp_path: Path) -> None:
+    assert evaluate.main([*command, *embedding]) == 0
+    found = read_evaluation(tmp_path / "result.json")
+    assert all(row.is_right.shape == (24,) and row.is_right.mean() == row.top1 for row in found.rows)
+    chosen = chosen_model(_options(command))
+    pixels, labels = next(pixel_batches(open_source("digits", chosen.rule, 24), 24, n_workers=0))
+    with torch.inference_mode():
+        logits = frozen_classifier(chosen.vit, chosen.rule, 30)(pixels)
+    row = next(row for row in found.rows if row.key == "tome-r30")
+    assert row.is_right.tolist() == (logits.argmax(1) == labels).tolist()
+
+
+def _options(command: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    return parser.parse_known_args(command)[0]
+
+
+def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -> None:
+    for index in range(4):
+        scene = draw("test", index)
+        folder = tmp_path / "val" / f"class{scene.label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(folder / f"{index}.png")
+    assert evaluate.main([*command, "--data", str(tmp_path / "val"), "--rates", "0", "--n-images", "3"]) == 0
+    found = read_evaluation(tmp_path / "result.json")
+    assert (found.about["split"], found.about["n_images"], len(found.rows[0].is_right)) == ("val", 3, 3)
+
+
+def test_another_embedding_is_another_evaluation(
+    command: list[str], embedding: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([*command, *embedding, "--rates", "30"]) == 0
+    DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=30)).save(Path(embedding[1]))
+    assert evaluate.main([*command, *embedding, "--rates", "30"]) == 2
+    assert "holds another evaluation" in capsys.readouterr().err
+
+
+def test_a_row_is_never_without_its_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(r: int) -> Row:
+        return Row("tome", r, 11, 0.3, 0.5, (0.2, 0.8), 10, 1.0, np.arange(10) % 2 == r % 2)
+
+    def fail(*arguments: object, **options: object) -> str:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "v1.2"
+    write_evaluation(out, {}, [row(2)])
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluate.results.json.dumps", fail)  # stopped after the arrays, before the figures
+        with pytest.raises(KeyboardInterrupt):
+            write_evaluation(out, {}, [row(2), row(3)])
+    found = read_evaluation(tmp_path / "v1.2.json").rows
+    assert [one.r for one in found] == [2]
+    assert found[0].is_right.tolist() == row(2).is_right.tolist()
+    write_evaluation(out, {}, [row(2), row(3)])
+    assert [one.is_right.tolist() for one in read_evaluation(tmp_path / "v1.2.json").rows] == [
+        row(2).is_right.tolist(),
+        row(3).is_right.tolist(),
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v1.2.json", "v1.2.npz"]
+
+
+def test_rows_without_or_with_other_arrays_are_refused(tmp_path: Path) -> None:
+    row = Row("tome", 2, 11, 0.3, 0.5, (0.2, 0.8), 4, 1.0, np.array([True, True, False, False]))
+    write_evaluation(tmp_path / "one", {}, [row])
+    with pytest.raises(FileNotFoundError, match=r"no evaluation .*two\.json"):
+        read_evaluation(tmp_path / "two.json")
+    arrays: dict[str, Any] = {"tome-r2": np.packbits([True, False, False, False])}
+    np.savez(tmp_path / "one.npz", **arrays)
+    with pytest.raises(ValueError, match=r"says top-1 0\.25, the row 0\.5"):
+        read_evaluation(tmp_path / "one.json")
+    np.savez(tmp_path / "one.npz", **{"tome-r4": arrays["tome-r2"]})
+    with pytest.raises(ValueError, match="row tome-r2 has no array"):
+        read_evaluation(tmp_path / "one.json")
+    (tmp_path / "one.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="evaluate again"):
+        read_evaluation(tmp_path / "one.json")
+
+
 def test_rows_of_another_evaluation_are_not_mixed_in(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,7 +164,10 @@ def test_rows_of_another_evaluation_are_not_mixed_in(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--policies", "none,dtm"], "policies ['dtm']: expected some of none, tome, random"),
+        (["--policies", "none,dtm"], "policies ['none', 'dtm']: expected some of none, tome, dtem, random"),
+        (["--policies", "tome,tome"], "each once"),
+        (["--policies", "tome", "--rates", "0"], "nothing to measure"),
+        (["--policies", "dtem"], "policy dtem needs an embedding"),
         (["--run", "somewhere"], "expected exactly one of"),
         (["--weights", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
         (["--data", "nowhere"], "nowhere"),
@@ -67,4 +178,6 @@ def test_what_cannot_be_evaluated_is_refused(
     command: list[str], extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([*command, *extra]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "batch/s" not in error  # before the first image

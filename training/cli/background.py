@@ -1,0 +1,136 @@
+"""Ask whether the background merges first: where the digit's patches end up under each policy, by the task's own masks.
+
+`python -m training.cli.background --run runs/reference-dtem --rates 2,4,8,12,16 --out docs/background`
+Writes <out>.md, <out>.json and <out>.png, and <out>-tokens.png, which shows what merged at the highest rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from training.cli.evaluate import chosen_policies, weights_digest
+from training.cli.model_options import ChosenModel, add_model_options, chosen_model, rates
+from training.data.digits import Scene, digit_patches, draw
+from training.evaluate.background import BackgroundRow, Measured, patch_figures, summarise
+from training.evaluate.background_report import MergedImage, markdown, picture, plot
+from training.evaluate.results import with_suffix
+from training.evaluate.table import planned, policy_classifier
+from training.models.classifier import ServedClassifier
+
+Classifiers = dict[tuple[str, int], ServedClassifier]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 0 measured, 2 refused, with the reason on standard error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.set_defaults(n_images=2000)
+    parser.add_argument("--rates", type=rates, default=rates("2:16:2"), help="2,8,16 or first:last:step")
+    parser.add_argument(
+        "--policies", help="some of tome, dtem, random, with commas, the base of differences first (default: tome,dtem)"
+    )
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--n-pictures", type=int, default=5, help="how many images, the first ones, to show")
+    parser.add_argument("--out", type=Path, required=True, help="files <out>.md, .json and .png, and <out>-tokens.png")
+    options = parser.parse_args(arguments)
+    try:
+        _measure_background(options)
+    except (ValueError, OSError) as err:
+        print(f"measurement refused: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure_background(options: argparse.Namespace) -> None:
+    if options.data != "digits":
+        raise ValueError(f"data {options.data!r}: only the reference task's digits have masks")
+    chosen = chosen_model(options)
+    policies = chosen_policies(options, chosen, default="tome,dtem")
+    plan = planned(policies, options.rates)
+    if "none" in policies or not plan:
+        raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: expected some that merge, r above 0")
+    classifiers = {
+        (policy, r): policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding) for policy, r in plan
+    }
+    rows = summarise(_measured(classifiers, options), base=policies[0])
+    _write(options, chosen, rows)
+    r = max(options.rates)
+    highest = {policy: classifier for (policy, rate), classifier in classifiers.items() if rate == r}
+    scenes = [draw(options.split, index) for index in range(options.n_pictures)]
+    if scenes:
+        picture(_merged_images(highest, scenes), with_suffix(options.out, "-tokens.png"), r)
+
+
+def _measured(classifiers: Classifiers, options: argparse.Namespace) -> Measured:
+    measured: Measured = {key: [] for key in classifiers}
+    for scenes in tqdm(_scene_batches(options), total=-(-options.n_images // options.batch_size), unit="batch"):
+        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+        patch_pixels = _patch_pixels(next(iter(classifiers.values())))
+        is_digit = np.stack([digit_patches(scene.mask, patch_pixels) for scene in scenes])
+        for key, classifier in classifiers.items():
+            measured[key].append(patch_figures(_source(classifier, pixels), is_digit))
+    return measured
+
+
+def _scene_batches(options: argparse.Namespace) -> Iterator[list[Scene]]:
+    for first in range(0, options.n_images, options.batch_size):
+        last = min(first + options.batch_size, options.n_images)
+        yield [draw(options.split, index) for index in range(first, last)]
+
+
+@torch.inference_mode()
+def _source(classifier: ServedClassifier, pixels: Tensor) -> NDArray[np.bool_]:
+    """Return which patches each token stands for. Shapes: uint8 (B, H, W, 3) -> bool (B, tokens, patches)"""
+    channels = pixels.permute(0, 3, 1, 2).float() * classifier.scale + classifier.offset
+    source = classifier.model.forward_features(channels, with_source=True).source
+    n_protected = classifier.model.n_protected
+    if source is None:
+        raise ValueError("the model gave no source map")
+    found: NDArray[np.bool_] = (source[:, n_protected:, n_protected:] > 0).numpy()
+    return found
+
+
+def _patch_pixels(classifier: ServedClassifier) -> int:
+    return int(classifier.model.vit.patch_embed.patch_size[0])
+
+
+def _merged_images(classifiers: dict[str, ServedClassifier], scenes: list[Scene]) -> list[MergedImage]:
+    pixels = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    tokens = {policy: _source(classifier, pixels).argmax(1) for policy, classifier in classifiers.items()}
+    return [
+        MergedImage(scene.image, scene.mask, {policy: of_patch[index] for policy, of_patch in tokens.items()})
+        for index, scene in enumerate(scenes)
+    ]
+
+
+def _write(options: argparse.Namespace, chosen: ChosenModel, rows: list[BackgroundRow]) -> None:
+    model = str(options.published or options.run or options.architecture)
+    about = {
+        "model": model,
+        "weights": weights_digest(chosen.vit),
+        "embedding": weights_digest(chosen.embedding) if chosen.embedding else None,
+        "split": options.split,
+        "n_images": options.n_images,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": about, "rows": [asdict(row) for row in rows]}
+    with_suffix(options.out, ".json").write_text(json.dumps(content, indent=2) + "\n")
+    table = markdown(rows, options.n_images)
+    with_suffix(options.out, ".md").write_text(table)
+    plot(rows, with_suffix(options.out, ".png"), f"{model}, {options.n_images} {options.split} images")
+    print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

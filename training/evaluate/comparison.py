@@ -1,0 +1,156 @@
+"""Pair rows of one evaluation or two, and lay out what each pair says as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from training.evaluate.paired import PairedCounts, count_pairs
+from training.evaluate.results import Evaluation, Row
+from training.evaluate.table import error_bars
+
+_SAME_IMAGES = ("dataset", "split", "n_images")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of a pair. Units: top1 a share, gmacs for one image"""
+
+    model: str
+    policy: str
+    r: int
+    top1: float
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The other less the base. Units: difference and interval in points, gmacs_percent of the base's GMACs"""
+
+    base: Side
+    other: Side
+    counts: PairedCounts
+    n_images: int
+    difference_points: float
+    ci95_points: tuple[float, float]
+    mcnemar_p: float
+    gmacs_percent: float
+
+
+def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str) -> list[Comparison]:
+    """Compare every pair of rows that the two selections make, on the images that both evaluations share.
+
+    base_rows: a policy ("tome": each rate with the same rate of the other) or one row ("tome-r8", or "none", which has
+        r = 0 alone: that row with all of the other's); other_rows: policies or rows, with commas.
+    Raises: ValueError where the images are not the same, a selection names nothing, or no pair is left.
+    """
+    for name in _SAME_IMAGES:
+        if base.about.get(name) != other.about.get(name):
+            raise ValueError(
+                f"{name} {base.about.get(name)!r} and {other.about.get(name)!r}: only the same images can be paired"
+            )
+    fixed = _selected(base, base_rows) if base_rows == "none" or _RATE.search(base_rows) else []
+    bases = {row.r: row for row in _selected(base, base_rows)}
+    found = []
+    for selection in other_rows.split(","):
+        for row in _selected(other, selection):
+            partner = fixed[0] if fixed else bases.get(row.r)
+            if partner is not None:
+                found.append(_compared(base, partner, other, row))
+    if not found:
+        raise ValueError(f"base {base_rows} and other {other_rows} have no rate in common")
+    return found
+
+
+_RATE = re.compile(r"-r\d+$")
+
+
+def _selected(evaluation: Evaluation, selection: str) -> list[Row]:
+    rows = [row for row in evaluation.rows if selection in (row.policy, row.key)]
+    if not rows:
+        known = ", ".join(row.key for row in evaluation.rows)
+        raise ValueError(f"no row {selection!r} in the evaluation of {evaluation.about.get('model')}: it has {known}")
+    return sorted(rows, key=lambda row: row.r)
+
+
+def _compared(base: Evaluation, base_row: Row, other: Evaluation, other_row: Row) -> Comparison:
+    counts = count_pairs(base_row.is_right, other_row.is_right)
+    low, high = counts.interval()
+    return Comparison(
+        base=_side(base, base_row),
+        other=_side(other, other_row),
+        counts=counts,
+        n_images=counts.n_images,
+        difference_points=100 * counts.difference,
+        ci95_points=(100 * low, 100 * high),
+        mcnemar_p=counts.mcnemar(),
+        gmacs_percent=100 * (other_row.gmacs / base_row.gmacs - 1),
+    )
+
+
+def _side(evaluation: Evaluation, row: Row) -> Side:
+    return Side(str(evaluation.about.get("model")), row.policy, row.r, row.top1, row.gmacs)
+
+
+def markdown(found: Sequence[Comparison]) -> str:
+    """Lay the comparisons out as a Markdown table, and say how they were made."""
+    lines = [
+        "| base | other | top-1 %, base | other | difference, points | 95 % interval | right by base alone | by other "
+        "alone | McNemar p | GMACs, base | other | difference |",
+        "|---|---|" + "---:|" * 10,
+    ]
+    names = {side.model: f"{side.model} " for one in found for side in (one.base, one.other)}
+    if len(names) == 1:
+        names = dict.fromkeys(names, "")
+    for one in found:
+        low, high = one.ci95_points
+        lines.append(
+            f"| {names[one.base.model]}{one.base.policy} r={one.base.r} "
+            f"| {names[one.other.model]}{one.other.policy} r={one.other.r} "
+            f"| {100 * one.base.top1:.2f} | {100 * one.other.top1:.2f} | {one.difference_points:+.2f} "
+            f"| {low:+.2f} … {high:+.2f} | {one.counts.n_only_base} | {one.counts.n_only_other} | {one.mcnemar_p:.2g} "
+            f"| {one.base.gmacs:.3f} | {one.other.gmacs:.3f} | {one.gmacs_percent:+.1f} % |"
+        )
+    lines += [
+        "",
+        f"{found[0].n_images} images, the same for both. Difference: the other's top-1 less the base's, paired, with "
+        f"the interval of Agresti and Min (2005). McNemar's test is exact and two-sided; it is not corrected for the "
+        f"number of rows.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_json(found: Sequence[Comparison], base: dict[str, Any], other: dict[str, Any], file: Path) -> None:
+    content = {"base": base, "other": other, "comparisons": [asdict(one) for one in found]}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def plot(found: Sequence[Comparison], file: Path, title: str) -> None:
+    """Draw the difference against the other's r, with intervals, and where there is none; below r the GMACs."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    series = list(dict.fromkeys((one.base.policy, one.other.policy) for one in found))
+    for index, policies in enumerate(series):
+        line = [one for one in found if (one.base.policy, one.other.policy) == policies]
+        axes.errorbar(
+            [one.other.r + 0.25 * (index - (len(series) - 1) / 2) for one in line],  # beside, not on, one another
+            [one.difference_points for one in line],
+            yerr=error_bars([one.difference_points for one in line], [one.ci95_points for one in line]),
+            marker="o",
+            capsize=4,
+            label=f"{policies[1]} less {policies[0]}",
+        )
+    axes.axhline(0, color="black", linewidth=1)
+    ticks = {one.other.r: f"{one.other.r}\n{one.gmacs_percent:+.1f} %" for one in reversed(found)}
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.set(xlabel="r of the other; its GMACs against the base's", ylabel="difference of top-1, points")
+    figure.suptitle(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=130)
