@@ -98,10 +98,13 @@ def bipartite_soft_matching(metric: Tensor, r: int, *, n_protected: int = 1) -> 
 
 
 def cosine_scores(metric: Tensor, n_protected: int = 1) -> Tensor:
-    """Return the cosine similarity of A's free tokens and B's.
+    """Return the cosine similarity of A's free tokens and B's; under autocast in float32, where half would make ties.
 
     Shapes: (B, N, D) -> (B, |A|, |B|), both without the protected tokens
     """
+    if torch.is_autocast_enabled(metric.device.type):
+        with torch.autocast(metric.device.type, enabled=False):
+            return cosine_scores(metric.float(), n_protected)
     metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     first_a, first_b = first_free(n_protected)
     return metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)

@@ -157,7 +157,7 @@ def relaxed_matching(
     Differs from the paper: its code trains on A = 1, 3, 5 … and B = 2, 4, 6 … .
     """
     n_tokens = checked_tokens(metric, r, n_protected)
+    metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
     with torch.autocast(metric.device.type, enabled=False):
-        metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
         share = soft_grouping(cosine_scores(metric, n_protected), r, relaxation)
     return RelaxedMatching(share, r, n_tokens, n_protected)

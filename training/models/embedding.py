@@ -58,8 +58,13 @@ class DecoupledEmbedding(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(config.width, config.dim) for _ in range(config.depth))
 
     def forward(self, *, block: int, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Shapes: hidden (B, N, C) -> (B, N, d')"""
-        embedded: Tensor = self.blocks[block](hidden.detach())
+        """Embed in the weights' own precision, whatever the autocast: a hundredth of a cosine decides.
+
+        Shapes: hidden (B, N, C) -> (B, N, d')
+        """
+        layer: Any = self.blocks[block]
+        with torch.autocast(hidden.device.type, enabled=False):
+            embedded: Tensor = layer(hidden.detach().to(layer.weight.dtype))
         return embedded
 
     def check_fits(self, vit: nn.Module) -> None:
@@ -118,12 +123,15 @@ class JoinedProjections(nn.Module):
             _joined(block.attn.qkv, own) for block, own in zip(model.blocks, embedding.blocks, strict=True)
         )
 
-    def forward(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries, keys and values, and the embedding. Shapes: (B, N, C) -> (B, N, 3·A), (B, N, d')"""
+    def forward(self, block: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys, values and the embedding. Shapes: (B, N, C) -> three of (B, N, A), (B, N, d')
+
+        Parted at once: to part the embedding from qkv first would copy qkv once more.
+        """
         layer: Any = self.blocks[block]
-        joined = layer(hidden)
-        qkv, embedded = joined.split([layer.out_features - self.dim, self.dim], dim=-1)
-        return qkv, embedded
+        width = (layer.out_features - self.dim) // 3
+        parts: tuple[Tensor, ...] = layer(hidden).split([width, width, width, self.dim], dim=-1)
+        return parts
 
 
 @torch.no_grad()

@@ -204,3 +204,13 @@ def test_unmerging_what_was_merged_gives_each_place_its_group_mean() -> None:
 def test_unmerging_with_the_source_of_other_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="differ"):
         unmerge(torch.zeros(1, 5, 2), torch.eye(6).unsqueeze(0))
+
+
+def test_matching_under_autocast_decides_as_without() -> None:
+    metric = torch.randn(4, 65, 8, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(4, 65, 3, generator=torch.Generator().manual_seed(4))
+    expected, _ = bipartite_soft_matching(metric, 20).merge_mean(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        matching = bipartite_soft_matching(metric, 20)
+    found, _ = matching.merge_mean(x)
+    assert torch.equal(found, expected)

@@ -105,3 +105,10 @@ def test_joined_projections_work_without_a_qkv_bias() -> None:
         apart = MergingVisionTransformer(vit, 8, metric=own)(images)
         joined = MergingVisionTransformer(vit, 8, metric=own, join=True).double()(images)
     assert float((apart - joined).abs().max()) < 1e-11
+
+
+def test_embedding_under_autocast_is_float32() -> None:
+    own, hidden = embedding(), torch.randn(2, 7, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = own(block=0, hidden=hidden.bfloat16())
+    assert torch.equal(found, own(block=0, hidden=hidden.bfloat16().float()))
