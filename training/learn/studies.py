@@ -76,6 +76,7 @@ def _temperatures(recipe: DtemRecipe) -> Variants:
 def _keys(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     return {
+        "embedding, untrained": replace(base, n_images=0),
         "embedding, modular": base,
         "embedding, end-to-end": _with_vit(base),
         "keys, hard merging": replace(base, mode="hard keys", embedding=None, vit=_VIT),
