@@ -122,6 +122,15 @@ class Golden(Part):
     atol: Positive
 
 
+class Embedding(Part):
+    """The add-on by which the policy dtem compares tokens."""
+
+    file: FileName
+    dim: PositiveInt
+    r: Count = Field(description="the reduction rate that it was trained at")
+    recipe: str = Field(description="how it was trained; empty where its file does not say")
+
+
 class Default(Part):
     policy: Name
     r: Count
@@ -144,6 +153,7 @@ class Manifest(Part):
     variants: tuple[Variant, ...] = Field(min_length=1)
     golden: Golden
     default: Default
+    embedding: Embedding | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -162,7 +172,8 @@ class Manifest(Part):
 
 def _require_files(manifest: Manifest) -> None:
     wanted = {name for variant in manifest.variants for name in (variant.file, *variant.requires)}
-    missing = sorted((wanted | {manifest.golden.file}) - set(manifest.files))
+    wanted |= {part.file for part in (manifest.golden, manifest.embedding) if part is not None}
+    missing = sorted(wanted - set(manifest.files))
     if missing:
         raise ValueError(f"files: {missing[0]} is referenced but not listed")
 

@@ -7,17 +7,17 @@ The graphs take turns within a round, so that a drift of the machine meets all o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from tqdm import tqdm
+
+from benchmarks.timing import open_session, paired_ratio, time_in_turns
 
 
 @dataclass(frozen=True)
@@ -31,50 +31,39 @@ class Timing:
 
 
 def time_graphs(folder: Path, batches: Sequence[int], n_rounds: int, n_threads: int) -> list[Timing]:
-    """Time the version's float32 ONNX graphs on this CPU."""
+    """Time the version's float32 ONNX graphs on this CPU, each file once."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    variants = {v["r"]: v for v in manifest["variants"] if v["format"] == "onnx" and v["precision"] == "float32"}
-    sessions = {r: _session(folder / variants[r]["file"], n_threads) for r in sorted(variants)}
+    entries = [v for v in manifest["variants"] if v["format"] == "onnx" and v["precision"] == "float32"]
+    variants = {v["file"]: v for v in reversed(entries)}  # of r = 0, which every policy shares, the first name stays
+    files = sorted(variants, key=lambda file: (variants[file]["r"] > 0, variants[file]["policy"], variants[file]["r"]))
+    sessions = {file: open_session(folder / file, n_threads) for file in files}
     height, width = manifest["input"]["height"], manifest["input"]["width"]
     timings = []
     for batch in batches:
         pixels = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
-        seconds = _rounds(sessions, pixels, n_rounds)
-        for r, measured in seconds.items():
-            ratio = statistics.median(base / own for base, own in zip(seconds[0], measured, strict=True))
-            timings.append(Timing(variants[r], batch, batch / statistics.median(measured), ratio))
+        runs = {
+            file: functools.partial(session.run, ["logits"], {"pixels": pixels}) for file, session in sessions.items()
+        }
+        seconds = time_in_turns(runs, n_rounds, title=f"batch {batch}")
+        for file, measured in seconds.items():
+            ratio = paired_ratio(seconds[files[0]], measured).median
+            timings.append(Timing(variants[file], batch, batch / statistics.median(measured), ratio))
     return timings
 
 
-def _session(file: Path, n_threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = n_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle graphs must not slow the others
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def _rounds(sessions: dict[int, Any], pixels: np.ndarray[Any, Any], n_rounds: int) -> dict[int, list[float]]:
-    """Return seconds by rate and round, after one round to warm up."""
-    seconds: dict[int, list[float]] = {r: [] for r in sessions}
-    for _ in tqdm(range(n_rounds + 1), desc=f"batch {len(pixels)}", unit="round"):
-        for r, session in sessions.items():
-            start = time.perf_counter()
-            session.run(["logits"], {"pixels": pixels})
-            seconds[r].append(time.perf_counter() - start)
-    return {r: measured[1:] for r, measured in seconds.items()}
-
-
 def markdown(timings: Sequence[Timing]) -> str:
-    """Lay the timings out, a row a rate, a pair of columns a batch size."""
+    """Lay the timings out, a row a graph, a column a batch size."""
     batches = list(dict.fromkeys(timing.batch for timing in timings))
     heads = [f"images/s, batch {batch}" for batch in batches]
-    lines = [f"| r | top-1 % (95 % interval) | GMACs | {' | '.join(heads)} |", "|" + "---:|" * (3 + len(batches))]
+    lines = [f"| policy | r | top-1 % (95 % interval) | GMACs | {' | '.join(heads)} |"]
+    lines.append("|---|" + "---:|" * (3 + len(batches)))
     base = timings[0].variant["gmacs"]
     for variant in (timing.variant for timing in timings if timing.batch == batches[0]):
-        row = [t for batch in batches for t in timings if (t.variant["r"], t.batch) == (variant["r"], batch)]
+        row = [t for batch in batches for t in timings if (t.variant["file"], t.batch) == (variant["file"], batch)]
         cells = [f"{t.images_per_second:.0f} ({t.ratio:.2f}×)" for t in row]
         cost = f"{variant['gmacs']:.3f} ({variant['gmacs'] / base:.0%})"
-        lines.append(f"| {variant['r']} | {_accuracy(variant['accuracy'])} | {cost} | {' | '.join(cells)} |")
+        accuracy = _accuracy(variant["accuracy"])
+        lines.append(f"| {variant['policy']} | {variant['r']} | {accuracy} | {cost} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

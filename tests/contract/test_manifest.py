@@ -63,11 +63,16 @@ BOTH_REFUSE: dict[str, Change] = {
     "other layout": lambda m: m["input"].update(layout="NCHW"),
     "other interpolation": lambda m: m["input"].update(interpolation="cubic"),
     "background of four": lambda m: m["input"].update(alpha_background=[1, 2, 3, 4]),
+    "embedding without its rate": lambda m: m.update(embedding={"file": "golden.npz", "dim": 8, "recipe": ""}),
     "float channel": lambda m: m["input"].update(alpha_background=[1.5, 2, 3]),
 }
 MODELS_REFUSE: dict[str, tuple[Change, str]] = {
     "unlisted graph": (lambda m: m["files"].pop("tome-r8.onnx"), "tome-r8.onnx is referenced but not listed"),
     "unlisted golden": (lambda m: m["golden"].update(file="other.npz"), "other.npz is referenced"),
+    "unlisted embedding": (
+        lambda m: m.update(embedding={"file": "own.safetensors", "dim": 8, "r": 16, "recipe": ""}),
+        "own.safetensors is referenced",
+    ),
     "unlisted weights": (lambda m: m["variants"][0].update(requires=["w.bin"]), "w.bin is referenced"),
     "manifest in files": (lambda m: m["files"].update({"manifest.json": m["files"]["golden.npz"]}), "its own digest"),
     "same variant twice": (lambda m: m["variants"].append({**m["variants"][0], "id": "x"}), "more than once"),

@@ -11,17 +11,18 @@ import httpx
 import pytest
 import torch
 
+from tests.e2e.store import newest_version
 from tests.integration.server import ROOT, Server
 from training.data.preprocessing import read_pixels
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import measure
 from training.export.onnx_format import OnnxClassifier
 from training.models.classifier import frozen_classifier
+from training.models.embedding import load_embedding
 from training.models.macs import matching_macs, vit_macs
-from training.models.vit import load_vit
+from training.models.vit import MetricChoice, load_vit
 
-STORE = ROOT / "model_store"
-FOLDER = STORE / "reference" / "1"
+FOLDER = newest_version("reference")
 RATES = list(range(0, 17, 2))
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png"))
 
@@ -35,7 +36,7 @@ def manifest() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with (
-        Server(STORE, tmp_path_factory.mktemp("log") / "server.log") as server,
+        Server(ROOT / "model_store", tmp_path_factory.mktemp("log") / "server.log") as server,
         httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
     ):
         yield client
@@ -95,13 +96,16 @@ def test_service_answers_what_eager_pytorch_computes(client: httpx.Client, manif
     architecture = manifest["architecture"]
     weights = FOLDER / "weights.safetensors"
     vit = load_vit(architecture["timm_name"], weights=weights, **architecture["timm_arguments"])
-    for r in (0, 16):
-        classifier = frozen_classifier(vit, REFERENCE_INPUT, r)
+    merging: list[tuple[str, int, MetricChoice]] = [("none", 0, "keys"), ("tome", 16, "keys")]
+    if "embedding" in manifest:
+        merging.append(("dtem", 16, load_embedding(FOLDER / manifest["embedding"]["file"])))
+    for policy, r, metric in merging:
+        classifier = frozen_classifier(vit, REFERENCE_INPUT, r, metric=metric)
         for image in EXAMPLES[:4]:
             pixels = torch.from_numpy(read_pixels(image, REFERENCE_INPUT))[None]
             with torch.no_grad():
                 expected = classifier(pixels).softmax(1)[0]
-            for prediction in classify(client, image, f"r={r}&top_k=10")["predictions"]:
+            for prediction in classify(client, image, f"policy={policy}&r={r}&top_k=10")["predictions"]:
                 assert prediction["probability"] == pytest.approx(float(expected[prediction["index"]]), abs=1e-3)
 
 
@@ -109,22 +113,28 @@ def test_published_gmacs_and_tokens_are_those_of_the_formula(manifest: dict[str,
     architecture = manifest["architecture"]
     vit = load_vit(architecture["timm_name"], **architecture["timm_arguments"])
     for variant in manifest["variants"]:
-        formula = vit_macs(vit, variant["schedule"]) + matching_macs(vit, variant["schedule"])
+        dim = manifest["embedding"]["dim"] if variant["policy"] == "dtem" else None
+        formula = vit_macs(vit, variant["schedule"]) + matching_macs(vit, variant["schedule"], embedding_dim=dim)
         assert variant["gmacs"] == pytest.approx(formula / 1e9, rel=1e-12)
     last = {variant["r"]: variant["tokens"][-1] for variant in manifest["variants"]}
     assert (architecture["n_tokens"], last[0], last[8], last[16]) == (197, 197, 101, 11)
 
 
 def test_every_rate_is_there_and_accuracy_was_measured_on_ten_thousand(manifest: dict[str, Any]) -> None:
-    assert [v["r"] for v in manifest["variants"] if v["policy"] == "tome"] == RATES
+    merging = {"tome", "dtem"} if "embedding" in manifest else {"tome"}
+    assert {v["policy"] for v in manifest["variants"]} == {"none"} | merging
+    for policy in merging:
+        assert [v["r"] for v in manifest["variants"] if v["policy"] == policy] == RATES
     assert [v["r"] for v in manifest["variants"] if v["policy"] == "none"] == [0]
+    assert manifest["default"]["policy"] == ("dtem" if "embedding" in manifest else "tome")
     assert all(v["accuracy"]["n_images"] == 10_000 for v in manifest["variants"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("r", [0, 16])
 def test_published_accuracy_is_found_again_on_part_of_the_images(manifest: dict[str, Any], r: int) -> None:
-    (variant,) = [v for v in manifest["variants"] if (v["policy"], v["r"]) == ("tome", r)]
+    default = manifest["default"]["policy"]
+    (variant,) = [v for v in manifest["variants"] if (v["policy"], v["r"]) == (default, r)]
     result = measure(OnnxClassifier(FOLDER / variant["file"]), pixel_batches(DigitScenes("test", 1000), 50, 0))
     published = variant["accuracy"]["top1"]
     four_sigma = 4 * (published * (1 - published) / 1000) ** 0.5

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.store import newest_version
 from tests.integration.server import ROOT, Server
 from training.cli import export
 
@@ -18,7 +19,7 @@ def test_both_formats_answer_alike(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
-    model = ["--published", str(ROOT / "model_store" / "reference" / "1"), "--name", "reference", "--store", str(store)]
+    model = ["--published", str(newest_version("reference")), "--name", "reference", "--store", str(store)]
     assert export.main([*model, "--formats", "onnx,torchscript", "--rates", "0,8,16", "--n-images", "256"]) == 0
     answers = {}
     for served in ("onnx", "torchscript"):

@@ -3,6 +3,7 @@
 The reference model: `python -m training.cli.export --run runs/reference --name reference`
 Your own:            `python -m training.cli.export --architecture deit_small_patch16_224 --weights pretrained
                       --name deit-s --data /data/imagenet/val`
+With an embedding (the run's or version's own, or --embedding) policy dtem is exported beside tome and none.
 An interrupted export resumes; a published version is never changed.
 """
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("model_store"))
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
     parser.add_argument("--default-r", type=int, default=8)
+    parser.add_argument("--default-policy", help="none, tome or dtem; default: dtem where there is an embedding")
     parser.add_argument("--formats", default="onnx", help="onnx, torchscript, or both with a comma")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit from eager")
     options = parser.parse_args(arguments)
@@ -50,10 +52,12 @@ def _export(options: argparse.Namespace) -> None:
         recipe=chosen.recipe,
         rates=options.rates,
         default_r=options.default_r,
+        default_policy=options.default_policy,
         formats=tuple(options.formats.split(",")),
         parity_tolerance=options.tolerance,
     )
-    published = publish(chosen.vit, chosen.rule, chosen_source(options, chosen.rule), plan, options.store)
+    source = chosen_source(options, chosen.rule)
+    published = publish(chosen.vit, chosen.rule, source, plan, options.store, chosen.embedding)
     print(f"published {published.folder}")
     print("largest difference of a logit from eager, at batch 1, 2 and 32:")
     for name, difference in published.parity.items():

@@ -20,6 +20,7 @@ from training.models.classifier import ServedClassifier
 
 MIN_MARGIN = 3e-6  # of cosines: fifty roundings of float32; median over images of a trained model: 2e-6
 BATCHES = (1, 2, 32)
+_BATCH = 64
 
 
 class ParityError(RuntimeError):
@@ -54,6 +55,11 @@ def _recorded(classifier: ServedClassifier) -> Iterator[list[tuple[int, Tensor]]
 @torch.no_grad()
 def decisions(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
     """Measure the smallest gap between what was chosen and the next best, over all blocks, for each image."""
+    parts = [_decisions(classifier, part) for part in torch.split(pixels, _BATCH)]
+    return Decisions(torch.cat([part.margin for part in parts]), torch.cat([part.sharing for part in parts]))
+
+
+def _decisions(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
     margin = torch.full((len(pixels),), float("inf"))
     sharing = torch.zeros(len(pixels), dtype=torch.int64)
     with _recorded(classifier) as seen:
@@ -72,12 +78,15 @@ def decisions(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
     return Decisions(margin, sharing)
 
 
-def parity_pixels(classifier: ServedClassifier, candidates: Tensor, n_images: int) -> Tensor:
+def parity_pixels(
+    classifier: ServedClassifier, candidates: Tensor, n_images: int, found: Decisions | None = None
+) -> Tensor:
     """Pick the first images that are clear in every decision and share destinations. Shapes: uint8 (n, H, W, 3)
 
+    found: the candidates' decisions, where they are known already.
     Raises: ParityError where the candidates do not hold enough of them.
     """
-    found = decisions(classifier, candidates)
+    found = found or decisions(classifier, candidates)
     is_fit = found.margin >= MIN_MARGIN
     if any(classifier.model.schedule):
         is_fit &= found.sharing > 0

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import onnx
 
+from training.models.weights import EMBEDDING_ROWS
+
 _MIN_BYTES = 256  # smaller ones stay in the graph, where shape inference and constant folding can see them
 
 
@@ -24,17 +26,15 @@ class Place:
 
 
 def tensor_places(weights: Path) -> dict[bytes, Place]:
-    """Index a safetensors file by the bytes of its tensors."""
+    """Index a safetensors file by the bytes of its tensors, and of a qkv layer's with the embedding's right behind."""
     content = weights.read_bytes()
     n_header = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n_header])
-    places = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + n_header + position for position in entry["data_offsets"])
-        places[content[begin:end]] = Place(begin, end - begin)
-    return places
+    header.pop("__metadata__", None)
+    spans = {name: [8 + n_header + position for position in entry["data_offsets"]] for name, entry in header.items()}
+    joined = [[*spans[name], *spans[name + EMBEDDING_ROWS]] for name in spans if name + EMBEDDING_ROWS in spans]
+    stretches = [*spans.values(), *([first, last] for first, end, begin, last in joined if end == begin)]
+    return {content[begin:end]: Place(begin, end - begin) for begin, end in stretches}
 
 
 def point_into(graph: onnx.ModelProto, places: dict[bytes, Place], weights_file: str) -> int:

@@ -29,15 +29,20 @@ def vit_macs(vit: nn.Module, schedule: Sequence[int]) -> int:
     return macs + sum(_weights(head) for head in (model.head, getattr(model, "head_dist", None)) if head is not None)
 
 
-def matching_macs(vit: nn.Module, schedule: Sequence[int]) -> int:
-    """Return the MACs that matching by keys and merging add: |A|·|B|·d for the scores, N'·r·C for the merge."""
+def matching_macs(vit: nn.Module, schedule: Sequence[int], *, embedding_dim: int | None = None) -> int:
+    """Return the MACs that matching and merging add: |A|·|B|·D for the scores, N'·r·C for the merge.
+
+    D is the width of the keys; embedding_dim: of a decoupled embedding in their place, which costs N·C·D itself.
+    """
     model: Any = vit
+    width = int(model.embed_dim)
     n_protected = int(model.num_prefix_tokens)
     macs = 0
     for block, n_tokens, r in zip(model.blocks, tokens_per_block(schedule, _n_tokens(vit)), schedule, strict=False):
         n_a, n_b = (len(range(first, n_tokens, 2)) for first in first_free(n_protected))
         if r:
-            macs += n_a * n_b * int(block.attn.head_dim) + (n_tokens - r) * r * int(model.embed_dim)
+            macs += n_a * n_b * (embedding_dim or int(block.attn.head_dim)) + (n_tokens - r) * r * width
+            macs += n_tokens * width * (embedding_dim or 0)
     return macs
 
 

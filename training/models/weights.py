@@ -1,11 +1,21 @@
-"""Weights from a local safetensors file, all of them or none."""
+"""Weights in a local safetensors file: loaded all or none, and saved with an embedding's rows behind the qkv layers'.
 
+A safetensors file has its tensors of one type in the order of their names. So `….qkv.weight_embedding` lies right
+behind `….qkv.weight`, and the matrix of both is one stretch of the file, of which the ViT's own is the beginning.
+"""
+
+import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.models.embedding import DecoupledEmbedding
+
+EMBEDDING_ROWS = "_embedding"
+_IS_ROWS = re.compile(rf"blocks\.\d+\.attn\.qkv\.(weight|bias){EMBEDDING_ROWS}")
 _MAX_NAMED = 5
 
 
@@ -13,8 +23,18 @@ class WeightsMismatch(ValueError):  # noqa: N818
     """A weights file does not hold exactly the tensors of the model; the message names file and tensors."""
 
 
+def save_weights(model: nn.Module, embedding: DecoupledEmbedding | None, path: Path) -> None:
+    """Write every tensor of the model and, behind those of the qkv layers, the embedding's rows."""
+    tensors = dict(model.state_dict())
+    layers: Any = embedding.blocks if embedding is not None else ()
+    for index, layer in enumerate(layers):
+        for name, rows in layer.named_parameters():
+            tensors[f"blocks.{index}.attn.qkv.{name}{EMBEDDING_ROWS}"] = rows.detach()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load every tensor of the model from a safetensors file, strictly.
+    """Load every tensor of the model from a safetensors file, strictly; an embedding's rows in it are left out.
 
     Raises: FileNotFoundError; WeightsMismatch where the file is not safetensors, or tensors are missing, unexpected or
         of another shape. The model is then as it was.
@@ -22,7 +42,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     try:
-        found = load_file(path)
+        found = {name: tensor for name, tensor in load_file(path).items() if not _IS_ROWS.fullmatch(name)}
     except (SafetensorError, OSError) as err:
         raise WeightsMismatch(f"{path} is not a safetensors file: {err}") from err
     problems = _differences(model.state_dict(), found)

@@ -1,6 +1,8 @@
+import argparse
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,41 @@ from torch import Tensor
 from app.manifest import Manifest
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import export
+from training.cli.model_options import add_model_options, chosen_model
 from training.data.digits import draw
 from training.data.preprocessing import InputRule
 from training.evaluate import accuracy
+from training.export import parity
 from training.export import publish as publishing
-from training.export.onnx_format import OnnxClassifier
-from training.export.parity import ParityError, decisions, largest_difference, parity_pixels
+from training.export.manifest import git_commit
+from training.export.onnx_format import OnnxClassifier, export_onnx
+from training.export.parity import Decisions, ParityError, decisions, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier
-from training.models.classifier import frozen_classifier
+from training.export.weights import tensor_places
+from training.models.classifier import ServedClassifier, frozen_classifier
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 from training.models.macs import matching_macs, vit_macs
+from training.models.vit import MergingVisionTransformer, load_vit
+from training.models.weights import save_weights
 
 RATES = (0, 8, 32)
+GRAPHS = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES if r)]
 RULE = InputRule(height=112, width=112, resize_shorter_side=124, mean=(0.5,) * 3, std=(0.5,) * 3)  # as timm has it
+
+
+def embedding() -> DecoupledEmbedding:
+    torch.manual_seed(5)
+    return DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16, recipe="some.toml"))
+
+
+def frozen(policy: str, r: int) -> ServedClassifier:
+    return frozen_classifier(tiny_vit(), RULE, r, metric=embedding() if policy == "dtem" else "keys")
 
 
 def command(folder: Path) -> list[str]:
     if not (folder / "weights.safetensors").exists():
         save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
+        embedding().save(folder / "own.safetensors")
         (folder / "store").mkdir()
         shutil.copy("model_store/manifest.schema.json", folder / "store")
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
@@ -42,7 +62,8 @@ def command(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    assert export.main([*command(folder), "--formats", "onnx,torchscript"]) == 0
+    with_embedding = ["--embedding", str(folder / "own.safetensors")]
+    assert export.main([*command(folder), *with_embedding, "--formats", "onnx,torchscript"]) == 0
     return folder / "store" / "tiny" / "1"
 
 
@@ -60,10 +81,34 @@ def pixels() -> Tensor:
 def test_manifest_is_what_the_service_reads(published: Path) -> None:
     manifest = Manifest.model_validate_json((published / "manifest.json").read_bytes())
     assert manifest.name == "tiny"
-    assert manifest.default.r == 8
+    assert (manifest.default.policy, manifest.default.r) == ("dtem", 8)
+    assert manifest.embedding is not None
+    assert manifest.embedding.model_dump() == {
+        "file": "embedding.safetensors",
+        "dim": 8,
+        "r": 16,
+        "recipe": "some.toml",
+    }
     found = {(v.policy, v.r, v.format) for v in manifest.variants}
-    expected = {(p, r, f) for f in ("onnx", "torchscript") for p, r in [("none", 0), *(("tome", r) for r in RATES)]}
-    assert found == expected
+    offered = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES)]
+    assert found == {(policy, r, form) for form in ("onnx", "torchscript") for policy, r in offered}
+
+
+def test_unmerged_graph_is_one_under_every_policys_name(manifest: dict[str, Any]) -> None:
+    files = {v["file"] for v in manifest["variants"] if v["r"] == 0 and v["format"] == "onnx"}
+    assert files == {"none-r0.onnx"}
+    assert {v["policy"] for v in manifest["variants"] if v["r"] == 0} == {"none", "tome", "dtem"}
+
+
+def test_embedding_is_published_beside_the_model_and_found_there(published: Path) -> None:
+    options = argparse.ArgumentParser()
+    add_model_options(options)
+    chosen = chosen_model(options.parse_args(["--published", str(published)]))
+    assert chosen.embedding is not None
+    assert chosen.embedding.config == embedding().config
+    own = dict(embedding().named_parameters())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in chosen.embedding.named_parameters())
+    assert all(torch.equal(tensor, chosen.vit.state_dict()[name]) for name, tensor in tiny_vit().state_dict().items())
 
 
 def test_every_file_is_listed_with_its_digest(published: Path, manifest: dict[str, Any]) -> None:
@@ -74,7 +119,7 @@ def test_every_file_is_listed_with_its_digest(published: Path, manifest: dict[st
         assert path.stat().st_mode & 0o444 == 0o444
 
 
-def test_rates_share_one_weights_file_which_pytorch_reads_too(published: Path) -> None:
+def test_graphs_share_one_weights_file_which_pytorch_reads_too(published: Path) -> None:
     state = load_file(published / "weights.safetensors")
     assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_vit().state_dict().items())
     for file in published.glob("*.onnx"):
@@ -83,21 +128,81 @@ def test_rates_share_one_weights_file_which_pytorch_reads_too(published: Path) -
         assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {
             "weights.safetensors"
         }
-        inline = sum(len(t.raw_data) for t in graph.graph.initializer)
-        assert inline < 0.1 * (published / "weights.safetensors").stat().st_size
+        inline = [t for t in graph.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        matrices_inline = [t.name for t in inline if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
+        assert not matrices_inline
+        assert sum(len(t.raw_data) for t in inline) < 0.1 * (published / "weights.safetensors").stat().st_size
         assert graph.opset_import[0].version >= 18
 
 
-@pytest.mark.parametrize("r", RATES)
+def matrices(graph: onnx.ModelProto, n_rows: int) -> list[dict[str, str]]:
+    found = [t for t in graph.graph.initializer if list(t.dims) == [n_rows, 32]]
+    return [{entry.key: entry.value for entry in tensor.external_data} for tensor in found]
+
+
+@pytest.mark.parametrize("r", [8, 32])
+def test_embedding_is_rows_of_the_qkv_gemm_and_tome_uses_a_prefix_of_it(published: Path, r: int) -> None:
+    tome, dtem = (onnx.load(published / f"{policy}-r{r}.onnx", load_external_data=False) for policy in ("tome", "dtem"))
+    assert len(matrices(dtem, 3 * 32 + 8)) == len(matrices(tome, 3 * 32)) == 3
+    for joined, plain in zip(matrices(dtem, 3 * 32 + 8), matrices(tome, 3 * 32), strict=True):
+        assert joined["offset"] == plain["offset"]
+        assert int(joined["length"]) - int(plain["length"]) == 8 * 32 * 4
+    count = {
+        name: Counter(node.op_type for node in graph.graph.node) for name, graph in zip("td", (tome, dtem), strict=True)
+    }
+    for kind in ("Gemm", "MatMul", "Split", "Gather", "Concat", "Slice", "Add", "Softmax", "TopK"):
+        assert count["d"][kind] == count["t"][kind], kind
+    assert count["d"]["ReduceMean"] == count["t"]["ReduceMean"] - 3  # no keys to average
+    assert sum(count["d"].values()) <= sum(count["t"].values()) + 3 * 5  # q, k, v are each reshaped and transposed
+
+
+def test_joined_bias_of_a_vit_without_one_is_in_the_graph_and_its_weights_are_not(tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    vit = load_vit("vit_tiny_patch16_224", qkv_bias=False, **ARGUMENTS).eval()
+    save_weights(vit, embedding(), tmp_path / "weights.safetensors")
+    classifier = frozen_classifier(vit, RULE, 8, metric=embedding())
+    pixels = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
+    export_onnx(classifier, pixels, tmp_path / "dtem.onnx", tmp_path / "weights.safetensors")
+    graph = onnx.load(tmp_path / "dtem.onnx", load_external_data=False)
+    assert all(place["location"] == "weights.safetensors" for place in matrices(graph, 3 * 32 + 8))
+    assert largest_difference(classifier, OnnxClassifier(tmp_path / "dtem.onnx"), pixels, (2,)) < 1e-4
+
+
+def test_rows_that_do_not_lie_together_are_no_place(tmp_path: Path) -> None:
+    weight, rows = torch.randn(4, 3), torch.randn(2, 3)
+    together = {"qkv.weight": weight, "qkv.weight_embedding": rows}
+    joined = torch.cat([weight, rows]).numpy().tobytes()
+    save_file(together, tmp_path / "together.safetensors")
+    save_file({**together, "qkv.weight_a": torch.randn(5)}, tmp_path / "apart.safetensors")
+    place = tensor_places(tmp_path / "together.safetensors")[joined]
+    assert (tmp_path / "together.safetensors").read_bytes()[place.offset :][: place.length] == joined
+    apart = tensor_places(tmp_path / "apart.safetensors")
+    assert joined not in apart
+    assert weight.numpy().tobytes() in apart
+
+
+@pytest.mark.parametrize(("policy", "r"), GRAPHS)
 @pytest.mark.parametrize("n_images", [1, 2, 5, 32])
-def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, r: int, n_images: int) -> None:
-    classifier = frozen_classifier(tiny_vit(), RULE, r)
+def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy: str, r: int, n_images: int) -> None:
+    classifier = frozen(policy, r)
     batch = parity_pixels(classifier, pixels, n_images)
-    stem = f"tome-r{r}" if r else "none-r0"
+    stem = f"{policy}-r{r}"
     if r:
         assert decisions(classifier, batch).sharing.min() > 0, "no destination is shared: the test would prove little"
     for exported in (OnnxClassifier(published / f"{stem}.onnx"), TorchScriptClassifier(published / f"{stem}.pt")):
         assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
+
+
+def test_joined_classifier_equals_the_embedding_apart(pixels: Tensor) -> None:
+    joined = frozen("dtem", 32)
+    assert joined.model.joined is not None
+    apart = ServedClassifier(
+        MergingVisionTransformer(tiny_vit(), 32, exhausted="reduce", metric=embedding(), attention="plain"), RULE
+    )
+    batch = parity_pixels(joined, pixels, 8)
+    with torch.no_grad():
+        assert float((joined(batch) - apart(batch)).abs().max()) < 1e-4
+        assert float((joined(batch) - frozen("tome", 32)(batch)).abs().max()) > 1e-3  # it does merge otherwise
 
 
 def test_batch_is_the_only_dynamic_axis(published: Path) -> None:
@@ -128,7 +233,9 @@ def test_golden_outputs_are_those_of_every_variant(published: Path, manifest: di
 
 def test_gmacs_and_tokens_agree_with_the_closed_formula(manifest: dict[str, Any]) -> None:
     for variant in manifest["variants"]:
-        formula = vit_macs(tiny_vit(), variant["schedule"]) + matching_macs(tiny_vit(), variant["schedule"])
+        dim = 8 if variant["policy"] == "dtem" else None
+        matching = matching_macs(tiny_vit(), variant["schedule"], embedding_dim=dim)
+        formula = vit_macs(tiny_vit(), variant["schedule"]) + matching
         assert variant["gmacs"] == pytest.approx(formula / 1e9, rel=1e-12)
         assert variant["tokens"][-1] == 197 - sum(variant["schedule"])
 
@@ -193,6 +300,52 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
 
 
+def test_decisions_are_made_once_for_each_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[int] = []
+
+    def counting(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
+        decided.append(classifier.model.schedule[0])
+        return decisions(classifier, pixels)
+
+    monkeypatch.setattr(publishing, "decisions", counting)
+    monkeypatch.setattr(parity, "decisions", counting)
+    assert export.main([*command(tmp_path), "--rates", "8", "--formats", "torchscript"]) == 0
+    assert decided == [8]
+
+
+def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = [*command(tmp_path), "--formats", "torchscript"]  # the quicker ones to make
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")])
+    (work,) = (tmp_path / "store" / "tiny").iterdir()
+    assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
+    assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
+    folder = tmp_path / "store" / "tiny" / "1"
+    expected = {"golden.npz", "tome-r4.pt", "weights.safetensors"}
+    assert {path.name for path in folder.iterdir()} == expected | {"manifest.json"}
+    assert json.loads((folder / "manifest.json").read_text())["files"].keys() == expected
+    assert not [name for name in load_file(folder / "weights.safetensors") if "embedding" in name]
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_export_outside_a_git_checkout_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"no git checkout.*export from a clone"):
+        git_commit(tmp_path)
+    monkeypatch.setattr(publishing, "git_commit", lambda: git_commit(tmp_path))
+    assert export.main(command(tmp_path)) == 2
+    assert f"export refused: {tmp_path} is in no git checkout" in capsys.readouterr().err
+    assert not (tmp_path / "store" / "tiny").exists()
+
+
 def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
     flat = torch.zeros(40, 112, 112, 3, dtype=torch.uint8)
     vit: Any = tiny_vit()
@@ -206,6 +359,8 @@ def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
     ("extra", "message"),
     [
         (["--default-r", "4"], "default_r 4"),
+        (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
+        (["--default-policy", "none"], "default_r 8: expected one of [0], the rates of policy none"),
         (["--rates", "8,8"], "rates [8, 8]"),
         (["--formats", "onnx,tensorrt"], "tensorrt"),
         (["--rates", "8,150"], "cannot remove r=150"),

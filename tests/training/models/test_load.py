@@ -4,11 +4,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.models.families import SMALL, build
 from training.models import MergingVisionTransformer, UnsupportedArchitecture, WeightsMismatch, load_vit
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.models.weights import save_weights
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,20 @@ def test_local_weights_are_loaded_to_the_bit(tmp_path: Path) -> None:
     path = write(tmp_path / "vit.safetensors", saved)
     loaded = load_vit("vit_tiny_patch16_224", weights=path, **SMALL).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
+
+
+def test_embedding_rows_are_left_out_and_nothing_else_is(tmp_path: Path) -> None:
+    vit = load_vit("vit_tiny_patch16_224", **SMALL)
+    path = tmp_path / "weights.safetensors"
+    save_weights(vit, DecoupledEmbedding(EmbeddingConfig(depth=3, width=192, dim=4, r=2)), path)
+    tensors = load_file(path)
+    assert tensors["blocks.2.attn.qkv.weight_embedding"].shape == (4, 192)
+    loaded = load_vit("vit_tiny_patch16_224", weights=path, **SMALL).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in vit.state_dict().items())
+    for name in ("blocks.0.attn.proj.weight_embedding", "blocks.0.attn.qkv.weight_embedding2", "weight_embedding"):
+        write(path, {**tensors, name: torch.zeros(1)})
+        with pytest.raises(WeightsMismatch, match=f"1 unexpected: {name}"):
+            load_vit("vit_tiny_patch16_224", weights=path, **SMALL)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

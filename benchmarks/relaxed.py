@@ -1,0 +1,277 @@
+"""What a training step through relaxed merging costs: time and peak memory, beside the plain ViT and the plain formula.
+
+`python -m benchmarks.relaxed --out docs/relaxed-cost` on a CPU, `--device cuda --precision bfloat16
+--architecture deit_small_patch16_224 --arguments '{}' --dim 64 --batch-size 256` on a GPU.
+The weights are new ones: nothing measured here depends on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.timing import CLOCKS, paired_ratio, time_in_turns
+from training.merging.relaxed import EPSILON, Relaxation, soft_grouping
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.models.relaxed import RelaxedVisionTransformer
+from training.models.vit import load_vit
+
+REFERENCE = {"img_size": 112, "patch_size": 8, "embed_dim": 128, "num_heads": 2, "num_classes": 10}
+FORWARD, BOTH = "plain forward", "plain forward and backward"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step, medians over rounds. Units: seconds; bytes at the peak, beyond weights and images; ratios by rounds."""
+
+    step: str
+    seconds: float
+    peak_bytes: int
+    to_forward: float
+    to_both: float
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The loop over r alone, forward and backward, against autograd through the formula. Units: seconds, bytes."""
+
+    r: int
+    seconds: float
+    plain_seconds: float
+    speed_up: float
+    peak_bytes: int
+    plain_peak_bytes: int
+
+
+def plain_grouping(scores: Tensor, r: int, relaxation: Relaxation) -> Tensor:
+    """Group as the formula says it: r times a softmax over all kept entries of an image, differentiated by autograd.
+
+    Source: arXiv 2412.10569, equations 6 and 7.
+    """
+    kept, partners = scores.topk(relaxation.n_partners, dim=-1)
+    u = kept / relaxation.tau1
+    total = torch.zeros_like(kept)
+    for _ in range(r):
+        p = (u / relaxation.tau2).flatten(1).softmax(-1).view_as(u)
+        total = total + p
+        u = u + torch.log((1 - p.sum(-1, keepdim=True)).clamp_min(EPSILON))
+    excess = (total.sum(-1, keepdim=True).detach() - 1).clamp_min(0)
+    return torch.zeros_like(scores).scatter(-1, partners, total / (1 + excess))
+
+
+def grouping_step(group: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the groups and the gradient of a sum that weighs them all differently."""
+    leaf = scores.detach().requires_grad_()
+    share = group(leaf)
+    weights = torch.linspace(-1, 1, share.numel(), device=share.device, dtype=share.dtype).view_as(share)
+    (gradient,) = torch.autograd.grad((share * weights).sum(), leaf)
+    return share.detach(), gradient
+
+
+def check_same(scores: Tensor, r: int) -> None:
+    """Raises: ValueError where the fast grouping and the formula differ, or their gradients, in float64."""
+    exact = scores.double()
+    fast = grouping_step(lambda s: soft_grouping(s, r), exact)
+    plain = grouping_step(lambda s: plain_grouping(s, r, Relaxation()), exact)
+    for what, found, expected in zip(("groups", "gradients"), fast, plain, strict=True):
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference < 1e-8:
+            raise ValueError(f"r = {r}: {what} of the fast grouping differ from the formula's by {difference:.1e}")
+
+
+class Steps:
+    """The steps to compare, all of one ViT on the same images."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.device, self.is_half = options.device, options.precision == "bfloat16"
+        self.vit = load_vit(options.architecture, **options.arguments).to(self.device).train()
+        model: Any = self.vit
+        config = EmbeddingConfig(depth=len(model.blocks), width=int(model.embed_dim), dim=options.dim, r=16)
+        self.embedding = DecoupledEmbedding(config).to(self.device)
+        height, width = model.patch_embed.img_size
+        self.images = torch.randn(options.batch_size, 3, height, width, device=self.device)
+        self.labels = torch.arange(options.batch_size, device=self.device) % model.num_classes
+
+    def forward(self) -> None:
+        with torch.no_grad(), self._autocast():
+            self.vit(self.images)
+
+    def both(self) -> None:
+        """Forward and backward to all the ViT's weights."""
+        self._learn(self.vit, self.vit)
+
+    def relaxed(self, r: int, keep_tail: bool) -> None:
+        """Forward and backward to the embedding, the ViT frozen: a step of modular training."""
+        model = RelaxedVisionTransformer(self.vit, r, metric=self.embedding, keep_tail=keep_tail, exhausted="reduce")
+        self._learn(model, self.embedding)
+
+    def _learn(self, model: nn.Module, learner: nn.Module) -> None:
+        self.vit.requires_grad_(learner is self.vit)
+        with self._autocast():
+            loss = functional.cross_entropy(model(self.images).float(), self.labels)
+        torch.autograd.grad(loss, list(learner.parameters()))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.is_half)
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """Return the most that a step holds at any time, beyond what was there before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    result: Any = profile.profiler
+    events = [event for event in result.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def measure_steps(options: argparse.Namespace) -> list[Cost]:
+    steps = Steps(options)
+    runs: dict[str, Callable[[], None]] = {FORWARD: steps.forward, BOTH: steps.both}
+    for r in options.rates:
+        for keep_tail in (True, False):
+            name = f"relaxed r={r}, {'tail kept' if keep_tail else 'no tail'}"
+            runs[name] = functools.partial(steps.relaxed, r, keep_tail)
+    clock = _clock(options)
+    seconds = time_in_turns(runs, options.rounds, clock, "steps")
+    return [
+        Cost(
+            step=name,
+            seconds=statistics.median(seconds[name]),
+            peak_bytes=peak_bytes(run, options.device),
+            to_forward=paired_ratio(seconds[name], seconds[FORWARD]).median,
+            to_both=paired_ratio(seconds[name], seconds[BOTH]).median,
+        )
+        for name, run in runs.items()
+    ]
+
+
+def measure_grouping(options: argparse.Namespace) -> list[Grouping]:
+    """Time the grouping of one block's scores. Raises: ValueError where it is not what the formula gives."""
+    n_a = options.n_tokens // 2
+    drawn = torch.randn(options.batch_size, n_a, n_a, generator=torch.Generator().manual_seed(0))
+    scores = drawn.tanh().to(options.device)
+    rows = []
+    for r in options.rates:
+        check_same(scores[:2], r)
+        runs = {
+            "fast": functools.partial(grouping_step, functools.partial(soft_grouping, r=r), scores),
+            "plain": functools.partial(
+                grouping_step, functools.partial(plain_grouping, r=r, relaxation=Relaxation()), scores
+            ),
+        }
+        seconds = time_in_turns(runs, options.rounds, _clock(options), f"grouping r={r}")
+        rows.append(
+            Grouping(
+                r=r,
+                seconds=statistics.median(seconds["fast"]),
+                plain_seconds=statistics.median(seconds["plain"]),
+                speed_up=paired_ratio(seconds["plain"], seconds["fast"]).median,
+                peak_bytes=peak_bytes(runs["fast"], options.device),
+                plain_peak_bytes=peak_bytes(runs["plain"], options.device),
+            )
+        )
+    return rows
+
+
+def _clock(options: argparse.Namespace) -> Callable[[], float]:
+    if options.device == "cuda":
+        return _synchronised_clock
+    return CLOCKS[options.clock]
+
+
+def _synchronised_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def markdown(costs: Sequence[Cost], grouping: Sequence[Grouping], about: dict[str, Any]) -> str:
+    lines = [
+        "| step | ms | of a forward | of forward and backward | peak memory, MB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for cost in costs:
+        ratios = f"{cost.to_forward:.2f}× | {cost.to_both:.2f}×"
+        lines.append(f"| {cost.step} | {1e3 * cost.seconds:.1f} | {ratios} | {cost.peak_bytes / 1e6:.0f} |")
+    lines += [
+        "",
+        "| r | grouping, ms | the formula by autograd, ms | faster | peak memory, MB | the formula's, MB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in grouping:
+        times = f"{1e3 * row.seconds:.2f} | {1e3 * row.plain_seconds:.2f} | {row.speed_up:.1f}×"
+        memory = f"{row.peak_bytes / 1e6:.1f} | {row.plain_peak_bytes / 1e6:.1f}"
+        lines.append(f"| {row.r} | {times} | {memory} |")
+    settings = ", ".join(f"{key} {value}" for key, value in about.items())
+    lines += [
+        "",
+        f"Medians over rounds in which all took turns: {settings}. Steps are forward and backward; relaxed ones to the "
+        "embedding alone (modular training). Grouping: of one block's scores, forward and backward.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 0 measured, 2 refused, with the reason on standard error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="vit_tiny_patch16_224", help="a timm name")
+    parser.add_argument("--arguments", type=json.loads, default=REFERENCE, help="JSON for timm.create_model")
+    parser.add_argument("--dim", type=int, default=32, help="d', the embedding's width")
+    parser.add_argument("--n-tokens", type=int, default=197, help="of the block whose grouping is timed alone")
+    parser.add_argument("--rates", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="on a GPU always wall")
+    parser.add_argument("--out", type=Path, required=True, help="files <out>.json and <out>.md")
+    options = parser.parse_args(arguments)
+    try:
+        _measure(options)
+    except (ValueError, OSError) as err:
+        print(f"benchmark refused: {err}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    names = ("architecture", "dim", "batch_size", "precision", "device", "threads", "clock", "rounds")
+    about = {name: getattr(options, name) for name in names}
+    if options.device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+    costs, grouping = measure_steps(options), measure_grouping(options)
+    content = {"about": about, "steps": [asdict(c) for c in costs], "grouping": [asdict(g) for g in grouping]}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    table = markdown(costs, grouping, about)
+    options.out.with_suffix(".md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""A tiny model exported with an embedding, and served: each request chooses between dtem, tome and none."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import embedding as benchmark
+from tests.integration.server import ROOT, Server
+from tests.training.tiny_vit import ARGUMENTS, tiny_vit
+from training.cli import export
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+
+IMAGE = next((ROOT / "examples").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dtem")
+    store = folder / "store"
+    store.mkdir()
+    shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
+    save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
+    torch.manual_seed(5)
+    embedding = DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16))
+    embedding.save(folder / "embedding.safetensors")
+    model = ["--architecture", "vit_tiny_patch16_224", "--arguments", json.dumps(ARGUMENTS)]
+    files = ["--weights", str(folder / "weights.safetensors"), "--embedding", str(folder / "embedding.safetensors")]
+    plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--n-images", "200"]
+    assert export.main([*model, *files, *plan]) == 0
+    return store
+
+
+@pytest.fixture(scope="module")
+def client(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with (
+        Server(store, tmp_path_factory.mktemp("log") / "server.log") as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
+    ):
+        yield client
+
+
+def classify(client: httpx.Client, query: str) -> dict[str, Any]:
+    response = client.post(f"/classify?{query}", content=IMAGE.read_bytes())
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_models_lists_dtem_as_the_default_policy(client: httpx.Client) -> None:
+    (model,) = client.get("/models").json()["models"]
+    assert model["default"] == {"policy": "dtem", "r": 8}
+    found = {(variant["policy"], variant["r"]) for variant in model["variants"]}
+    assert found == {("none", 0), ("tome", 0), ("tome", 8), ("dtem", 0), ("dtem", 8)}
+
+
+def test_each_policy_answers_and_dtem_merges_other_tokens_than_tome(client: httpx.Client) -> None:
+    answers = {policy: classify(client, f"policy={policy}&r=8&top_k=10") for policy in ("dtem", "tome")}
+    assert {policy: (answer["policy"], answer["r"]) for policy, answer in answers.items()} == {
+        "dtem": ("dtem", 8),
+        "tome": ("tome", 8),
+    }
+    assert answers["dtem"]["predictions"] != answers["tome"]["predictions"]
+    assert classify(client, "top_k=10")["predictions"] == answers["dtem"]["predictions"]
+
+
+def test_every_policy_answers_alike_where_nothing_merges(client: httpx.Client) -> None:
+    answers = [classify(client, f"policy={policy}&r=0")["predictions"] for policy in ("none", "tome", "dtem")]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_cost_of_the_embedding_is_measured_on_any_version_that_has_one(store: Path, tmp_path: Path) -> None:
+    options = ["--rates", "8", "--batches", "1", "--rounds", "6", "--out", str(tmp_path / "cost")]
+    assert benchmark.main(["--published", str(store / "tiny" / "1"), *options]) == 0
+    content = json.loads((tmp_path / "cost.json").read_text())
+    (compute,) = content["compute"]
+    assert compute["embedding"] == pytest.approx((197 + 189 + 181) * 32 * 8 / 1e9)
+    assert content["latency"][0]["ratio"]["median"] > 0
+    assert "| 8 | 1 |" in (tmp_path / "cost.md").read_text()
+    assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_cost_of_an_embedding_is_refused_where_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert benchmark.main(["--published", str(tmp_path), "--out", str(tmp_path / "cost")]) == 2
+    assert "has no embedding" in capsys.readouterr().err
