@@ -12,6 +12,7 @@ from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import REFERENCE_INPUT, Source, open_source
+from training.models.classifier import input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.models.vit import load_vit
 
@@ -70,7 +71,9 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
         recipe = json.loads((options.run / "recipe.json").read_text())
         name, arguments = recipe["architecture"], recipe["arguments"]
         vit = load_vit(name, weights=options.run / "weights.safetensors", **arguments)
-        return ChosenModel(vit.eval(), name, arguments, REFERENCE_INPUT, recipe["file"])
+        is_digits = recipe.get("data", {}).get("source", "digits") == "digits"
+        rule = REFERENCE_INPUT if is_digits else input_rule(vit)
+        return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"])
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]
@@ -81,21 +84,7 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     weights = "pretrained" if options.weights == "pretrained" else Path(options.weights)
     vit = load_vit(options.architecture, weights=weights, **options.arguments)  # type: ignore[arg-type]
     origin = f"timm {options.architecture}, weights {options.weights}"
-    return ChosenModel(vit.eval(), options.architecture, options.arguments, _rule_of_timm(vit), origin)
-
-
-def _rule_of_timm(vit: Any) -> InputRule:
-    """Take over what timm states of its weights: size, mean, standard deviation, interpolation and crop."""
-    stated = vit.pretrained_cfg
-    height, width = vit.patch_embed.img_size
-    return InputRule(
-        height=height,
-        width=width,
-        resize_shorter_side=int(max(height, width) / stated["crop_pct"]),
-        interpolation=stated["interpolation"],
-        mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]),
-    )
+    return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin)
 
 
 def _rule_of(entry: dict[str, Any]) -> InputRule:

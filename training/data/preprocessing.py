@@ -55,6 +55,16 @@ def read_pixels(source: Path | BinaryIO, rule: InputRule) -> NDArray[np.uint8]:
         return _cropped(_rgb(_upright(image), rule.alpha_background), rule)
 
 
+def read_whole(source: Path) -> Image.Image:
+    """Decode and orient an image file as `read_pixels` does, in RGB, at its own size: what training crops from.
+
+    Raises: as `read_pixels`.
+    """
+    with Image.open(source, formats=FORMATS) as image:
+        image.load()
+        return _rgb(_upright(image), InputRule.alpha_background)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; EXIF that cannot be read counts as none."""
     try:

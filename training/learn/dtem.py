@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training.learn.images import TrainingImages, image_batches
+from training.data.augmentation import Mixing
+from training.evaluate.accuracy import measure
+from training.learn.images import TrainingImages, Validation, image_batches
 from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
+from training.learn.run_folder import RunLog, replaced
+from training.models.classifier import ServedClassifier
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig, default_dim
 from training.models.relaxed import RelaxedVisionTransformer
 from training.models.vit import MergingVisionTransformer, load_vit
@@ -40,12 +45,24 @@ def learning_rate(n_seen: int, recipe: DtemRecipe, learner: AdamW) -> float:
 
 
 class DtemTraining:
-    """The state of one run: what learns, its optimisers, steps taken; what a checkpoint saves and restores."""
+    """The state of one run: what learns, its optimisers, steps taken; what a checkpoint saves and restores.
+
+    Raises: ValueError where the images are of another number of classes than the model's, fewer than a batch in all the
+        recipe's epochs, or the first block has too few tokens to remove r.
+    """
 
     def __init__(
-        self, recipe: DtemRecipe, images: TrainingImages, folder: Path, *, processes: Processes, n_workers: int
+        self,
+        recipe: DtemRecipe,
+        images: TrainingImages,
+        folder: Path,
+        *,
+        validation: Validation | None = None,
+        processes: Processes,
+        n_workers: int,
     ) -> None:
         torch.manual_seed(recipe.seed)
+        recipe = recipe.counted_in_images(len(images))
         self.recipe, self.images, self.folder = recipe, images, folder
         self.processes, self.n_workers = processes, n_workers
         weights = "pretrained" if recipe.weights == "pretrained" else Path(recipe.weights)
@@ -75,6 +92,8 @@ class DtemTraining:
             keep_tail=recipe.keep_tail,
             attention="plain_augmented_values" if is_cpu else "augmented_values",
         ).to(processes.device)
+        _check_fits(self.hard, recipe, len(images.classes))
+        self.validation = validation
         self.learners: dict[str, nn.Module] = {}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         for name, module, settings in (
@@ -87,7 +106,9 @@ class DtemTraining:
                 self.optimisers[name] = torch.optim.AdamW(
                     _parameter_groups(module, settings.weight_decay), betas=settings.betas, fused=True
                 )
-        self.mixup = _mixup(recipe, images.n_classes)
+        data = recipe.data
+        is_mixing = data.mixup > 0 or data.cutmix > 0
+        self.mixing = Mixing(len(images.classes), mixup=data.mixup, cutmix=data.cutmix) if is_mixing else None
         self.n_steps_taken = 0
 
     @property
@@ -112,15 +133,14 @@ class DtemTraining:
         rate = learning_rate(self.n_seen, self.recipe, settings)
         torch.manual_seed(_step_seed(self.recipe.seed, self.n_steps_taken, self.processes.rank))
         images, labels = images.to(self.processes.device), labels.to(self.processes.device)
-        images, targets = self.mixup(images, labels, self.n_steps_taken, self.processes.rank)
+        targets = labels
+        if self.mixing is not None:
+            draw = (self.recipe.seed, self.n_steps_taken, self.processes.rank)
+            images, targets = self.mixing(images, labels, *draw)
         is_relaxed = name == "embedding" or self.recipe.mode == "soft keys"
-        model = self.relaxed if is_relaxed else self.hard
         learner.requires_grad_(True)
         self.vit.train(name == "vit")
-        with torch.autocast(self.processes.device.type, torch.bfloat16):
-            logits = model(images).float()
-        loss = functional.cross_entropy(logits, targets, label_smoothing=self.recipe.data.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss, logits = self._backward(self.relaxed if is_relaxed else self.hard, images, targets)
         learner.requires_grad_(False)
         parameters = [parameter for parameter in learner.parameters() if parameter.grad is not None]
         self.processes.average(cast(Tensor, parameter.grad) for parameter in parameters)
@@ -131,7 +151,7 @@ class DtemTraining:
         optimiser.step()
         optimiser.zero_grad()
         self.n_steps_taken += 1
-        figures = torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
+        figures = torch.stack([loss, (logits.argmax(1) == labels).float().mean()])
         self.processes.average([figures])
         return {
             f"{name}_loss": float(figures[0]),
@@ -140,16 +160,78 @@ class DtemTraining:
             f"{name}_learning_rate": rate,
         }
 
+    def _backward(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of the batch's mean loss; return that loss and the logits. Shapes: (), (B, classes)"""
+        n_images, n_at_once = len(images), self.recipe.micro_batch or len(images)
+        losses, logits = [], []
+        for first in range(0, n_images, n_at_once):
+            part, wanted = images[first : first + n_at_once], targets[first : first + n_at_once]
+            with torch.autocast(self.processes.device.type, torch.bfloat16):
+                found = model(part).float()
+            loss = functional.cross_entropy(found, wanted, label_smoothing=self.recipe.data.label_smoothing)
+            loss = loss * (len(part) / n_images)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            logits.append(found.detach())
+        return torch.stack(losses).sum(), torch.cat(logits)
+
     # --- the run ---
 
-    def run(self, *, checkpoint_every: int = 200, until: int | None = None) -> None:
-        """Train to the end of the recipe from wherever the run stands. Units: in steps.
+    def run(self, *, checkpoint_every: int = 200, until: int | None = None, stop: Event | None = None) -> bool:
+        """Train to the end of the recipe from wherever the run stands; return whether it was reached.
 
+        Units: in steps. stop: set in any process, it ends the run after the step, with a checkpoint.
         until: stop after so many steps, as if the machine had failed there.
         """
         self.resume()
         last = min(self.recipe.n_steps, until or self.recipe.n_steps)
-        batches = image_batches(
+        log = RunLog(self.folder, self.n_seen) if self.processes.is_first else None
+        with closing(log) if log else nullcontext(), self._progress(last) as progress:
+            for images, labels in self._batches(last):
+                figures = self.step(images, labels)
+                progress.update(self.recipe.batch_size)
+                progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+                if log:
+                    log.write(self.n_seen, figures)
+                if self.n_steps_taken % checkpoint_every == 0 or self.n_steps_taken == self.recipe.n_steps:
+                    self._checkpoint(log)
+                elif self.processes.any(stop is not None and stop.is_set()):
+                    self.save()
+                    return False
+        return self.n_steps_taken == self.recipe.n_steps
+
+    def _checkpoint(self, log: RunLog | None) -> None:
+        """Log the validation, then save: what a resumed run begins after is in the log."""
+        if log and self.validation is not None:
+            log.write(self.n_seen, {"validation_top1": self.validate(self.validation)})
+        if log:
+            log.flush()
+        self.save()
+
+    def validate(self, validation: Validation) -> float:
+        """Return the top-1 with hard merging at the recipe's r."""
+        device = self.processes.device
+        classifier = ServedClassifier(self.hard, validation.rule).to(device).eval()
+
+        @torch.no_grad()
+        def classify(pixels: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                logits: Tensor = classifier(pixels.to(device))
+            return logits.cpu()
+
+        return measure(classify, validation.batches).top1
+
+    def _progress(self, last: int) -> Any:
+        return tqdm(
+            total=last * self.recipe.batch_size,
+            initial=self.n_seen,
+            unit="image",
+            smoothing=0.05,
+            disable=not self.processes.is_first,
+        )
+
+    def _batches(self, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return image_batches(
             self.images,
             seed=self.recipe.seed,
             first_step=self.n_steps_taken,
@@ -159,87 +241,67 @@ class DtemTraining:
             n_processes=self.processes.count,
             n_workers=self.n_workers,
         )
-        log = _Log(self.folder, self.n_seen) if self.processes.is_first else None
-        progress = tqdm(
-            total=last * self.recipe.batch_size,
-            initial=self.n_seen,
-            unit="image",
-            smoothing=0.05,
-            disable=not self.processes.is_first,
-        )
-        try:
-            for images, labels in batches:
-                figures = self.step(images, labels)
-                progress.update(self.recipe.batch_size)
-                progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
-                if log:
-                    log.write(self.n_seen, figures)
-                if self.n_steps_taken % checkpoint_every == 0 or self.n_steps_taken == self.recipe.n_steps:
-                    self.save()
-        finally:
-            progress.close()
-            if log:
-                log.close()
 
     # --- checkpoints: state.pt resumes; embedding.safetensors and weights.safetensors are what others load ---
 
     def save(self) -> None:
-        """Write the checkpoint; each file under a temporary name, then renamed, state.pt last."""
+        """Write the checkpoint, every file whole at once, state.pt last."""
         if not self.processes.is_first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.json").write_text(_as_json(self.recipe))
+        is_begun = (self.folder / "state.pt").exists()
+        with replaced(self.folder / "recipe.json") as file:
+            file.write_text(json.dumps(asdict(self.recipe), indent=2))
         if "embedding" in self.learners:
-            self.embedding.save(_temporary(self.folder / "embedding.safetensors"))
-            _keep(self.folder / "embedding.safetensors")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.vit.state_dict().items()}
-        save_file(tensors, _temporary(self.folder / "weights.safetensors"))
-        _keep(self.folder / "weights.safetensors")
+            with replaced(self.folder / "embedding.safetensors") as file:
+                self.embedding.save(file)
+        if "vit" in self.learners or not is_begun:  # a frozen ViT once
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.vit.state_dict().items()}
+            with replaced(self.folder / "weights.safetensors") as file:
+                save_file(tensors, file)
         state = {
             "learners": {name: module.state_dict() for name, module in self.learners.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
             "n_steps_taken": self.n_steps_taken,
         }
-        torch.save(state, _temporary(self.folder / "state.pt"))
-        _keep(self.folder / "state.pt")
+        with replaced(self.folder / "state.pt") as file:
+            torch.save(state, file)
 
     def resume(self) -> None:
         """Take up the run where its last checkpoint left it.
 
         Raises: ValueError where the folder holds the run of another recipe.
         """
-        if self.processes.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "state.pt").exists():
+        state = self.processes.from_first(self._saved_state)
+        if state is None:
             return
-        if (self.folder / "recipe.json").read_text() != _as_json(self.recipe):
-            raise ValueError(f"{self.folder} holds a run of another recipe: give another folder")
-        state = torch.load(self.folder / "state.pt", weights_only=True, map_location=self.processes.device)
         for name, module in self.learners.items():
             module.load_state_dict(state["learners"][name])
             self.optimisers[name].load_state_dict(state["optimisers"][name])
         self.n_steps_taken = state["n_steps_taken"]
 
+    def _saved_state(self) -> dict[str, Any] | None:
+        if not (self.folder / "state.pt").exists():
+            return None
+        found = json.loads((self.folder / "recipe.json").read_text())
+        own = json.loads(json.dumps(asdict(self.recipe)))
+        differing = [name for name in {**found, **own} if found.get(name) != own.get(name)]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds a run of another recipe, which differs in {', '.join(differing)}: "
+                "give another folder"
+            )
+        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
+        return state
 
-class _Log:
-    """Every step's figures, as JSON lines and to TensorBoard; what was written after the checkpoint is dropped."""
 
-    def __init__(self, folder: Path, n_seen: int) -> None:
-        file = folder / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if json.loads(line)["n_seen"] <= n_seen))
-        self._lines = file.open("a", buffering=1)
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=n_seen + 1)
-
-    def write(self, n_seen: int, figures: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"n_seen": n_seen, "time": time.time(), **figures}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(name.replace("_", "/", 1), value, n_seen)
-
-    def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: int) -> None:
+    if model.vit.num_classes != n_classes:
+        raise ValueError(f"{recipe.architecture} names {model.vit.num_classes} classes, the images are of {n_classes}")
+    if recipe.n_steps < 1:
+        raise ValueError(f"n_images {recipe.n_images} are less than one batch_size of {recipe.batch_size}")
+    if model.schedule[0] != recipe.r:
+        raise ValueError(f"r {recipe.r}: the first block can remove {model.schedule[0]} of {model.tokens[0]} tokens")
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -248,21 +310,5 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _mixup(recipe: DtemRecipe, n_classes: int) -> Any:
-    return lambda images, labels, step, rank: (images, labels)
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + rank
-
-
-def _as_json(recipe: DtemRecipe) -> str:
-    return json.dumps(asdict(recipe), indent=2)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _keep(path: Path) -> None:
-    _temporary(path).replace(path)

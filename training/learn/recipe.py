@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.data.digits import Task
 from training.merging.relaxed import Relaxation
+
+_TINY = math.ulp(0.0)  # the least number above 0
+_ABOVE_0, _FROM_0 = (_TINY, math.inf), (0.0, math.inf)
 
 Mode = Literal["modular", "end-to-end", "hard keys", "soft keys"]
 """modular: a frozen ViT, its embedding learns through relaxed merging. end-to-end: nine steps of the ViT, merging hard
@@ -75,21 +79,26 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "betas"):
-            object.__setattr__(self, name, _pair(name, getattr(self, name)))
+        for name, most in (("learning_rate", math.inf), ("betas", 1.0)):
+            object.__setattr__(self, name, _pair(name, getattr(self, name), most))
+        _check_numbers(self, clip_norm=_ABOVE_0, weight_decay=_FROM_0)
+        _check_whole(self, warmup_images=0)
 
 
 @dataclass(frozen=True)
 class Data:
     """What is learnt from.
 
-    source: "digits", or a folder with one folder of images a class; validation: such a folder, for digits their split.
-    n_distinct: how many different images; None is all of a folder's. share: of a folder's images, e.g. 0.01.
+    source: "digits", or a folder with one folder of images a class, which are normalised as timm states of the
+    architecture's weights (for others: arguments = { pretrained_cfg_overlay = { mean = …, std = … } }).
+    validation: such a folder, for digits always their split; n_validation: of how many, spread over its classes, the
+    top-1 is measured at each checkpoint. n_distinct: how many different digits; share: of each class of a folder.
     mixup, cutmix: alphas, 0 for none; randaugment: timm's name for it; erasing: probability.
     """
 
     source: str = "digits"
     validation: str | None = None
+    n_validation: int = 500
     n_distinct: int | None = None
     share: float = 1.0
     label_smoothing: float = 0.0
@@ -99,13 +108,18 @@ class Data:
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.source == "digits":
-            if not self.n_distinct:
-                raise ValueError("data of digits needs n_distinct, how many images to draw")
-            if self.randaugment or self.erasing or self.share != 1:
-                raise ValueError("randaugment, erasing and share are for folders of images, not for digits")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share {self.share}: expected above 0, at most 1")
+        share = (0.0, 1.0)
+        _check_numbers(self, share=(_TINY, 1.0), label_smoothing=share, erasing=share, mixup=_FROM_0, cutmix=_FROM_0)
+        _check_whole(self, n_validation=0)
+        if self.source != "digits":
+            if self.n_distinct is not None:
+                raise ValueError(f"n_distinct {self.n_distinct!r}: it is for digits; of a folder learn a share")
+            return
+        if self.n_distinct is None:
+            raise ValueError("data of digits needs n_distinct, how many images to draw")
+        _check_whole(self, n_distinct=1)
+        if self.randaugment or self.erasing or self.validation or self.share != 1:
+            raise ValueError("randaugment, erasing, validation and share are for folders of images, not for digits")
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,9 @@ class DtemRecipe:
     """DTEM, or what it is compared with.
 
     r: the rate trained at; dim: d', None for the published one; keep_tail: see `RelaxedVisionTransformer`;
-    n_images: seen in all, many of them more than once; batch_size: over all processes.
+    n_images: seen in all, many of them more than once, or else epochs: how often the data is; batch_size: over all
+    processes; micro_batch: images that a process computes at a time, where its part of the batch is too much for its
+    memory: gradients add up, so the steps are the same but for rounding and the draws of dropout.
     weights: of the ViT, a safetensors file or "pretrained". vit: how it learns, where it does.
     """
 
@@ -124,9 +140,11 @@ class DtemRecipe:
     architecture: str
     arguments: dict[str, Any]
     weights: str
-    n_images: int
     batch_size: int
     data: Data
+    n_images: int = 0
+    epochs: int = 0
+    micro_batch: int | None = None
     embedding: AdamW | None = None
     vit: AdamW | None = None
     dim: int | None = None
@@ -140,8 +158,18 @@ class DtemRecipe:
         given = [name for name in ("embedding", "vit") if getattr(self, name) is not None]
         if wanted != given:
             raise ValueError(f"mode {self.mode!r} learns by [{'] and ['.join(wanted)}], not {given}")
+        _check_whole(self, r=0, seed=0, batch_size=1, n_images=0, epochs=0)
+        for name in ("dim", "micro_batch"):
+            if getattr(self, name) is not None:
+                _check_whole(self, **{name: 1})
         if self.r < 1 and self.mode != "hard keys":
             raise ValueError(f"r {self.r}: mode {self.mode!r} learns from what merges, so r must be at least 1")
+        if bool(self.n_images) == bool(self.epochs):
+            raise ValueError(f"n_images {self.n_images} and epochs {self.epochs}: expected one of them, above 0")
+
+    def counted_in_images(self, n_distinct: int) -> DtemRecipe:
+        """Return the same recipe, its length in images where it is in epochs of so many."""
+        return replace(self, n_images=self.epochs * n_distinct, epochs=0) if self.epochs else self
 
     @property
     def n_steps(self) -> int:
@@ -153,8 +181,8 @@ def read_recipe(path: Path) -> Recipe | DtemRecipe:
 
     Raises: ValueError that names the file and the key, for a missing, unknown or ill-valued one.
     """
-    content = tomllib.loads(path.read_text())
     try:
+        content = tomllib.loads(path.read_text())
         kind = content.pop("kind")
         if kind not in _KINDS:
             raise ValueError(f"kind {kind!r}: expected {' or '.join(map(repr, _KINDS))}")
@@ -185,7 +213,29 @@ def _stage(entry: dict[str, Any]) -> Stage:
     return Stage(**{**entry, "learning_rate": rates, "task": Task(**entry.get("task", {}))})
 
 
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"{name} {value!r}: expected two numbers, e.g. [at the begin, at the end]")
+def _pair(name: str, value: Any, most: float = math.inf) -> tuple[float, float]:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(entry) for entry in value)
+    if not is_pair or min(value) < 0 or max(value) > most:
+        bounds = "of at least 0" if math.isinf(most) else f"from 0 to {most:g}"
+        raise ValueError(f"{name} {value!r}: expected two numbers {bounds}")
     return float(value[0]), float(value[1])
+
+
+def _check_numbers(part: object, **bounds: tuple[float, float]) -> None:
+    for name, (least, most) in bounds.items():
+        value = getattr(part, name)
+        if not _is_number(value) or not least <= value <= most:
+            low = "above 0" if least == _TINY else f"of at least {least:g}"
+            high = "" if math.isinf(most) else f", at most {most:g}"
+            raise ValueError(f"{name} {value!r}: expected a number {low}{high}")
+
+
+def _check_whole(part: object, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(part, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {bound}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

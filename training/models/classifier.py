@@ -30,6 +30,21 @@ class ServedClassifier(nn.Module):
         return logits.float()
 
 
+def input_rule(vit: nn.Module) -> InputRule:
+    """Take over what timm states of a model's weights: size, mean, standard deviation, interpolation and crop."""
+    model: Any = vit
+    stated = model.pretrained_cfg
+    height, width = model.patch_embed.img_size
+    return InputRule(
+        height=height,
+        width=width,
+        resize_shorter_side=int(max(height, width) / stated["crop_pct"]),
+        interpolation=stated["interpolation"],
+        mean=tuple(stated["mean"]),
+        std=tuple(stated["std"]),
+    )
+
+
 def frozen_classifier(
     vit: nn.Module, rule: InputRule, r: int, *, metric: MetricChoice = "keys", metric_seed: int = 0
 ) -> ServedClassifier:

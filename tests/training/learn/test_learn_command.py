@@ -1,0 +1,118 @@
+"""The command as a user runs it: killed, interrupted, in two processes, refused."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
+from training.cli import learn
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def arguments(recipe: Path, out: Path, n_workers: int = 0) -> list[str]:
+    return ["--recipe", str(recipe), "--out", str(out), "--checkpoint-every", "10", "--workers", str(n_workers)]
+
+
+def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-W", "error", "-m", "training.cli.learn", *arguments(recipe, out, n_workers)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
+
+
+def wait_for_lines(process: "subprocess.Popen[bytes]", out: Path, n_lines: int) -> None:
+    """Wait until so much is logged; the progress bar says when to look."""
+    assert process.stderr is not None
+    while process.stderr.read(40):
+        log = out / "metrics.jsonl"
+        if log.exists() and log.read_text().count("\n") >= n_lines:
+            return
+    pytest.fail(f"the run ended before it had logged {n_lines} lines")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert logged(one) == logged(other)
+    found, expected = load_file(one / "embedding.safetensors"), load_file(other / "embedding.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (one / "weights.safetensors").read_bytes() == (other / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_ended_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    """As a terminal does, the signal goes to the processes that read images too."""
+    recipe = write_run(tmp_path)
+    assert learn.main(arguments(recipe, tmp_path / "whole")) == 0
+    process = started(recipe, tmp_path / "ended", n_workers=1)
+    wait_for_lines(process, tmp_path / "ended", 14)
+    os.killpg(process.pid, number)
+    process.communicate()
+    assert process.returncode == status
+    n_steps = torch.load(tmp_path / "ended" / "state.pt", weights_only=True)["n_steps_taken"]
+    assert 10 <= n_steps < 40
+    assert (n_steps % 10 == 0) or number != signal.SIGKILL
+    assert learn.main(arguments(recipe, tmp_path / "ended", n_workers=1)) == 0
+    assert_same_run(tmp_path / "ended", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_and_resume_its_run(tmp_path: Path) -> None:
+    recipe = write_run(tmp_path, mixup="", cutmix="", validation="", n_images="n_images = 64")
+    tiny_training(tiny_recipe(recipe), tmp_path / "one").run()
+    tiny_training(tiny_recipe(recipe), tmp_path / "two").run(until=3, checkpoint_every=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "training.cli.learn", *arguments(recipe, tmp_path / "two")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        norms = [entry.pop("embedding_gradient_norm") for entry in (one, two)]  # what bfloat16 rounds most
+        assert norms[1] == pytest.approx(norms[0], rel=3e-2), one["n_seen"]
+        assert two == pytest.approx(one, rel=2e-3), one["n_seen"]
+    expected = load_file(tmp_path / "one" / "embedding.safetensors")
+    found = load_file(tmp_path / "two" / "embedding.safetensors")
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-4), name
+
+
+def refused(capsys: pytest.CaptureFixture[str], recipe: Path, out: Path) -> str:
+    assert learn.main(arguments(recipe, out)) == 2
+    assert not (out / "state.pt").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"source": 'source = "nowhere/train"'}, "nowhere/train"),
+        ({"weights": 'weights = "nowhere.safetensors"'}, "no weights file nowhere.safetensors"),
+        ({"architecture": 'architecture = "vit_tinny"'}, "vit_tinny"),
+        ({"randaugment": 'randaugment = "random"'}, "randaugment 'random'"),
+        ({"r": "r = 12"}, "r 12: the first block can remove 8"),
+        ({"mode": 'mode = "modal"'}, "mode 'modal'"),
+    ],
+)
+def test_bad_run_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], replaced: dict[str, Any], message: str
+) -> None:
+    assert message in refused(capsys, write_run(tmp_path, **replaced), tmp_path / "out")
+
+
+def test_folder_of_other_classes_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_run(tmp_path, validation="")
+    (tmp_path / "train" / "dog").rename(tmp_path / "dog")
+    assert "names 4 classes, the images are of 3" in refused(capsys, recipe, tmp_path / "out")

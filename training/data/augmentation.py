@@ -1,0 +1,92 @@
+"""What varies training images, by timm: crop, flip, RandAugment, erasing, mixup and cutmix.
+
+Each draw is a pure function of the words that it is seeded with, so that a resumed run and several processes see the
+very images that one undisturbed process sees. Beside `training.models.vit` the one module that imports timm.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from training.data.preprocessing import InputRule
+from training.data.random_words import RandomWords
+
+Augmentation: TypeAlias = Callable[[Image.Image], Tensor]
+"""Shapes: an RGB image -> float32 (3, H, W), normalised"""
+
+_MIXING_SEED = 79
+_MAX_WORD = 2**32 - 1
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Begin Python's, NumPy's and PyTorch's own generators anew; afterwards they go on where they were."""
+    words = RandomWords(*seed)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(words.integer(0, _MAX_WORD))
+    np.random.seed(words.integer(0, _MAX_WORD))
+    torch.default_generator.manual_seed(words.integer(0, _MAX_WORD))  # torch.manual_seed would seed GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: float = 0.0) -> Augmentation:
+    """Return a random resized crop, a flip and normalisation and, where asked for, RandAugment and erasing with noise.
+
+    randaugment: timm's name, e.g. rand-m9-mstd0.5-inc1; erasing: probability. Colours are not jittered besides.
+    Raises: ValueError where timm does not know the name.
+    """
+    if randaugment is not None and not randaugment.startswith("rand-"):
+        raise ValueError(f"randaugment {randaugment!r}: expected timm's name for it, e.g. 'rand-m9-mstd0.5-inc1'")
+    try:
+        transform: Augmentation = create_transform(
+            (3, rule.height, rule.width),
+            is_training=True,
+            color_jitter=None,  # type: ignore[arg-type]  # 0 would draw, to no effect
+            auto_augment=randaugment,
+            interpolation=rule.interpolation,
+            mean=rule.mean,
+            std=rule.std,
+            re_prob=erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as err:
+        raise ValueError(f"randaugment {randaugment!r}: timm does not know it {err}".rstrip()) from err
+    return transform
+
+
+class Mixing:
+    """Blend each batch with its reverse: whole images (mixup) or a box (cutmix), one draw a batch.
+
+    Where both have an alpha above 0, a toss decides which.
+    Source: arXiv 1710.09412, arXiv 1905.04899.
+    """
+
+    def __init__(self, n_classes: int, *, mixup: float, cutmix: float) -> None:
+        settings: dict[str, Any] = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "num_classes": n_classes}
+        self._mix = Mixup(label_smoothing=0.0, **settings)  # type: ignore[no-untyped-call]
+
+    def __call__(self, images: Tensor, labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
+        """Return new images and how much of each class they show. Shapes: (B, 3, H, W), (B,) -> same, (B, classes)
+
+        Raises: ValueError where B is odd: an image would be blended with itself.
+        """
+        if len(images) % 2:
+            raise ValueError(f"mixup and cutmix need an even number of images a process, not {len(images)}")
+        with seeded(_MIXING_SEED, *seed):
+            mixed, shares = self._mix(images.clone(), labels)
+        return mixed, shares
