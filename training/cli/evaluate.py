@@ -4,6 +4,7 @@
 `python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
+`--published model_store/reference/2 --measured --out docs/policies` lays out what was measured when it was exported.
 Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from training.cli.model_options import ChosenModel, add_model_options, chosen_model, chosen_source, rates
 from training.data.sources import Source, pixel_batches
-from training.evaluate.results import finished_rows, with_suffix, write_evaluation
+from training.evaluate.results import Row, finished_rows, read_evaluation, with_suffix, write_evaluation
 from training.evaluate.table import (
     POLICIES,
     check_policies,
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_model_options(parser)
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
     parser.add_argument("--policies", help=f"some of {', '.join(POLICIES)}, with commas (default: none, tome and dtem)")
+    parser.add_argument(
+        "--measured", action="store_true", help="lay out what the export of --published measured, on its very graphs"
+    )
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.npz, <out>.md and <out>.png")
     options = parser.parse_args(arguments)
@@ -53,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.measured:
+        _lay_out_measured(options)
+        return
     chosen = chosen_model(options)
     policies = chosen_policies(options, chosen, default="none,tome,dtem" if chosen.embedding else "none,tome")
     source = chosen_source(options, chosen.rule)
@@ -73,9 +80,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         write_evaluation(options.out, about, in_order(rows))
     if not rows:
         raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: nothing to measure")
-    table = markdown(in_order(rows), options.batch_size)
-    with_suffix(options.out, ".md").write_text(table)
-    plot(in_order(rows), with_suffix(options.out, ".png"), f"{about['model']}, {len(source)} images of {source.name}")
+    _lay_out(options.out, about, in_order(rows))
+
+
+def _lay_out_measured(options: argparse.Namespace) -> None:
+    if not options.published:
+        raise ValueError("--measured needs --published, a version in the store")
+    found = read_evaluation(options.published / "evaluation.json")
+    write_evaluation(options.out, found.about, in_order(found.rows))
+    _lay_out(options.out, found.about, in_order(found.rows))
+
+
+def _lay_out(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    table = markdown(rows, about)
+    with_suffix(out, ".md").write_text(table)
+    plot(rows, with_suffix(out, ".png"), f"{about['model']}, {about['n_images']} images of {about['dataset']}")
     print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (POLICIES.index(row.policy), row.r))
 
 
-def markdown(rows: Sequence[Row], batch_size: int) -> str:
-    """Lay the rows out as a Markdown table, and say what images/s means."""
+def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
+    """Lay the rows out as a Markdown table, and say what images/s means. about: see `Evaluation`"""
     lines = [
         "| policy | r | tokens left | GMACs | top-1 % | 95 % interval | images/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -98,11 +98,17 @@ def markdown(rows: Sequence[Row], batch_size: int) -> str:
         )
     lines += [
         "",
-        f"GMACs of one image, merging included. images/s: inference alone, FP32 in eager PyTorch, batches of "
-        f"{batch_size} one at a time, beside whatever else the machine was doing: it compares policies roughly, and is "
-        f"not the service's speed.",
+        f"GMACs of one image, merging included. images/s: inference alone, FP32, {_engine(about)}, "
+        f"beside whatever else the machine was doing: it compares policies roughly, and is not the service's speed.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _engine(about: Mapping[str, Any]) -> str:
+    batches = f"batches of {about['batch_size']}"
+    if "engine" in about:
+        return f"the exported graphs ({about['engine']}), {batches}, one a core at a time"
+    return f"eager PyTorch, {batches} one at a time"
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:

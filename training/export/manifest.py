@@ -16,23 +16,24 @@ from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
+from training.evaluate.results import Row
 from training.export.onnx_format import OPSET
 from training.models.classifier import ServedClassifier
 from training.models.embedding import DecoupledEmbedding
-from training.models.macs import count_macs
 
 WEIGHTS, EMBEDDING = "weights.safetensors", "embedding.safetensors"
+EVALUATION = "evaluation"  # .json and .npz: which images each graph got right, for paired comparison
 GOLDEN, MANIFEST = "golden.npz", "manifest.json"
 
 
 def variant_entries(
-    policies: Sequence[str], r: int, file: str, classifier: ServedClassifier, rule: InputRule, accuracy: dict[str, Any]
+    policies: Sequence[str], file: str, classifier: ServedClassifier, row: Row, accuracy: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Describe one graph file under the name of every policy that it serves."""
     is_onnx = file.endswith(".onnx")
     form = "onnx" if is_onnx else "torchscript"
     entry = {
-        "r": r,
+        "r": row.r,
         "precision": "float32",
         "format": form,
         "file": file,
@@ -40,11 +41,22 @@ def variant_entries(
         "opset": OPSET if is_onnx else None,
         "schedule": list(classifier.model.schedule),
         "tokens": list(classifier.model.tokens),
-        "gmacs": count_macs(classifier.model, (rule.height, rule.width)) / 1e9,
+        "gmacs": row.gmacs,
         "data_dependent": False,
         "accuracy": accuracy,
     }
-    return [{"id": f"{policy}-r{r}-float32-{form}", "policy": policy, **entry} for policy in policies]
+    return [{"id": f"{policy}-r{row.r}-float32-{form}", "policy": policy, **entry} for policy in policies]
+
+
+def accuracy_entry(row: Row, source: Source) -> dict[str, Any]:
+    return {
+        "top1": row.top1,
+        "dataset": source.name,
+        "split": source.split,
+        "n_images": row.n_images,
+        "ci95": list(row.ci95),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def architecture_entry(vit: nn.Module, timm_name: str, timm_arguments: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,14 @@ from tqdm import tqdm
 
 from training.data.preprocessing import InputRule
 from training.data.sources import Source, pixel_batches
-from training.evaluate.accuracy import measure
+from training.evaluate.accuracy import Measurement, measure
+from training.evaluate.results import Row, write_evaluation
 from training.export.manifest import (
     EMBEDDING,
+    EVALUATION,
     GOLDEN,
     WEIGHTS,
+    accuracy_entry,
     architecture_entry,
     embedding_entry,
     git_commit,
@@ -36,16 +38,20 @@ from training.export.manifest import (
     write_manifest,
 )
 from training.export.onnx_format import OnnxClassifier, export_onnx
-from training.export.parity import MIN_MARGIN, Decisions, ParityError, decisions, largest_difference, parity_pixels
+from training.export.parity import ParityError, decisions, golden_pixels, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
 from training.models.classifier import ServedClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
+from training.models.macs import count_macs
 from training.models.vit import MetricChoice
 from training.models.weights import save_weights
 
 N_GOLDEN = 4
-_N_CANDIDATES = 2048  # of which four must be decided clearly by every graph of every policy
+BATCH_SIZE = 50
+_N_CANDIDATES = 512
+_N_FURTHER = 8192  # of a trained model 3 images in 100 were decided clearly at all of ToMe's rates
 _N_PARITY = 32
+_MEASURED = "measured.json"  # kept in the work folder alone, to resume
 _Exported = OnnxClassifier | TorchScriptClassifier
 
 
@@ -124,7 +130,8 @@ def publish(
     if embedding is not None:
         embedding.save(work / EMBEDDING)
     parity, variants = _export_all(vit, rule, source, plan, graphs, work)
-    _remove_others(work, {WEIGHTS, GOLDEN, *parity, *([EMBEDDING] if embedding is not None else [])})
+    evaluation = {f"{EVALUATION}.json", f"{EVALUATION}.npz"}
+    _remove_others(work, {WEIGHTS, GOLDEN, *evaluation, *parity, *([EMBEDDING] if embedding is not None else [])})
     entries = {
         "name": plan.name,
         "version": plan.version,
@@ -169,29 +176,41 @@ def _export_all(
     vit: nn.Module, rule: InputRule, source: Source, plan: Plan, graphs: Sequence[_Graph], work: Path
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Write, prove and measure each graph, and write the golden file; return differences by file, and the variants."""
-
-    def freeze(graph: _Graph) -> ServedClassifier:
-        return frozen_classifier(vit, rule, graph.r, metric=graph.metric)
-
     parity: dict[str, float] = {}
     variants: list[dict[str, Any]] = []
-    candidates = _first_pixels(source, _N_CANDIDATES)
-    decided = [decisions(freeze(graph), candidates) for graph in graphs]
-    golden = {"pixels": _golden_pixels(decided, candidates)}
-    for graph, found in zip(graphs, decided, strict=True):
-        classifier = freeze(graph)
+    rows: dict[str, Row] = {}
+    classifiers = [frozen_classifier(vit, rule, graph.r, metric=graph.metric) for graph in graphs]
+    candidates, *_ = _pixel_chunks(source, 0, _N_CANDIDATES)
+    decided = [decisions(classifier, candidates) for classifier in classifiers]
+    further = _pixel_chunks(source, _N_CANDIDATES, _N_FURTHER)
+    golden = {"pixels": golden_pixels(classifiers, decided, candidates, further, N_GOLDEN)}
+    for graph, classifier, found in zip(graphs, classifiers, decided, strict=True):
         pixels = parity_pixels(classifier, candidates, _N_PARITY, found)
         for name, exported in _exported(classifier, graph.stem, pixels, plan.formats, work).items():
             parity[name] = largest_difference(classifier, exported, pixels)
             if parity[name] > plan.parity_tolerance:
                 raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {plan.parity_tolerance:.0e}")
-            accuracy = _accuracy(exported, name, source, work)
-            variants += variant_entries(graph.policies, graph.r, name, classifier, rule, accuracy)
+            gmacs = count_macs(classifier.model, (rule.height, rule.width)) / 1e9
+            row = _measured(exported, graph, name, classifier.model.tokens[-1], gmacs, source, work)
+            rows.setdefault(row.key, row)  # of several formats the first
+            variants += variant_entries(graph.policies, name, classifier, row, accuracy_entry(row, source))
         logits = classifier(golden["pixels"]).detach()
         golden |= {f"logits/{policy}-r{graph.r}": logits for policy in graph.policies}
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
     np.savez(work / GOLDEN, **arrays)
+    write_evaluation(work / EVALUATION, _about(plan, source), list(rows.values()))
     return parity, variants
+
+
+def _about(plan: Plan, source: Source) -> dict[str, Any]:
+    return {
+        "model": f"{plan.name}/{plan.version}",
+        "dataset": source.name,
+        "split": source.split,
+        "n_images": len(source),
+        "batch_size": BATCH_SIZE,
+        "engine": plan.formats[0],
+    }
 
 
 def _remove_others(work: Path, wanted: set[str]) -> None:
@@ -201,19 +220,11 @@ def _remove_others(work: Path, wanted: set[str]) -> None:
             path.unlink()
 
 
-def _first_pixels(source: Source, n_images: int) -> Tensor:
-    return torch.stack([source[index][0] for index in range(min(n_images, len(source)))])
-
-
-def _golden_pixels(decided: Sequence[Decisions], candidates: Tensor) -> Tensor:
-    """Pick the images that every graph decides most clearly: another host's rounding must not change a decision."""
-    margins = torch.stack([found.margin for found in decided]).amin(0)
-    clearest = margins.topk(min(N_GOLDEN, len(candidates)))
-    if float(clearest.values.min()) < MIN_MARGIN:
-        raise ParityError(
-            f"fewer than {N_GOLDEN} of {len(candidates)} images are decided by {MIN_MARGIN} at every rate"
-        )
-    return candidates[clearest.indices]
+def _pixel_chunks(source: Source, first: int, last: int) -> Iterator[Tensor]:
+    """Yield the images from first to last, as far as there are any. Shapes: uint8 (n, H, W, 3)"""
+    for begin in range(first, min(last, len(source)), _N_CANDIDATES):
+        end = min(begin + _N_CANDIDATES, last, len(source))
+        yield torch.stack([source[index][0] for index in range(begin, end)])
 
 
 def _exported(
@@ -229,25 +240,34 @@ def _exported(
     return graphs
 
 
-def _accuracy(exported: Any, name: str, source: Source, work: Path) -> dict[str, Any]:
-    """Measure top-1 of a graph, or take it from this export's interrupted predecessor."""
-    kept = work / "accuracy.json"
+def _measured(
+    exported: Any, graph: _Graph, name: str, tokens_left: int, gmacs: float, source: Source, work: Path
+) -> Row:
+    """Measure a graph on the images, or take what this export's interrupted predecessor measured of the same bytes."""
+    kept = work / _MEASURED
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
     if key not in known:
-        batches = tqdm(pixel_batches(source, 50, 1), desc=name, total=-(-len(source) // 50), unit="batch")
+        batches = tqdm(
+            pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
+        )
         result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
-        known[key] = {
-            "top1": result.top1,
-            "dataset": source.name,
-            "split": source.split,
-            "n_images": len(source),
-            "ci95": list(result.ci95),
-            "date": datetime.now(UTC).date().isoformat(),
-        }
+        known[key] = [np.packbits(result.is_right).tobytes().hex(), result.inference_seconds]
         kept.write_text(json.dumps(known))
-    accuracy: dict[str, Any] = known[key]
-    return accuracy
+    packed, seconds = known[key]
+    is_right = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=len(source)).astype(bool)
+    result = Measurement(is_right, seconds)
+    return Row(
+        policy=graph.policies[0],
+        r=graph.r,
+        tokens_left=tokens_left,
+        gmacs=gmacs,
+        top1=result.top1,
+        ci95=result.ci95,
+        n_images=len(is_right),
+        images_per_second=result.images_per_second,
+        is_right=is_right,
+    )
 
 
 def next_version(store: Path, name: str) -> str:

@@ -298,7 +298,7 @@ class DtemTraining:
 def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: int) -> None:
     if model.vit.num_classes != n_classes:
         raise ValueError(f"{recipe.architecture} names {model.vit.num_classes} classes, the images are of {n_classes}")
-    if recipe.n_steps < 1:
+    if 0 < recipe.n_images < recipe.batch_size:  # none at all leaves what is learnt from untrained
         raise ValueError(f"n_images {recipe.n_images} are less than one batch_size of {recipe.batch_size}")
     if model.schedule[0] != recipe.r:
         raise ValueError(f"r {recipe.r}: the first block can remove {model.schedule[0]} of {model.tokens[0]} tokens")

@@ -80,7 +80,7 @@ class DecoupledEmbedding(nn.Module):
     def save(self, path: Path) -> None:
         """Write weights and config to one safetensors file."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"format": _FORMAT, "config": json.dumps(asdict(self.config))})
+        save_file(tensors, path, metadata={_FORMAT: json.dumps(asdict(self.config))})  # one key: their order is random
 
 
 def load_embedding(path: Path) -> DecoupledEmbedding:
@@ -96,10 +96,10 @@ def load_embedding(path: Path) -> DecoupledEmbedding:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as err:
         raise EmbeddingMismatch(f"{path} is not a safetensors file: {err}") from err
-    if metadata.get("format") != _FORMAT:
-        raise EmbeddingMismatch(f"{path} is not a decoupled embedding: its metadata has no format {_FORMAT!r}")
+    if _FORMAT not in metadata:
+        raise EmbeddingMismatch(f"{path} is not a decoupled embedding: its metadata has no {_FORMAT!r}")
     try:
-        stated: dict[str, Any] = json.loads(metadata["config"])
+        stated: dict[str, Any] = json.loads(metadata[_FORMAT])
         config = EmbeddingConfig(**{**stated, "relaxation": Relaxation(**stated["relaxation"])})
         embedding = DecoupledEmbedding(config)
         embedding.load_state_dict(tensors, strict=True)

@@ -71,11 +71,10 @@ def test_embedding_file_whose_tensors_are_not_its_configs_is_refused(tmp_path: P
     own.save(file)
     tensors = load_file(file)
     del tensors["blocks.2.bias"]
-    metadata = {"format": "dtem-embedding", "config": json.dumps(asdict(CONFIG))}
-    save_file(tensors, file, metadata=metadata)
+    save_file(tensors, file, metadata={"dtem-embedding": json.dumps(asdict(CONFIG))})
     with pytest.raises(EmbeddingMismatch, match=r"blocks\.2\.bias"):
         load_embedding(file)
-    save_file(load_file(file), file, metadata={**metadata, "config": json.dumps({**asdict(CONFIG), "depth": 0})})
+    save_file(load_file(file), file, metadata={"dtem-embedding": json.dumps({**asdict(CONFIG), "depth": 0})})
     with pytest.raises(EmbeddingMismatch, match="depth 0"):
         load_embedding(file)
 
