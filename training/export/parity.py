@@ -7,7 +7,7 @@ parity are those whose every decision is clear by `MIN_MARGIN`, and in which sev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,36 @@ def parity_pixels(
             f"destinations under schedule {list(classifier.model.schedule)}; {n_images} are needed"
         )
     return chosen
+
+
+def golden_pixels(
+    classifiers: Sequence[ServedClassifier],
+    decided: Sequence[Decisions],
+    candidates: Tensor,
+    further: Iterable[Tensor],
+    n_images: int,
+) -> Tensor:
+    """Pick images that every graph decides clearly, so that another host's rounding changes no decision.
+
+    The clearest of the candidates, whose decisions are known; where they are too few, the first of further images.
+    Shapes: candidates and each of further uint8 (n, H, W, 3)
+    Raises: ParityError where there are not enough.
+    """
+    margin = torch.stack([found.margin for found in decided]).amin(0)
+    clearest = margin.argsort(descending=True)[:n_images]
+    golden, n_seen = candidates[clearest[margin[clearest] >= MIN_MARGIN]], len(candidates)
+    more = iter(further)
+    while len(golden) < n_images and (pixels := next(more, None)) is not None:
+        n_seen += len(pixels)
+        for classifier in classifiers:  # each leaves fewer to the next
+            pixels = pixels[decisions(classifier, pixels).margin >= MIN_MARGIN]
+        golden = torch.cat([golden, pixels])[:n_images]
+    if len(golden) < n_images:
+        raise ParityError(
+            f"only {len(golden)} of {n_seen} images are decided by {MIN_MARGIN} or more in every graph; "
+            f"{n_images} are needed"
+        )
+    return golden
 
 
 @torch.no_grad()
