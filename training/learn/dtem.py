@@ -160,13 +160,16 @@ class DtemTraining:
             f"{name}_learning_rate": rate,
         }
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
     def _backward(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the gradient of the batch's mean loss; return that loss and the logits. Shapes: (), (B, classes)"""
         n_images, n_at_once = len(images), self.recipe.micro_batch or len(images)
         losses, logits = [], []
         for first in range(0, n_images, n_at_once):
             part, wanted = images[first : first + n_at_once], targets[first : first + n_at_once]
-            with torch.autocast(self.processes.device.type, torch.bfloat16):
+            with self._autocast():
                 found = model(part).float()
             loss = functional.cross_entropy(found, wanted, label_smoothing=self.recipe.data.label_smoothing)
             loss = loss * (len(part) / n_images)
@@ -215,7 +218,7 @@ class DtemTraining:
 
         @torch.no_grad()
         def classify(pixels: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16):
+            with self._autocast():
                 logits: Tensor = classifier(pixels.to(device))
             return logits.cpu()
 
@@ -298,7 +301,7 @@ class DtemTraining:
 def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: int) -> None:
     if model.vit.num_classes != n_classes:
         raise ValueError(f"{recipe.architecture} names {model.vit.num_classes} classes, the images are of {n_classes}")
-    if 0 < recipe.n_images < recipe.batch_size:  # none at all leaves what is learnt from untrained
+    if recipe.n_steps < 1:
         raise ValueError(f"n_images {recipe.n_images} are less than one batch_size of {recipe.batch_size}")
     if model.schedule[0] != recipe.r:
         raise ValueError(f"r {recipe.r}: the first block can remove {model.schedule[0]} of {model.tokens[0]} tokens")

@@ -22,6 +22,9 @@ its own keys, hard (ToMe trained) or relaxed.
 """
 
 
+Precision = Literal["bfloat16", "float32"]
+
+
 @dataclass(frozen=True)
 class Optimiser:
     """AdamW; its learning rate rises linearly for `warmup_images`, and then each stage says where it goes."""
@@ -131,6 +134,7 @@ class DtemRecipe:
     processes; micro_batch: images that a process computes at a time, where its part of the batch is too much for its
     memory: gradients add up, so the steps are the same but for rounding and the draws of dropout.
     weights: of the ViT, a safetensors file or "pretrained". vit: how it learns, where it does.
+    precision: of the ViT's products, by autocast; weights, and all that decides what merges, are in float32.
     """
 
     file: str
@@ -150,8 +154,11 @@ class DtemRecipe:
     dim: int | None = None
     relaxation: Relaxation = field(default_factory=Relaxation)
     keep_tail: bool = True
+    precision: Precision = "bfloat16"
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision {self.precision!r}: expected one of {', '.join(get_args(Precision))}")
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode {self.mode!r}: expected one of {', '.join(get_args(Mode))}")
         wanted = {"modular": ["embedding"], "end-to-end": ["embedding", "vit"]}.get(self.mode, ["vit"])

@@ -35,6 +35,13 @@ def _soft(recipe: DtemRecipe, tau1: float = 0.1, tau2: float = 0.1) -> DtemRecip
     return replace(recipe, relaxation=replace(recipe.relaxation, tau1=tau1, tau2=tau2))
 
 
+def _untrained(recipe: DtemRecipe) -> DtemRecipe:
+    """One step at no learning rate leaves what every embedding begins with."""
+    if recipe.embedding is None:
+        raise ValueError("a recipe without an embedding has none to leave untrained")
+    return replace(recipe, n_images=recipe.batch_size, embedding=replace(recipe.embedding, learning_rate=(0.0, 0.0)))
+
+
 def _with_vit(recipe: DtemRecipe) -> DtemRecipe:
     return replace(recipe, mode="end-to-end", vit=_VIT)
 
@@ -76,7 +83,7 @@ def _temperatures(recipe: DtemRecipe) -> Variants:
 def _keys(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     return {
-        "embedding, untrained": replace(base, n_images=0),
+        "embedding, untrained": _untrained(base),
         "embedding, modular": base,
         "embedding, end-to-end": _with_vit(base),
         "keys, hard merging": replace(base, mode="hard keys", embedding=None, vit=_VIT),
