@@ -1,81 +1,35 @@
+"""The published version: what it holds, and what is refused."""
+
 import argparse
 import hashlib
 import json
-import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from app.manifest import Manifest
-from tests.training.tiny_vit import ARGUMENTS, tiny_vit
+from tests.training.export.tiny_export import RATES, command, embedding
+from tests.training.tiny_vit import tiny_vit
 from training.cli import export
 from training.cli.model_options import add_model_options, chosen_model
 from training.data.digits import draw
-from training.data.preprocessing import InputRule
 from training.evaluate import accuracy
 from training.export import parity
 from training.export import publish as publishing
 from training.export.manifest import git_commit
-from training.export.onnx_format import OnnxClassifier, export_onnx
-from training.export.parity import Decisions, ParityError, decisions, largest_difference, parity_pixels
+from training.export.onnx_format import OnnxClassifier
+from training.export.parity import (
+    Decisions,
+    decisions,
+)
 from training.export.torchscript_format import TorchScriptClassifier
-from training.export.weights import tensor_places
-from training.models.classifier import ServedClassifier, frozen_classifier
-from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
-from training.models.vit import MergingVisionTransformer, load_vit
-from training.models.weights import save_weights
-
-RATES = (0, 8, 32)
-GRAPHS = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES if r)]
-RULE = InputRule(height=112, width=112, resize_shorter_side=124, mean=(0.5,) * 3, std=(0.5,) * 3)  # as timm has it
-
-
-def embedding() -> DecoupledEmbedding:
-    torch.manual_seed(5)
-    return DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16, recipe="some.toml"))
-
-
-def frozen(policy: str, r: int) -> ServedClassifier:
-    return frozen_classifier(tiny_vit(), RULE, r, metric=embedding() if policy == "dtem" else "keys")
-
-
-def command(folder: Path) -> list[str]:
-    if not (folder / "weights.safetensors").exists():
-        save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
-        embedding().save(folder / "own.safetensors")
-        (folder / "store").mkdir()
-        shutil.copy("model_store/manifest.schema.json", folder / "store")
-    model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
-    data = ["--arguments", json.dumps(ARGUMENTS), "--n-images", "300", "--rates", ",".join(map(str, RATES))]
-    return [*model, *data, "--name", "tiny", "--store", str(folder / "store")]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    with_embedding = ["--embedding", str(folder / "own.safetensors")]
-    assert export.main([*command(folder), *with_embedding, "--formats", "onnx,torchscript"]) == 0
-    return folder / "store" / "tiny" / "1"
-
-
-@pytest.fixture(scope="module")
-def manifest(published: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((published / "manifest.json").read_text())
-    return content
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Tensor:
-    return torch.stack([torch.from_numpy(draw("validation", index).image) for index in range(200)])
 
 
 def test_manifest_is_what_the_service_reads(published: Path) -> None:
@@ -117,109 +71,6 @@ def test_every_file_is_listed_with_its_digest(published: Path, manifest: dict[st
     for name, path in files.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest["files"][name]["sha256"]
         assert path.stat().st_mode & 0o444 == 0o444
-
-
-def test_graphs_share_one_weights_file_which_pytorch_reads_too(published: Path) -> None:
-    state = load_file(published / "weights.safetensors")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_vit().state_dict().items())
-    for file in published.glob("*.onnx"):
-        graph = onnx.load(file, load_external_data=False)
-        external = [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {
-            "weights.safetensors"
-        }
-        inline = [t for t in graph.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-        matrices_inline = [t.name for t in inline if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
-        assert not matrices_inline
-        assert sum(len(t.raw_data) for t in inline) < 0.1 * (published / "weights.safetensors").stat().st_size
-        assert graph.opset_import[0].version >= 18
-
-
-def matrices(graph: onnx.ModelProto, n_rows: int) -> list[dict[str, str]]:
-    found = [t for t in graph.graph.initializer if list(t.dims) == [n_rows, 32]]
-    return [{entry.key: entry.value for entry in tensor.external_data} for tensor in found]
-
-
-@pytest.mark.parametrize("r", [8, 32])
-def test_embedding_is_rows_of_the_qkv_gemm_and_tome_uses_a_prefix_of_it(published: Path, r: int) -> None:
-    tome, dtem = (onnx.load(published / f"{policy}-r{r}.onnx", load_external_data=False) for policy in ("tome", "dtem"))
-    assert len(matrices(dtem, 3 * 32 + 8)) == len(matrices(tome, 3 * 32)) == 3
-    for joined, plain in zip(matrices(dtem, 3 * 32 + 8), matrices(tome, 3 * 32), strict=True):
-        assert joined["offset"] == plain["offset"]
-        assert int(joined["length"]) - int(plain["length"]) == 8 * 32 * 4
-    count = {
-        name: Counter(node.op_type for node in graph.graph.node) for name, graph in zip("td", (tome, dtem), strict=True)
-    }
-    for kind in ("Gemm", "MatMul", "Split", "Gather", "Concat", "Slice", "Add", "Softmax", "TopK"):
-        assert count["d"][kind] == count["t"][kind], kind
-    assert count["d"]["ReduceMean"] == count["t"]["ReduceMean"] - 3  # no keys to average
-    assert sum(count["d"].values()) <= sum(count["t"].values()) + 3 * 5  # q, k, v are each reshaped and transposed
-
-
-def test_joined_bias_of_a_vit_without_one_is_in_the_graph_and_its_weights_are_not(tmp_path: Path) -> None:
-    torch.manual_seed(11)
-    vit = load_vit("vit_tiny_patch16_224", qkv_bias=False, **ARGUMENTS).eval()
-    save_weights(vit, embedding(), tmp_path / "weights.safetensors")
-    classifier = frozen_classifier(vit, RULE, 8, metric=embedding())
-    pixels = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
-    export_onnx(classifier, pixels, tmp_path / "dtem.onnx", tmp_path / "weights.safetensors")
-    graph = onnx.load(tmp_path / "dtem.onnx", load_external_data=False)
-    assert all(place["location"] == "weights.safetensors" for place in matrices(graph, 3 * 32 + 8))
-    assert largest_difference(classifier, OnnxClassifier(tmp_path / "dtem.onnx"), pixels, (2,)) < 1e-4
-
-
-def test_rows_that_do_not_lie_together_are_no_place(tmp_path: Path) -> None:
-    weight, rows = torch.randn(4, 3), torch.randn(2, 3)
-    together = {"qkv.weight": weight, "qkv.weight_embedding": rows}
-    joined = torch.cat([weight, rows]).numpy().tobytes()
-    save_file(together, tmp_path / "together.safetensors")
-    save_file({**together, "qkv.weight_a": torch.randn(5)}, tmp_path / "apart.safetensors")
-    place = tensor_places(tmp_path / "together.safetensors")[joined]
-    assert (tmp_path / "together.safetensors").read_bytes()[place.offset :][: place.length] == joined
-    apart = tensor_places(tmp_path / "apart.safetensors")
-    assert joined not in apart
-    assert weight.numpy().tobytes() in apart
-
-
-@pytest.mark.parametrize(("policy", "r"), GRAPHS)
-@pytest.mark.parametrize("n_images", [1, 2, 5, 32])
-def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy: str, r: int, n_images: int) -> None:
-    classifier = frozen(policy, r)
-    batch = parity_pixels(classifier, pixels, n_images)
-    stem = f"{policy}-r{r}"
-    if r:
-        assert decisions(classifier, batch).sharing.min() > 0, "no destination is shared: the test would prove little"
-    for exported in (OnnxClassifier(published / f"{stem}.onnx"), TorchScriptClassifier(published / f"{stem}.pt")):
-        assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
-
-
-def test_joined_classifier_equals_the_embedding_apart(pixels: Tensor) -> None:
-    joined = frozen("dtem", 32)
-    assert joined.model.joined is not None
-    apart = ServedClassifier(
-        MergingVisionTransformer(tiny_vit(), 32, exhausted="reduce", metric=embedding(), attention="plain"), RULE
-    )
-    batch = parity_pixels(joined, pixels, 8)
-    with torch.no_grad():
-        assert float((joined(batch) - apart(batch)).abs().max()) < 1e-4
-        assert float((joined(batch) - frozen("tome", 32)(batch)).abs().max()) > 1e-3  # it does merge otherwise
-
-
-def test_batch_is_the_only_dynamic_axis(published: Path) -> None:
-    for file in published.glob("*.onnx"):
-        session = onnxruntime.InferenceSession(file)
-        (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
-        assert (pixels.name, pixels.type, pixels.shape[1:]) == ("pixels", "tensor(uint8)", [112, 112, 3])
-        assert (logits.name, logits.type, logits.shape[1:]) == ("logits", "tensor(float)", [10])
-        assert isinstance(pixels.shape[0], str)
-
-
-def test_an_image_is_classified_alike_in_any_company(published: Path, pixels: Tensor) -> None:
-    exported = OnnxClassifier(published / "tome-r32.onnx")
-    clear = parity_pixels(frozen_classifier(tiny_vit(), RULE, 32), pixels, 16)
-    together = exported(clear)
-    alone = torch.cat([exported(clear[i : i + 1]) for i in range(len(clear))])
-    assert torch.allclose(together, alone, atol=1e-4)
 
 
 def test_golden_outputs_are_those_of_every_variant(published: Path, manifest: dict[str, Any]) -> None:
@@ -267,19 +118,6 @@ def test_graph_that_differs_is_not_published(
     assert not (tmp_path / "store" / "tiny" / "1").exists()
 
 
-def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
-    classifier = frozen_classifier(tiny_vit(), RULE, 8)
-    batch = parity_pixels(classifier, pixels, 32)
-
-    def wrong_at_two(images: Tensor) -> Tensor:
-        logits: Tensor = classifier(images)
-        return logits.flip(0) if len(images) == 2 else logits
-
-    with torch.no_grad():
-        assert largest_difference(classifier, classifier, batch) == 0
-        assert largest_difference(classifier, wrong_at_two, batch) > 0.01
-
-
 def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = accuracy.measure
@@ -325,9 +163,10 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
     assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
     folder = tmp_path / "store" / "tiny" / "1"
-    expected = {"golden.npz", "tome-r4.pt", "weights.safetensors"}
-    assert {path.name for path in folder.iterdir()} == expected | {"manifest.json"}
-    assert json.loads((folder / "manifest.json").read_text())["files"].keys() == expected
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if name.endswith((".pt", ".onnx"))} == {"tome-r4.pt"}
+    assert "embedding.safetensors" not in names
+    assert json.loads((folder / "manifest.json").read_text())["files"].keys() == names - {"manifest.json"}
     assert not [name for name in load_file(folder / "weights.safetensors") if "embedding" in name]
 
 
@@ -344,15 +183,6 @@ def test_export_outside_a_git_checkout_says_what_it_needs(
     assert export.main(command(tmp_path)) == 2
     assert f"export refused: {tmp_path} is in no git checkout" in capsys.readouterr().err
     assert not (tmp_path / "store" / "tiny").exists()
-
-
-def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
-    flat = torch.zeros(40, 112, 112, 3, dtype=torch.uint8)
-    vit: Any = tiny_vit()
-    with torch.no_grad():
-        vit.pos_embed.zero_()  # every token is the same: all scores tie
-    with pytest.raises(ParityError, match="only 0 of 40"):
-        parity_pixels(frozen_classifier(vit, RULE, 8), flat, 1)
 
 
 @pytest.mark.parametrize(

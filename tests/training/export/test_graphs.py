@@ -1,0 +1,168 @@
+"""Each exported graph computes what eager PyTorch does, on weights that all of them share."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.training.export.tiny_export import GRAPHS, RULE, embedding, frozen
+from tests.training.tiny_vit import ARGUMENTS, tiny_vit
+from training.export.onnx_format import OnnxClassifier, export_onnx
+from training.export.parity import (
+    MIN_MARGIN,
+    Decisions,
+    ParityError,
+    decisions,
+    golden_pixels,
+    largest_difference,
+    parity_pixels,
+)
+from training.export.torchscript_format import TorchScriptClassifier
+from training.export.weights import tensor_places
+from training.models.classifier import ServedClassifier, frozen_classifier
+from training.models.vit import MergingVisionTransformer, load_vit
+from training.models.weights import save_weights
+
+
+def test_graphs_share_one_weights_file_which_pytorch_reads_too(published: Path) -> None:
+    state = load_file(published / "weights.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_vit().state_dict().items())
+    for file in published.glob("*.onnx"):
+        graph = onnx.load(file, load_external_data=False)
+        external = [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert {entry.value for t in external for entry in t.external_data if entry.key == "location"} == {
+            "weights.safetensors"
+        }
+        inline = [t for t in graph.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        matrices_inline = [t.name for t in inline if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
+        assert not matrices_inline
+        assert sum(len(t.raw_data) for t in inline) < 0.1 * (published / "weights.safetensors").stat().st_size
+        assert graph.opset_import[0].version >= 18
+
+
+def matrices(graph: onnx.ModelProto, n_rows: int) -> list[dict[str, str]]:
+    found = [t for t in graph.graph.initializer if list(t.dims) == [n_rows, 32]]
+    return [{entry.key: entry.value for entry in tensor.external_data} for tensor in found]
+
+
+@pytest.mark.parametrize("r", [8, 32])
+def test_embedding_is_rows_of_the_qkv_gemm_and_tome_uses_a_prefix_of_it(published: Path, r: int) -> None:
+    tome, dtem = (onnx.load(published / f"{policy}-r{r}.onnx", load_external_data=False) for policy in ("tome", "dtem"))
+    assert len(matrices(dtem, 3 * 32 + 8)) == len(matrices(tome, 3 * 32)) == 3
+    for joined, plain in zip(matrices(dtem, 3 * 32 + 8), matrices(tome, 3 * 32), strict=True):
+        assert joined["offset"] == plain["offset"]
+        assert int(joined["length"]) - int(plain["length"]) == 8 * 32 * 4
+    count = {
+        name: Counter(node.op_type for node in graph.graph.node) for name, graph in zip("td", (tome, dtem), strict=True)
+    }
+    for kind in ("Gemm", "MatMul", "Split", "Gather", "Concat", "Slice", "Add", "Softmax", "TopK"):
+        assert count["d"][kind] == count["t"][kind], kind
+    assert count["d"]["ReduceMean"] == count["t"]["ReduceMean"] - 3  # no keys to average
+    assert sum(count["d"].values()) <= sum(count["t"].values()) + 3 * 5  # q, k, v are each reshaped and transposed
+
+
+def test_joined_bias_of_a_vit_without_one_is_in_the_graph_and_its_weights_are_not(tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    vit = load_vit("vit_tiny_patch16_224", qkv_bias=False, **ARGUMENTS).eval()
+    save_weights(vit, embedding(), tmp_path / "weights.safetensors")
+    classifier = frozen_classifier(vit, RULE, 8, metric=embedding())
+    pixels = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
+    export_onnx(classifier, pixels, tmp_path / "dtem.onnx", tmp_path / "weights.safetensors")
+    graph = onnx.load(tmp_path / "dtem.onnx", load_external_data=False)
+    assert all(place["location"] == "weights.safetensors" for place in matrices(graph, 3 * 32 + 8))
+    assert largest_difference(classifier, OnnxClassifier(tmp_path / "dtem.onnx"), pixels, (2,)) < 1e-4
+
+
+def test_rows_that_do_not_lie_together_are_no_place(tmp_path: Path) -> None:
+    weight, rows = torch.randn(4, 3), torch.randn(2, 3)
+    together = {"qkv.weight": weight, "qkv.weight_embedding": rows}
+    joined = torch.cat([weight, rows]).numpy().tobytes()
+    save_file(together, tmp_path / "together.safetensors")
+    save_file({**together, "qkv.weight_a": torch.randn(5)}, tmp_path / "apart.safetensors")
+    place = tensor_places(tmp_path / "together.safetensors")[joined]
+    assert (tmp_path / "together.safetensors").read_bytes()[place.offset :][: place.length] == joined
+    apart = tensor_places(tmp_path / "apart.safetensors")
+    assert joined not in apart
+    assert weight.numpy().tobytes() in apart
+
+
+@pytest.mark.parametrize(("policy", "r"), GRAPHS)
+@pytest.mark.parametrize("n_images", [1, 2, 5, 32])
+def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy: str, r: int, n_images: int) -> None:
+    classifier = frozen(policy, r)
+    batch = parity_pixels(classifier, pixels, n_images)
+    stem = f"{policy}-r{r}"
+    if r:
+        assert decisions(classifier, batch).sharing.min() > 0, "no destination is shared: the test would prove little"
+    for exported in (OnnxClassifier(published / f"{stem}.onnx"), TorchScriptClassifier(published / f"{stem}.pt")):
+        assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
+
+
+def test_joined_classifier_equals_the_embedding_apart(pixels: Tensor) -> None:
+    joined = frozen("dtem", 32)
+    assert joined.model.joined is not None
+    apart = ServedClassifier(
+        MergingVisionTransformer(tiny_vit(), 32, exhausted="reduce", metric=embedding(), attention="plain"), RULE
+    )
+    batch = parity_pixels(joined, pixels, 8)
+    with torch.no_grad():
+        assert float((joined(batch) - apart(batch)).abs().max()) < 1e-4
+        assert float((joined(batch) - frozen("tome", 32)(batch)).abs().max()) > 1e-3  # it does merge otherwise
+
+
+def test_batch_is_the_only_dynamic_axis(published: Path) -> None:
+    for file in published.glob("*.onnx"):
+        session = onnxruntime.InferenceSession(file)
+        (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
+        assert (pixels.name, pixels.type, pixels.shape[1:]) == ("pixels", "tensor(uint8)", [112, 112, 3])
+        assert (logits.name, logits.type, logits.shape[1:]) == ("logits", "tensor(float)", [10])
+        assert isinstance(pixels.shape[0], str)
+
+
+def test_an_image_is_classified_alike_in_any_company(published: Path, pixels: Tensor) -> None:
+    exported = OnnxClassifier(published / "tome-r32.onnx")
+    clear = parity_pixels(frozen_classifier(tiny_vit(), RULE, 32), pixels, 16)
+    together = exported(clear)
+    alone = torch.cat([exported(clear[i : i + 1]) for i in range(len(clear))])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
+    classifier = frozen_classifier(tiny_vit(), RULE, 8)
+    batch = parity_pixels(classifier, pixels, 32)
+
+    def wrong_at_two(images: Tensor) -> Tensor:
+        logits: Tensor = classifier(images)
+        return logits.flip(0) if len(images) == 2 else logits
+
+    with torch.no_grad():
+        assert largest_difference(classifier, classifier, batch) == 0
+        assert largest_difference(classifier, wrong_at_two, batch) > 0.01
+
+
+def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
+    flat = torch.zeros(40, 112, 112, 3, dtype=torch.uint8)
+    vit: Any = tiny_vit()
+    with torch.no_grad():
+        vit.pos_embed.zero_()  # every token is the same: all scores tie
+    with pytest.raises(ParityError, match="only 0 of 40"):
+        parity_pixels(frozen_classifier(vit, RULE, 8), flat, 1)
+
+
+def test_golden_images_are_clear_in_every_graph_and_looked_for_in_further_images(pixels: Tensor) -> None:
+    classifiers = [frozen("tome", 8), frozen("dtem", 8)]
+    decided = [decisions(classifier, pixels) for classifier in classifiers]
+    margin = torch.minimum(decided[0].margin, decided[1].margin)
+    clearest = pixels[margin.argmax()]
+    assert torch.equal(golden_pixels(classifiers, decided, pixels, [], 1)[0], clearest)
+    unclear = [Decisions(torch.zeros_like(found.margin), found.sharing) for found in decided]
+    found = golden_pixels(classifiers, unclear, pixels, pixels.split(40), 3)  # type: ignore[no-untyped-call]
+    assert torch.equal(found, pixels[margin >= MIN_MARGIN][:3])
+    with pytest.raises(ParityError, match="only 0 of 200 images are decided"):
+        golden_pixels(classifiers, unclear, pixels, [], 1)

@@ -1,0 +1,37 @@
+"""A tiny model with an embedding, and the command that exports it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.training.tiny_vit import ARGUMENTS, tiny_vit
+from training.data.preprocessing import InputRule
+from training.models.classifier import ServedClassifier, frozen_classifier
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+
+RATES = (0, 8, 32)
+GRAPHS = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES if r)]
+RULE = InputRule(height=112, width=112, resize_shorter_side=124, mean=(0.5,) * 3, std=(0.5,) * 3)  # as timm has it
+
+
+def embedding() -> DecoupledEmbedding:
+    torch.manual_seed(5)
+    return DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16, recipe="some.toml"))
+
+
+def frozen(policy: str, r: int) -> ServedClassifier:
+    return frozen_classifier(tiny_vit(), RULE, r, metric=embedding() if policy == "dtem" else "keys")
+
+
+def command(folder: Path) -> list[str]:
+    if not (folder / "weights.safetensors").exists():
+        save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
+        embedding().save(folder / "own.safetensors")
+        (folder / "store").mkdir()
+        shutil.copy("model_store/manifest.schema.json", folder / "store")
+    model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
+    data = ["--arguments", json.dumps(ARGUMENTS), "--n-images", "300", "--rates", ",".join(map(str, RATES))]
+    return [*model, *data, "--name", "tiny", "--store", str(folder / "store")]
