@@ -71,20 +71,24 @@ def plain_grouping(scores: Tensor, r: int, relaxation: Relaxation) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, partners, total / (1 + excess))
 
 
-def grouping_step(group: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the groups and the gradient of a sum that weighs them all differently."""
+def grouping_step(group: Callable[[Tensor], Tensor], scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the groups and the gradient of their weighted sum. Shapes: scores and weights (B, |A|, |B|)"""
     leaf = scores.detach().requires_grad_()
     share = group(leaf)
-    weights = torch.linspace(-1, 1, share.numel(), device=share.device, dtype=share.dtype).view_as(share)
-    (gradient,) = torch.autograd.grad((share * weights).sum(), leaf)
+    (gradient,) = torch.autograd.grad(share, leaf, weights)
     return share.detach(), gradient
+
+
+def different_weights(like: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, like.numel(), device=like.device, dtype=like.dtype).view_as(like)
 
 
 def check_same(scores: Tensor, r: int) -> None:
     """Raises: ValueError where the fast grouping and the formula differ, or their gradients, in float64."""
     exact = scores.double()
-    fast = grouping_step(lambda s: soft_grouping(s, r), exact)
-    plain = grouping_step(lambda s: plain_grouping(s, r, Relaxation()), exact)
+    weights = different_weights(exact)
+    fast = grouping_step(lambda s: soft_grouping(s, r), exact, weights)
+    plain = grouping_step(lambda s: plain_grouping(s, r, Relaxation()), exact, weights)
     for what, found, expected in zip(("groups", "gradients"), fast, plain, strict=True):
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference < 1e-8:
@@ -174,15 +178,15 @@ def measure_grouping(options: argparse.Namespace) -> list[Grouping]:
     n_a = options.n_tokens // 2
     drawn = torch.randn(options.batch_size, n_a, n_a, generator=torch.Generator().manual_seed(0))
     scores = drawn.tanh().to(options.device)
+    weights = different_weights(scores)
     rows = []
     for r in options.rates:
         check_same(scores[:2], r)
-        runs = {
-            "fast": functools.partial(grouping_step, functools.partial(soft_grouping, r=r), scores),
-            "plain": functools.partial(
-                grouping_step, functools.partial(plain_grouping, r=r, relaxation=Relaxation()), scores
-            ),
+        groupings: dict[str, Callable[[Tensor], Tensor]] = {
+            "fast": functools.partial(soft_grouping, r=r),
+            "plain": functools.partial(plain_grouping, r=r, relaxation=Relaxation()),
         }
+        runs = {name: functools.partial(grouping_step, group, scores, weights) for name, group in groupings.items()}
         seconds = time_in_turns(runs, options.rounds, _clock(options), f"grouping r={r}")
         rows.append(
             Grouping(
