@@ -16,6 +16,9 @@ from tests.integration.server import ROOT, Server
 from training.data.preprocessing import read_pixels
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import measure
+from training.evaluate.comparison import compare
+from training.evaluate.paired import count_pairs
+from training.evaluate.results import read_evaluation
 from training.export.onnx_format import OnnxClassifier
 from training.models.classifier import frozen_classifier
 from training.models.embedding import load_embedding
@@ -128,6 +131,25 @@ def test_every_rate_is_there_and_accuracy_was_measured_on_ten_thousand(manifest:
     assert [v["r"] for v in manifest["variants"] if v["policy"] == "none"] == [0]
     assert manifest["default"]["policy"] == ("dtem" if "embedding" in manifest else "tome")
     assert all(v["accuracy"]["n_images"] == 10_000 for v in manifest["variants"])
+
+
+def test_dtem_is_above_tome_at_every_rate_from_8_and_by_more_than_a_point_at_16() -> None:
+    measured = read_evaluation(FOLDER / "evaluation.json")
+    for found in compare(measured, measured, "tome", "dtem"):
+        if found.other.r >= 8:
+            assert found.n_images == 10_000
+            assert found.ci95_points[0] > 0
+            assert found.gmacs_percent <= 1.5
+        if found.other.r == 16:
+            assert found.ci95_points[0] > 1
+
+
+@pytest.mark.slow
+def test_dtem_is_found_above_tome_again_on_images_that_were_not_measured() -> None:
+    """Validation images, by the very graphs: others than those that the published figures are of."""
+    images = list(pixel_batches(DigitScenes("validation", 500), 50, 0))
+    right = {name: measure(OnnxClassifier(FOLDER / f"{name}-r16.onnx"), images).is_right for name in ("tome", "dtem")}
+    assert count_pairs(right["tome"], right["dtem"]).interval()[0] > 0
 
 
 @pytest.mark.slow
