@@ -2,23 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.relaxed import plain_grouping  # the formula as the paper has it
 from training.merging import bipartite_soft_matching
-from training.merging.relaxed import EPSILON, Relaxation, relaxed_matching, soft_grouping
+from training.merging.relaxed import Relaxation, relaxed_matching, soft_grouping
 
 SOFT = Relaxation(tau1=0.3, tau2=0.3)
-
-
-def plain_grouping(scores: Tensor, r: int, relaxation: Relaxation) -> Tensor:
-    """The formula as arXiv 2412.10569 has it: r times a softmax over all kept entries of an image."""
-    kept, partners = scores.topk(min(relaxation.n_partners, scores.shape[-1]), dim=-1)
-    u = kept / relaxation.tau1
-    total = torch.zeros_like(kept)
-    for _ in range(r):
-        p = (u / relaxation.tau2).flatten(1).softmax(-1).view_as(u)
-        total = total + p
-        u = u + torch.log((1 - p.sum(-1, keepdim=True)).clamp_min(EPSILON))
-    excess = (total.sum(-1, keepdim=True).detach() - 1).clamp_min(0)
-    return torch.zeros_like(scores).scatter(-1, partners, total / (1 + excess))
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
