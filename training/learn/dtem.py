@@ -29,7 +29,13 @@ from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
 from training.learn.run_folder import RunLog, replaced
 from training.models.classifier import ServedClassifier
-from training.models.embedding import DecoupledEmbedding, EmbeddingConfig, default_dim
+from training.models.embedding import (
+    DecoupledEmbedding,
+    EmbeddingConfig,
+    EmbeddingMismatch,
+    default_dim,
+    load_embedding,
+)
 from training.models.relaxed import RelaxedVisionTransformer
 from training.models.vit import MergingVisionTransformer, load_vit
 
@@ -77,6 +83,8 @@ class DtemTraining:
                 recipe=recipe.file,
             )
         )
+        if recipe.embedding_weights:
+            _begin_with(self.embedding, Path(recipe.embedding_weights))
         metric: Any = self.embedding if recipe.embedding else "keys"
         # On CPUs the backward pass of fused attention is slower than the matrix products it fuses.
         is_cpu = processes.device.type == "cpu"
@@ -296,6 +304,18 @@ class DtemTraining:
             )
         state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
         return state
+
+
+def _begin_with(embedding: DecoupledEmbedding, file: Path) -> None:
+    """Raises: FileNotFoundError; EmbeddingMismatch where the file's is of another ViT or of another d'."""
+    given = load_embedding(file)
+    own, other = embedding.config, given.config
+    if (own.depth, own.width, own.dim) != (other.depth, other.width, other.dim):
+        raise EmbeddingMismatch(
+            f"embedding_weights {file} has {other.depth} blocks of width {other.width} and d' {other.dim}, "
+            f"the recipe's {own.depth} of width {own.width} and d' {own.dim}"
+        )
+    embedding.load_state_dict(given.state_dict())
 
 
 def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: int) -> None:

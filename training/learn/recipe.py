@@ -134,6 +134,7 @@ class DtemRecipe:
     processes; micro_batch: images that a process computes at a time, where its part of the batch is too much for its
     memory: gradients add up, so the steps are the same but for rounding and the draws of dropout.
     weights: of the ViT, a safetensors file or "pretrained". vit: how it learns, where it does.
+    embedding_weights: an embedding's file to begin with, of the same d'; without one it begins as nn.Linear does.
     precision: of the ViT's products, by autocast; weights, and all that decides what merges, are in float32.
     """
 
@@ -155,6 +156,7 @@ class DtemRecipe:
     relaxation: Relaxation = field(default_factory=Relaxation)
     keep_tail: bool = True
     precision: Precision = "bfloat16"
+    embedding_weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -165,6 +167,8 @@ class DtemRecipe:
         given = [name for name in ("embedding", "vit") if getattr(self, name) is not None]
         if wanted != given:
             raise ValueError(f"mode {self.mode!r} learns by [{'] and ['.join(wanted)}], not {given}")
+        if self.embedding_weights is not None and self.embedding is None:
+            raise ValueError(f"embedding_weights {self.embedding_weights!r}: mode {self.mode!r} has no embedding")
         _check_whole(self, r=0, seed=0, batch_size=1, n_images=0, epochs=0)
         for name in ("dim", "micro_batch"):
             if getattr(self, name) is not None:
