@@ -12,7 +12,7 @@ from tests.training.learn.tiny_run import VIT, logged, tiny_recipe, tiny_trainin
 from training.learn.dtem import DtemTraining, learning_rate
 from training.learn.images import image_batches
 from training.learn.recipe import AdamW, Data, DtemRecipe
-from training.models.embedding import load_embedding
+from training.models.embedding import EmbeddingMismatch, load_embedding
 from training.models.vit import load_vit
 
 # Of three blocks the last merges after the last attention that the class token takes part in: no loss reaches it.
@@ -261,3 +261,19 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine(modular: DtemRecipe) 
     assert [learning_rate(n_seen, modular, warm) for n_seen in (0, 8, 24, 32)] == pytest.approx(
         [2.5e-4, 5e-4, 1e-3, 1e-3]
     )
+
+
+def test_embedding_begins_with_the_weights_of_another(modular: DtemRecipe, tmp_path: Path) -> None:
+    given = tiny_training(replace(modular, n_images=8), tmp_path / "given")
+    given.run()
+    file = tmp_path / "given" / "embedding.safetensors"
+    found = tiny_training(replace(modular, embedding_weights=str(file)), tmp_path / "run").embedding
+    for name, tensor in given.embedding.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_embedding_of_another_width_is_refused_to_begin_with(modular: DtemRecipe, tmp_path: Path) -> None:
+    tiny_training(replace(modular, n_images=8), tmp_path / "given").run()
+    file = tmp_path / "given" / "embedding.safetensors"
+    with pytest.raises(EmbeddingMismatch, match=r"embedding_weights .* d' 8, the recipe's .* d' 4"):
+        tiny_training(replace(modular, embedding_weights=str(file), dim=4), tmp_path / "run")
