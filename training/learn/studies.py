@@ -53,7 +53,6 @@ def _generalisation(recipe: DtemRecipe) -> Variants:
         "trained at r=8": replace(base, r=8),
         "r=16, d'=8": replace(base, dim=8),
         "r=16, d'=64": replace(base, dim=64),
-        "r=8, tau 0.3": _soft(replace(base, r=8), tau1=0.3, tau2=0.3),
         "r=16, tau 0.3": _soft(base, tau1=0.3, tau2=0.3),
     }
 
@@ -66,14 +65,14 @@ def _data(recipe: DtemRecipe) -> Variants:
         limited = replace(base, data=replace(base.data, n_distinct=round(N_DISTINCT * share)))
         variants[f"modular, {text}"] = limited
         variants[f"end-to-end, {text}"] = _with_vit(limited)
-    for n_images in (12_800, 1_600, 640):
+    for n_images in (12_800, 640):
         variants[f"modular, {n_images} images seen"] = replace(base, n_images=n_images)
     return variants
 
 
 def _temperatures(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
-    values = (0.01, 0.03, 0.3, 1.0)
+    values = (0.01, 1.0)
     variants = {"tau1 0.1, tau2 0.1": base}
     variants |= {f"tau1 {value}, tau2 0.1": _soft(base, tau1=value) for value in values}
     variants |= {f"tau1 0.1, tau2 {value}": _soft(base, tau2=value) for value in values}
