@@ -43,7 +43,7 @@ def soft_grouping(scores: Tensor, r: int, relaxation: Relaxation | None = None) 
 
     What is iterated r times is one number per token of A. The paper's p = softmax(u / tau2) over all kept entries of an
     image is the product of a softmax within each row, which suppression never changes (it lowers whole rows), and a
-    softmax over rows; so only the latter is iterated. The same numbers, n_partners times less work in the hot loop.
+    softmax over rows; so only the latter is iterated: the same numbers by n_partners times less arithmetic in the loop.
 
     Shapes: scores (B, |A|, |B|), r from 0 to |A| -> (B, |A|, |B|). Memory for the gradient: r·B·|A| numbers.
     Source: arXiv 2412.10569, equations 6 and 7.
