@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import Measurement, measure
-from training.learn.backbone import MEAN, STD
 from training.learn.dtem import DtemTraining
-from training.learn.images import DigitImages
+from training.learn.images import training_images
 from training.learn.processes import Processes
 from training.learn.recipe import DtemRecipe, read_recipe
 from training.learn.studies import STUDIES, Study
@@ -79,7 +78,7 @@ def _study(options: argparse.Namespace) -> None:
 
 def _trained(name: str, recipe: DtemRecipe, options: argparse.Namespace) -> DtemTraining:
     folder = options.out / options.study / re.sub(r"[^a-z0-9.=]+", "-", name.lower())
-    images = DigitImages(recipe.data.n_distinct or 0, MEAN, STD)
+    images = training_images(recipe.data, REFERENCE_INPUT, recipe.seed)
     training = DtemTraining(recipe, images, folder, processes=Processes(), n_workers=options.workers)
     training.run()
     return training

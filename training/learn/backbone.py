@@ -22,6 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from training.data.digits import LABELS, draw
+from training.learn.parameter_groups import parameter_groups
 from training.learn.recipe import Recipe, Stage
 from training.learn.scenes import Batch, batches
 from training.models.vit import MergingVisionTransformer, load_vit
@@ -80,16 +81,9 @@ class BackboneTraining:
         self.model = MergingVisionTransformer(self.vit, 0, attention="plain")
         self.token_head = nn.Linear(width, len(LABELS) + 1)
         self.modules = nn.ModuleDict({"vit": self.vit, "token_head": self.token_head})
-        self.optimiser = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.98), fused=True)
+        groups = parameter_groups(self.modules, recipe.optimiser.weight_decay)
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.n_seen = 0
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        decayed = [p for p in self.modules.parameters() if p.ndim > 1]
-        others = [p for p in self.modules.parameters() if p.ndim <= 1]
-        return [
-            {"params": decayed, "weight_decay": self.recipe.optimiser.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
 
     # --- one step ---
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from training.data.augmentation import Mixing
 from training.evaluate.accuracy import measure
 from training.learn.images import TrainingImages, Validation, image_batches
+from training.learn.parameter_groups import parameter_groups
 from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
 from training.learn.run_folder import RunLog, replaced
@@ -112,7 +113,7 @@ class DtemTraining:
             if settings is not None:
                 self.learners[name] = module
                 self.optimisers[name] = torch.optim.AdamW(
-                    _parameter_groups(module, settings.weight_decay), betas=settings.betas, fused=True
+                    parameter_groups(module, settings.weight_decay), betas=settings.betas, fused=True
                 )
         data = recipe.data
         is_mixing = data.mixup > 0 or data.cutmix > 0
@@ -325,12 +326,6 @@ def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: 
         raise ValueError(f"n_images {recipe.n_images} are less than one batch_size of {recipe.batch_size}")
     if model.schedule[0] != recipe.r:
         raise ValueError(f"r {recipe.r}: the first block can remove {model.schedule[0]} of {model.tokens[0]} tokens")
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
