@@ -7,16 +7,14 @@ background. The last two are gone in the last stage: what ships is a plain class
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from training.data.digits import LABELS, draw
 from training.learn.parameter_groups import parameter_groups
 from training.learn.recipe import Recipe, Stage
+from training.learn.run_folder import RunLog, save_checkpoint, save_weights, saved_state
 from training.learn.scenes import Batch, batches
 from training.models.vit import MergingVisionTransformer, load_vit
 
@@ -126,18 +125,23 @@ class BackboneTraining:
         """Train to the end of the recipe from wherever the run stands. Units: `checkpoint_every` in images."""
         self.resume()
         progress = tqdm(total=self.recipe.n_images, initial=self.n_seen, unit="image", smoothing=0.02)
-        for stage, batch in self._remaining():
-            figures = self.step(batch, stage)
-            progress.update(len(batch.labels))
-            progress.set_postfix(
-                {"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"}
-            )
-            self._log({"n_seen": self.n_seen, "stage": stage.name, **figures})
-            if self.n_seen % checkpoint_every < len(batch.labels):
-                self.save()
-                self._log({"n_seen": self.n_seen, "validation_top1": self.validate()})
+        with closing(RunLog(self.folder, self.n_seen)) as log, progress:
+            for stage, batch in self._remaining():
+                figures = self.step(batch, stage)
+                progress.update(len(batch.labels))
+                progress.set_postfix(
+                    {"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"}
+                )
+                log.write(self.n_seen, figures)
+                if self.n_seen % checkpoint_every < len(batch.labels):
+                    self._checkpoint(log, n_images=500)
+            self._checkpoint(log, n_images=2_000)
+
+    def _checkpoint(self, log: RunLog, n_images: int) -> None:
+        """Log the validation, then save: what a resumed run begins after is in the log."""
+        log.write(self.n_seen, {"validation_top1": self.validate(n_images)})
+        log.flush()
         self.save()
-        self._log({"n_seen": self.n_seen, "validation_top1": self.validate(2000)})
 
     def _remaining(self) -> Iterator[tuple[Stage, Batch]]:
         first = 0
@@ -159,7 +163,7 @@ class BackboneTraining:
             first += n_images
 
     @torch.no_grad()
-    def validate(self, n_images: int = 500) -> float:
+    def validate(self, n_images: int) -> float:
         """Measure top-1 on the first validation images of the last stage's task, every patch kept."""
         self.modules.eval()
         scenes = [draw("validation", i, self.recipe.stages[-1].task) for i in range(n_images)]
@@ -173,40 +177,24 @@ class BackboneTraining:
         self.modules.train()
         return right / n_images
 
-    def _log(self, entry: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps({"time": time.time(), **entry}) + "\n")
-
     # --- checkpoints: state.pt resumes, weights.safetensors is what others load, recipe.json says what made them ---
 
     def save(self) -> None:
-        """Write the checkpoint; each file under a temporary name, then renamed, state.pt last."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.json").write_text(json.dumps(asdict(self.recipe), indent=2))
-        weights = self.folder / "weights.safetensors"
-        save_file({k: v.contiguous() for k, v in self.vit.state_dict().items()}, f"{weights}.tmp")
-        Path(f"{weights}.tmp").replace(weights)
-        state = self.folder / "state.pt"
-        content = {
+        state = {
             "modules": self.modules.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "n_seen": self.n_seen,
         }
-        torch.save(content, f"{state}.tmp")
-        Path(f"{state}.tmp").replace(state)
+        save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit)})
 
     def resume(self) -> None:
         """Take up the run where its last checkpoint left it.
 
         Raises: ValueError where the folder holds the run of another recipe.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / "state.pt"
-        if not state.exists():
+        state = saved_state(self.folder, self.recipe)
+        if state is None:
             return
-        if json.loads((self.folder / "recipe.json").read_text()) != json.loads(json.dumps(asdict(self.recipe))):
-            raise ValueError(f"{self.folder} holds a run of another recipe: give another folder")
-        content = torch.load(state, weights_only=True)
-        self.modules.load_state_dict(content["modules"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        self.n_seen = content["n_seen"]
+        self.modules.load_state_dict(state["modules"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.n_seen = state["n_seen"]

@@ -7,17 +7,15 @@ Source: arXiv 2412.10569, section 3.3.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -28,7 +26,7 @@ from training.learn.images import TrainingImages, Validation, image_batches
 from training.learn.parameter_groups import parameter_groups
 from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
-from training.learn.run_folder import RunLog, replaced
+from training.learn.run_folder import RunLog, save_checkpoint, save_weights, saved_state
 from training.models.classifier import ServedClassifier
 from training.models.embedding import (
     DecoupledEmbedding,
@@ -257,54 +255,34 @@ class DtemTraining:
     # --- checkpoints: state.pt resumes; embedding.safetensors and weights.safetensors are what others load ---
 
     def save(self) -> None:
-        """Write the checkpoint, every file whole at once, state.pt last."""
+        """Write the checkpoint: the embedding where it learns, the ViT too, a frozen one once."""
         if not self.processes.is_first:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         is_begun = (self.folder / "state.pt").exists()
-        with replaced(self.folder / "recipe.json") as file:
-            file.write_text(json.dumps(asdict(self.recipe), indent=2))
+        artefacts: dict[str, Callable[[Path], None]] = {}
         if "embedding" in self.learners:
-            with replaced(self.folder / "embedding.safetensors") as file:
-                self.embedding.save(file)
-        if "vit" in self.learners or not is_begun:  # a frozen ViT once
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.vit.state_dict().items()}
-            with replaced(self.folder / "weights.safetensors") as file:
-                save_file(tensors, file)
+            artefacts["embedding.safetensors"] = self.embedding.save
+        if "vit" in self.learners or not is_begun:
+            artefacts["weights.safetensors"] = partial(save_weights, self.vit)
         state = {
             "learners": {name: module.state_dict() for name, module in self.learners.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
             "n_steps_taken": self.n_steps_taken,
         }
-        with replaced(self.folder / "state.pt") as file:
-            torch.save(state, file)
+        save_checkpoint(self.folder, self.recipe, state, artefacts)
 
     def resume(self) -> None:
         """Take up the run where its last checkpoint left it.
 
         Raises: ValueError where the folder holds the run of another recipe.
         """
-        state = self.processes.from_first(self._saved_state)
+        state = self.processes.from_first(lambda: saved_state(self.folder, self.recipe))
         if state is None:
             return
         for name, module in self.learners.items():
             module.load_state_dict(state["learners"][name])
             self.optimisers[name].load_state_dict(state["optimisers"][name])
         self.n_steps_taken = state["n_steps_taken"]
-
-    def _saved_state(self) -> dict[str, Any] | None:
-        if not (self.folder / "state.pt").exists():
-            return None
-        found = json.loads((self.folder / "recipe.json").read_text())
-        own = json.loads(json.dumps(asdict(self.recipe)))
-        differing = [name for name in {**found, **own} if found.get(name) != own.get(name)]
-        if differing:
-            raise ValueError(
-                f"{self.folder} holds a run of another recipe, which differs in {', '.join(differing)}: "
-                "give another folder"
-            )
-        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
-        return state
 
 
 def _begin_with(embedding: DecoupledEmbedding, file: Path) -> None:

@@ -1,13 +1,18 @@
-"""The folder of a run: files that are whole whenever another process reads them, and the log of every step."""
+"""The folder of a run: files that are whole whenever another process reads them, checkpoints, the log of every step."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import save_file
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -17,6 +22,47 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     temporary.replace(path)
+
+
+def save_checkpoint(
+    folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write recipe.json, the artefacts (file name: what writes it) and, last, state.pt, each whole at once.
+
+    recipe: a dataclass
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents: dict[str, Callable[[Path], Any]] = {
+        "recipe.json": lambda file: file.write_text(json.dumps(asdict(recipe), indent=2)),
+        **artefacts,
+        "state.pt": lambda file: torch.save(state, file),
+    }
+    for name, write in contents.items():
+        with replaced(folder / name) as file:
+            write(file)
+
+
+def saved_state(folder: Path, recipe: Any) -> dict[str, Any] | None:
+    """Return what the folder's last checkpoint resumes from, None where there is none.
+
+    Raises: ValueError where it is of another recipe.
+    """
+    if not (folder / "state.pt").exists():
+        return None
+    found = json.loads((folder / "recipe.json").read_text())
+    own = json.loads(json.dumps(asdict(recipe)))
+    differing = [name for name in {**found, **own} if found.get(name) != own.get(name)]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}: give another folder"
+        )
+    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    return state
+
+
+def save_weights(module: nn.Module, file: Path) -> None:
+    """Write a module's tensors as safetensors."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 class RunLog:
