@@ -50,6 +50,7 @@ def _with_vit(recipe: DtemRecipe) -> DtemRecipe:
 def _generalisation(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     return {
+        "untrained": _untrained(base),
         "trained at r=16": base,
         "trained at r=8": replace(base, r=8),
         "r=16, d'=8": replace(base, dim=8),
@@ -60,20 +61,21 @@ def _generalisation(recipe: DtemRecipe) -> Variants:
 def _data(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     shares = {"100 %": 1.0, "10 %": 0.1, "1 %": 0.01, "0.3 %": 0.003}
-    variants = {}
+    variants = {"untrained": _untrained(base)}
     for text, share in shares.items():
         limited = replace(base, data=replace(base.data, n_distinct=round(N_DISTINCT * share)))
         variants[f"modular, {text}"] = limited
         variants[f"end-to-end, {text}"] = _with_vit(limited)
     for n_images in (12_800, 640):
         variants[f"modular, {n_images} images seen"] = replace(base, n_images=n_images)
+        variants[f"end-to-end, {n_images} images seen"] = replace(_with_vit(base), n_images=n_images)
     return variants
 
 
 def _temperatures(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     values = (0.01, 1.0)
-    variants = {"tau1 0.1, tau2 0.1": base}
+    variants = {"untrained": _untrained(base), "tau1 0.1, tau2 0.1": base}
     variants |= {f"tau1 {value}, tau2 0.1": _soft(base, tau1=value) for value in values}
     variants |= {f"tau1 0.1, tau2 {value}": _soft(base, tau2=value) for value in values}
     return variants
@@ -93,6 +95,7 @@ def _keys(recipe: DtemRecipe) -> Variants:
 def _relaxation(recipe: DtemRecipe) -> Variants:
     base = _base(recipe)
     return {
+        "untrained": _untrained(base),
         "tail dropped": replace(base, keep_tail=False),
         "tail kept": replace(base, keep_tail=True),
         "1 partner": replace(base, relaxation=Relaxation(n_partners=1)),
