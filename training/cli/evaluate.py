@@ -1,10 +1,10 @@
 """Measure top-1, GMACs and images/s of merging policies over rates: a table, a JSON file and a picture.
 
-`python -m training.cli.evaluate --published model_store/reference/1 --out docs/policies`
+`python -m training.cli.evaluate --published model_store/reference/3 --out docs/policies`
 `python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
-`--published model_store/reference/2 --measured --out docs/policies` lays out what was measured when it was exported.
+`--published model_store/reference/3 --measured --out docs/policies` lays out what was measured when it was exported.
 Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """
 
