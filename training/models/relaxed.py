@@ -55,7 +55,7 @@ class RelaxedVisionTransformer(MergingVisionTransformer):
         n_active = int(x.shape[1])
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(n_active), strict=True)):
             hidden = block.norm1(x)
-            qkv, _ = self._project(index, r, block.attn, hidden)
+            qkv, _ = self._project(index, r > 0, block.attn, hidden)
             mixed, keys = self._attend(block.attn, qkv, hidden, self._weight(size))
             x = x + block.drop_path1(block.ls1(mixed))
             if r:

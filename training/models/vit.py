@@ -115,7 +115,7 @@ class MergingVisionTransformer(nn.Module):
         source = identity_source(x) if with_source else None
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(int(x.shape[1])), strict=True)):
             hidden = block.norm1(x)
-            qkv, embedded = self._project(index, r, block.attn, hidden)
+            qkv, embedded = self._project(index, r > 0, block.attn, hidden)
             mixed, keys = self._attend(block.attn, qkv, hidden, self._weight(size))
             x = x + block.drop_path1(block.ls1(mixed))
             matching = self._match(index, r, hidden, keys, embedded)
@@ -125,9 +125,11 @@ class MergingVisionTransformer(nn.Module):
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, size, source
 
-    def _project(self, block: int, r: int, attn: Any, hidden: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def _project(
+        self, block: int, is_merging: bool, attn: Any, hidden: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return queries, keys and values, (B, heads, N, d) each, and the embedding where it is joined to them."""
-        if self.joined is None or r == 0:
+        if self.joined is None or not is_merging:
             qkv = attn.qkv(hidden)
             heads = qkv.reshape(*qkv.shape[:2], 3 * attn.num_heads, attn.head_dim).transpose(1, 2)
             return heads.chunk(3, dim=1), None
