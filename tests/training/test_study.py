@@ -70,6 +70,7 @@ def test_study_judges_every_variant_and_the_untrained_model(recipe_file: Path, t
     assert [(row["variant"], row["r"]) for row in rows][:3] == [("ToMe, untrained", r) for r in (0, 16, 24)]
     assert {row["variant"] for row in rows} == {
         "ToMe, untrained",
+        "untrained",
         "tail dropped",
         "tail kept",
         "1 partner",
