@@ -22,9 +22,10 @@ from tqdm import tqdm
 from training.data.digits import LABELS, draw
 from training.learn.parameter_groups import parameter_groups
 from training.learn.recipe import Recipe, Stage
-from training.learn.run_folder import RunLog, save_checkpoint, save_weights, saved_state
+from training.learn.run_folder import RunLog, save_checkpoint, saved_state
 from training.learn.scenes import Batch, batches
 from training.models.vit import MergingVisionTransformer, load_vit
+from training.models.weights import save_weights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -185,7 +186,7 @@ class BackboneTraining:
             "optimiser": self.optimiser.state_dict(),
             "n_seen": self.n_seen,
         }
-        save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit)})
+        save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit, None)})
 
     def resume(self) -> None:
         """Take up the run where its last checkpoint left it.

@@ -26,7 +26,7 @@ from training.learn.images import TrainingImages, Validation, image_batches
 from training.learn.parameter_groups import parameter_groups
 from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
-from training.learn.run_folder import RunLog, save_checkpoint, save_weights, saved_state
+from training.learn.run_folder import RunLog, save_checkpoint, saved_state
 from training.models.classifier import ServedClassifier
 from training.models.embedding import (
     DecoupledEmbedding,
@@ -37,6 +37,7 @@ from training.models.embedding import (
 )
 from training.models.relaxed import RelaxedVisionTransformer
 from training.models.vit import MergingVisionTransformer, load_vit
+from training.models.weights import save_weights
 
 EMBEDDING_STEP_EVERY = 10  # end-to-end: of so many steps the last is the embedding's
 
@@ -263,7 +264,7 @@ class DtemTraining:
         if "embedding" in self.learners:
             artefacts["embedding.safetensors"] = self.embedding.save
         if "vit" in self.learners or not is_begun:
-            artefacts["weights.safetensors"] = partial(save_weights, self.vit)
+            artefacts["weights.safetensors"] = partial(save_weights, self.vit, None)
         state = {
             "learners": {name: module.state_dict() for name, module in self.learners.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -58,11 +56,6 @@ def saved_state(folder: Path, recipe: Any) -> dict[str, Any] | None:
         )
     state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     return state
-
-
-def save_weights(module: nn.Module, file: Path) -> None:
-    """Write a module's tensors as safetensors."""
-    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 class RunLog:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from training.merging import AttentionForm
+from training.merging import AttentionForm, identity_source
 from training.merging.adaptive import Thresholds, adaptive_matching
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
@@ -44,7 +44,7 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
 
     def encode(self, x: Tensor, *, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the blocks; return tokens, sizes (0 where a row is absent) and source map."""
-        source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1) if with_source else None
+        source = identity_source(x) if with_source else None
         tokens, size, _, source = self._encode(x, source)
         return tokens, size, source
 

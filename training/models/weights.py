@@ -30,7 +30,7 @@ def save_weights(model: nn.Module, embedding: DecoupledEmbedding | None, path: P
     for index, layer in enumerate(layers):
         for name, rows in layer.named_parameters():
             tensors[f"blocks.{index}.attn.qkv.{name}{EMBEDDING_ROWS}"] = rows.detach()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
