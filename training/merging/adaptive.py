@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from training.merging.matching import IDENTITY, Matching, first_free
+from training.merging.matching import IDENTITY, Matching, first_free, unit_rows
 
 Split: TypeAlias = Literal["alternating", "size"]
 """alternating: A = tokens 0, 2, 4 …, B = 1, 3, 5 …, as ToMe. size: the smaller half is A, the larger B, so that two
@@ -119,13 +119,16 @@ def adaptive_matching(
 
     Shapes: metric (B, N, D); size (B, N, 1), 0 where a row is absent, or None where every token is one patch
     """
+    if torch.is_autocast_enabled(metric.device.type):  # half precision would make ties, as in `cosine_scores`
+        with torch.autocast(metric.device.type, enabled=False):
+            return adaptive_matching(metric, size, threshold, split=split, score=score, n_protected=n_protected)
     metric = metric.detach().float() if metric.dtype in (torch.float16, torch.bfloat16) else metric.detach()
     if metric.shape[1] - n_protected < 2:
         return IDENTITY
     if size is None:
         size = torch.ones_like(metric[..., :1])
     a, b, is_a, is_b = _halves(size.squeeze(-1), split, n_protected)
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    metric = unit_rows(metric)
     scores = _rows(metric, a) @ _rows(metric, b).transpose(1, 2)
     if score == "error":
         of_a, of_b = _rows(size, a), _rows(size, b).transpose(1, 2)

@@ -105,9 +105,15 @@ def cosine_scores(metric: Tensor, n_protected: int = 1) -> Tensor:
     if torch.is_autocast_enabled(metric.device.type):
         with torch.autocast(metric.device.type, enabled=False):
             return cosine_scores(metric.float(), n_protected)
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    metric = unit_rows(metric)
     first_a, first_b = first_free(n_protected)
     return metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)
+
+
+def unit_rows(metric: Tensor) -> Tensor:
+    """Scale each token's row to length 1; zeros stay zeros. Shapes: (B, N, D) -> the same"""
+    rows: Tensor = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return rows
 
 
 def match_by_scores(scores: Tensor, r: int, *, n_tokens: int, n_protected: int = 1) -> Matching:

@@ -107,6 +107,14 @@ def test_two_large_tokens_never_merge_when_split_by_size() -> None:
     assert cast(Tensor, sizes).max() == 93  # split alternately they do
 
 
+def test_autocast_changes_no_decision() -> None:
+    metric, x, size = (tensor.float() for tensor in images(9, 60, 4))
+    expected = adaptive_matching(metric, size, 0.9).merge_sum(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        matching = adaptive_matching(metric, size, 0.9)
+    assert torch.equal(matching.merge_sum(x), expected)
+
+
 def test_thresholds_fall_with_depth_to_the_floor() -> None:
     found = Thresholds(0.9, 0.1, 0.5, 3).per_block(12)
     assert found[:3] == pytest.approx((0.9, 0.9 - (math.exp(0.1) - 1), 0.9 - (math.exp(0.2) - 1)))
