@@ -9,7 +9,7 @@ from training.merging.matching import (
     cosine_scores,
     match_by_scores,
 )
-from training.merging.metrics import Metric, key_metric, random_metric
+from training.merging.metrics import Metric, feature_metric, key_metric, random_metric
 from training.merging.schedule import Schedule, max_r, resolve_schedule, tokens_per_block
 from training.merging.source import identity_source, unmerge
 
@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "bipartite_soft_matching",
     "cosine_scores",
+    "feature_metric",
     "identity_source",
     "key_metric",
     "match_by_scores",

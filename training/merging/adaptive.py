@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from training.merging.matching import IDENTITY, Matching, first_free, unit_rows
+from training.merging.matching import IDENTITY, Matching, descending, first_free, unit_rows
 
 Split: TypeAlias = Literal["alternating", "size"]
 """alternating: A = tokens 0, 2, 4 …, B = 1, 3, 5 …, as ToMe. size: the smaller half is A, the larger B, so that two
@@ -94,11 +95,11 @@ class AdaptiveMatching:
         return self._left([protected, a, merged]), self._left([sizes[0], sizes[1], total])
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = (torch.take_along_dim(x, half.unsqueeze(-1), dim=1) for half in (self.a, self.b))
+        a, b = (_rows(x, half) for half in (self.a, self.b))
         return x[:, : self.n_protected], a, b
 
     def _left(self, parts: list[Tensor]) -> Tensor:
-        rows = torch.take_along_dim(torch.cat(parts, dim=1), self.kept.unsqueeze(-1), dim=1)
+        rows = _rows(torch.cat(parts, dim=1), self.kept)
         is_present = torch.arange(rows.shape[1], device=rows.device) < self.n_kept
         return torch.where(is_present.unsqueeze(-1), rows, 0.0)
 
@@ -140,12 +141,36 @@ def adaptive_matching(
     joins = merges.unsqueeze(1) & (partner.unsqueeze(1) == places.unsqueeze(-1))
     stays = torch.cat([torch.ones_like(is_a[:, :1]).expand(-1, n_protected), is_a & ~merges, is_b], dim=1)
     n_kept = stays.sum(dim=1, keepdim=True)
-    order = (~stays).int().argsort(dim=1, stable=True)
-    return AdaptiveMatching(n_protected, a, b, joins, order[:, : int(n_kept.max())], n_kept)
+    order = descending(stays.float())
+    return AdaptiveMatching(n_protected, a, b, joins, order[:, : _n_rows(n_kept, n_protected, order)], n_kept)
+
+
+def _n_rows(n_kept: Tensor, n_protected: int, order: Tensor) -> int:
+    """Return the most rows that an image keeps, and never fewer than could be matched again.
+
+    The checks tell the exporter, which has no numbers to look at, what it may take for granted.
+    """
+    most = n_kept.max().clamp_min(n_protected + 2)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call] # a number would be a constant of the graph
+        return cast(int, most)
+    n_rows = cast(int, most.item())
+    torch._check(n_rows >= n_protected + 2)
+    torch._check(n_rows <= order.shape[1])
+    return n_rows
+
+
+def half_sizes(n_tokens: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tensor]:
+    """Return how many tokens A and B have of so many. Shapes: int64, any"""
+    n_free = (n_tokens - n_protected).clamp_min(0)
+    starts_with_a = split == "alternating" and n_protected % 2 == 0
+    n_a = (n_free + 1) // 2 if starts_with_a else n_free // 2
+    return n_a, n_free - n_a
 
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:
-    return torch.take_along_dim(x, places.unsqueeze(-1), dim=1)
+    """Take rows of each image, by one plain Gather. Shapes: (B, N, C), (B, K) -> (B, K, C)"""
+    first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    return functional.embedding(places + first, x.flatten(0, 1))
 
 
 def _halves(size: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,9 +185,11 @@ def _halves(size: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tenso
     if split != "size":
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
     size = size[:, n_protected:]
-    n_free, n_present = int(size.shape[1]), (size > 0).sum(dim=1, keepdim=True)
-    rising = torch.where(size > 0, size, torch.inf).argsort(dim=1, stable=True)
-    rank = torch.arange(n_free - n_free // 2, device=size.device).expand(n_images, -1)
-    is_a, is_b = rank < n_present // 2, rank < n_present - n_present // 2
-    a, b = rising.gather(1, rank), rising.gather(1, (n_present - 1 - rank).clamp_min(0))
+    n_free, n_present = size.shape[1], (size > 0).sum(dim=1, keepdim=True)
+    rising = descending(torch.where(size > 0, -size, -torch.inf))
+    of_a, of_b = (
+        torch.arange(n_most, device=size.device).expand(n_images, -1) for n_most in (n_free // 2, n_free - n_free // 2)
+    )
+    is_a, is_b = of_a < n_present // 2, of_b < n_present - n_present // 2
+    a, b = rising.gather(1, of_a), rising.gather(1, (n_present - 1 - of_b).clamp_min(0))
     return a + n_protected, b + n_protected, is_a, is_b

@@ -49,7 +49,7 @@ def proportional_attention(
 
 def _log_size(size: Tensor, like: Tensor) -> Tensor:
     """Shapes: (B, N, 1) -> (B, 1, 1, N)"""
-    return size.log().reshape(-1, 1, 1, int(size.shape[1])).to(like.dtype)
+    return size.log().reshape(-1, 1, 1, size.shape[1]).to(like.dtype)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:

@@ -124,7 +124,7 @@ def match_by_scores(scores: Tensor, r: int, *, n_tokens: int, n_protected: int =
     if r == 0:
         return IDENTITY
     best, partner = scores.max(dim=-1)
-    order = _descending(best)  # (B, |A|)
+    order = descending(best)  # (B, |A|)
     n_a, n_b = int(scores.shape[1]), int(scores.shape[2])
     merged, rest = torch.split(order, [r, n_a - r], dim=1)
     place = torch.arange(n_tokens - r, device=scores.device) - (n_protected + n_a - r)  # B stands last in the result
@@ -132,13 +132,13 @@ def match_by_scores(scores: Tensor, r: int, *, n_tokens: int, n_protected: int =
     return BipartiteMatching(_rows(merged, rest, n_b, n_tokens, n_protected), joins)
 
 
-def _descending(best: Tensor) -> Tensor:
+def descending(best: Tensor) -> Tensor:
     """Return indices from highest to lowest, the lower index first among equals.
 
     ONNX's TopK does so by its specification; the exporter knows no sort that says it is stable.
     """
     if torch.onnx.is_in_onnx_export():
-        return best.topk(int(best.shape[-1]), dim=-1).indices
+        return best.topk(best.shape[-1], dim=-1).indices
     return best.sort(dim=-1, descending=True, stable=True).indices
 
 

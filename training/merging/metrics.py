@@ -23,6 +23,14 @@ def key_metric(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
     return keys.mean(dim=1)
 
 
+def feature_metric(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
+    """Return what the attention reads: the tokens' own features, normalised.
+
+    Source: arXiv 2210.09461, table 1a, where keys were better; on the reference model features are, by far.
+    """
+    return hidden
+
+
 def random_metric(seed: int, width: int = 8) -> Metric:
     """Return a metric that knows nothing of the image: the baseline that any other must beat.
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from training.merging import AttentionForm, identity_source
-from training.merging.adaptive import Thresholds, adaptive_matching
+from training.merging import AttentionForm, identity_source, key_metric
+from training.merging.adaptive import Thresholds, adaptive_matching, half_sizes
+from training.merging.matching import IDENTITY, Matching
+from training.models.embedding import DecoupledEmbedding
+from training.models.macs import macs_of_tokens
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
 class AdaptiveVisionTransformer(MergingVisionTransformer):
     """The same model as its parent, each block merging every pair whose score exceeds the block's threshold.
 
-    metric: "keys" is ATM; a `DecoupledEmbedding` is adaptive DTEM.
-    Images of a batch keep different numbers of tokens: see `training.merging.adaptive`.
+    metric: "keys" or "features" is ATM; a `DecoupledEmbedding` is adaptive DTEM.
+    Images of a batch keep different numbers of tokens: see `training.merging.adaptive`. A block whose threshold is 1
+    or more cannot merge, so it does not match.
     Source: arXiv 2505.15160.
     """
 
@@ -42,6 +48,31 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
         tokens, size, counts, _ = self._encode(self.embed(images), None)
         return self._classify(self.vit.norm(tokens), size), counts
 
+    def macs(self, counts: Tensor) -> Tensor:
+        """Return the MACs that each image took, merging included, as if it had been alone.
+
+        With |A| and |B| tokens to match, a metric of width D costs |A|·|B|·D, and the merge |A|·|B|·C; an embedding
+        N·C·D besides.
+        Shapes: as `forward_counted` gives them, int64 (B, blocks + 1) -> int64 (B,)
+        """
+        tokens = counts.unbind(dim=1)
+        width = int(self.vit.embed_dim)
+        macs: Tensor = macs_of_tokens(self.vit, tokens)
+        for index, (n_tokens, threshold) in enumerate(zip(tokens, self._per_block, strict=False)):
+            if threshold < 1:
+                n_a, n_b = half_sizes(n_tokens, self.thresholds.split(index), self.n_protected)
+                dim, embedding_macs = self._metric_dim(index)
+                macs = macs + n_a * n_b * (dim + width) + n_tokens * embedding_macs
+        return macs
+
+    def _metric_dim(self, block: int) -> tuple[int, int]:
+        """Return of how many numbers the metric is, and the MACs per token that it takes to have them."""
+        attn: Any = self.vit.blocks[block].attn
+        if isinstance(self.metric, DecoupledEmbedding):
+            dim = self.metric.config.dim
+            return dim, dim * int(self.vit.embed_dim)
+        return (int(attn.head_dim) if self.metric is key_metric else int(self.vit.embed_dim)), 0
+
     def encode(self, x: Tensor, *, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the blocks; return tokens, sizes (0 where a row is absent) and source map."""
         source = identity_source(x) if with_source else None
@@ -51,25 +82,34 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
     def _encode(self, x: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         size = torch.ones_like(x[..., :1], dtype=torch.float32)
         counts = [_n_present(size)]
+        has_merged = False
         for index, (block, threshold) in enumerate(zip(self.vit.blocks, self._per_block, strict=True)):
             hidden = block.norm1(x)
-            qkv, embedded = self._project(index, True, block.attn, hidden)
-            mixed, keys = self._attend(block.attn, qkv, hidden, self._weight(size if index else None))
+            qkv, embedded = self._project(index, threshold < 1, block.attn, hidden)
+            mixed, keys = self._attend(block.attn, qkv, hidden, self._weight(size if has_merged else None))
             x = x + block.drop_path1(block.ls1(mixed))
-            matching = adaptive_matching(
-                self.metric(block=index, hidden=hidden, keys=keys) if embedded is None else embedded,
-                size,
-                threshold,
-                split=self.thresholds.split(index),
-                score=self.thresholds.score,
-                n_protected=self.n_protected,
-            )
+            matching = self._match_similar(index, threshold, size, hidden, keys, embedded)
+            has_merged = has_merged or threshold < 1
             x, merged_size = matching.merge_mean(x, size)
             size = size if merged_size is None else merged_size
             source = source if source is None else matching.merge_sum(source)
             counts.append(_n_present(size))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return x, size, torch.stack(counts, dim=1), source
+
+    def _match_similar(
+        self, block: int, threshold: float, size: Tensor, hidden: Tensor, keys: Tensor, embedded: Tensor | None
+    ) -> Matching:
+        if threshold >= 1:  # spares the metric too
+            return IDENTITY
+        return adaptive_matching(
+            self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded,
+            size,
+            threshold,
+            split=self.thresholds.split(block),
+            score=self.thresholds.score,
+            n_protected=self.n_protected,
+        )
 
     def _weight(self, size: Tensor | None) -> Tensor | None:
         """Absent rows draw no attention, whether or not it is proportional."""

@@ -15,17 +15,21 @@ from training.merging.matching import first_free
 
 
 def vit_macs(vit: nn.Module, schedule: Sequence[int]) -> int:
-    """Return the MACs for one image under a resolved schedule, merging itself left out: the published convention.
+    """Return the MACs for one image under a resolved schedule, merging itself left out: the published convention."""
+    return int(macs_of_tokens(vit, tokens_per_block(schedule, _n_tokens(vit))))
+
+
+def macs_of_tokens(vit: nn.Module, tokens: Sequence[Any]) -> Any:
+    """Return the MACs where so many tokens enter each block and, last, are left: integers, or int64 tensors of images.
 
     Every block's attention runs on the tokens that enter it, its MLP on those that are left: with N and N' of them,
     width C and attention width A, N·C·3A + 2·N²·A + N·A·C and N' times the MLP's weights.
     """
     model: Any = vit
-    tokens = tokens_per_block(schedule, _n_tokens(vit))
     macs = int(model.patch_embed.num_patches) * _weights(model.patch_embed)
     for block, n_before, n_after in zip(model.blocks, tokens[:-1], tokens[1:], strict=True):
-        macs += n_before * _weights(block.attn) + 2 * n_before**2 * int(block.attn.attn_dim)
-        macs += n_after * _weights(block.mlp)
+        macs = macs + n_before * _weights(block.attn) + 2 * n_before**2 * int(block.attn.attn_dim)
+        macs = macs + n_after * _weights(block.mlp)
     return macs + sum(_weights(head) for head in (model.head, getattr(model, "head_dist", None)) if head is not None)
 
 

@@ -17,6 +17,7 @@ from training.merging import (
     Metric,
     Schedule,
     bipartite_soft_matching,
+    feature_metric,
     identity_source,
     key_metric,
     proportional_attention,
@@ -32,7 +33,7 @@ from training.models.weights import WeightsMismatch, load_weights
 
 __all__ = ["MergedFeatures", "MergingVisionTransformer", "UnsupportedArchitecture", "WeightsMismatch", "load_vit"]
 
-MetricChoice: TypeAlias = Literal["keys", "random"] | Metric
+MetricChoice: TypeAlias = Literal["keys", "features", "random"] | Metric
 
 
 class MergedFeatures(NamedTuple):
@@ -51,7 +52,8 @@ class MergingVisionTransformer(nn.Module):
 
     schedule: see `training.merging.Schedule`; resolved here for the model's own number of tokens and, where images or
         patch dropout bring another number, for that one.
-    metric: what tokens are compared by: their "keys", a "random" draw, or any `Metric`.
+    metric: what tokens are compared by: their "keys", the "features" that the attention reads, a "random" draw, or any
+        `Metric`.
     proportional_attention: None means on where a class token is pooled, off where tokens are averaged, as suits
         models trained as masked autoencoders (arXiv 2210.09461, table 6).
     attention: how attention is put, for the sake of kernels and exported graphs; see `AttentionForm`.
@@ -194,10 +196,12 @@ class MergingVisionTransformer(nn.Module):
 def _metric(choice: MetricChoice, seed: int) -> Metric:
     if choice == "keys":
         return key_metric
+    if choice == "features":
+        return feature_metric
     if choice == "random":
         return random_metric(seed)
     if not callable(choice):
-        raise ValueError(f"metric must be 'keys', 'random' or a Metric, not {choice!r}")
+        raise ValueError(f"metric must be 'keys', 'features', 'random' or a Metric, not {choice!r}")
     return choice
 
 

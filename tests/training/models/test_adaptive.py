@@ -1,10 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.models.families import build, images
 from tests.training.tiny_vit import tiny_vit
 from training.merging.adaptive import Score, Thresholds
+from training.models import count_macs, vit_macs
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 
@@ -75,3 +79,30 @@ def test_joined_embedding_decides_as_the_embedding_alone() -> None:
     assert torch.equal(apart[1], joined[1])
     torch.testing.assert_close(apart[0], joined[0], rtol=0, atol=1e-10)
     assert apart[1][0, -1] != apart[1][2, -1]
+
+
+@pytest.mark.parametrize("metric", ["keys", "features", "embedding"])
+@pytest.mark.parametrize("split_depth", [0, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_macs_of_an_image_are_those_that_are_counted_as_it_runs(family: str, split_depth: int, metric: Any) -> None:
+    vit: Any = build(family)
+    if metric == "embedding":
+        metric = DecoupledEmbedding(EmbeddingConfig(depth=3, width=int(vit.embed_dim), dim=5, r=4)).double()
+    model = AdaptiveVisionTransformer(vit, Thresholds(1.2, 0.35, 0.1, split_depth), metric=metric).double()
+    assert model.thresholds.per_block(3)[0] > 1 > model.thresholds.per_block(3)[1]  # a block that does not match, too
+    x = images(2)
+    with torch.no_grad():
+        _, counts = model.forward_counted(x)
+        for image, macs in zip(x, model.macs(counts).tolist(), strict=True):
+            with FlopCounterMode(display=False) as counter:
+                model(image[None])
+            assert counter.get_total_flops() == 2 * macs
+    assert (counts[:, -1] < counts[:, 0]).all()
+
+
+def test_macs_of_a_model_that_never_merges_are_the_vits() -> None:
+    vit = tiny_vit()
+    model = AdaptiveVisionTransformer(vit, NEVER)
+    with torch.no_grad():
+        _, counts = model.forward_counted(pixels(1))
+    assert model.macs(counts).tolist() == [vit_macs(vit, [0, 0, 0])] == [count_macs(vit, 112)]
