@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from training.cli.evaluate import chosen_policies, weights_digest
+from training.cli.evaluate import chosen_policies
 from training.cli.model_options import ChosenModel, add_model_options, chosen_model, rates
 from training.data.digits import Scene, digit_patches, draw
 from training.evaluate.background import BackgroundRow, Measured, patch_figures, summarise
@@ -27,6 +27,7 @@ from training.evaluate.background_report import MergedImage, markdown, picture, 
 from training.evaluate.results import with_suffix
 from training.evaluate.table import planned, policy_classifier
 from training.models.classifier import ServedClassifier
+from training.models.weights import weights_digest
 
 Classifiers = dict[tuple[str, int], ServedClassifier]
 

@@ -11,13 +11,12 @@ Which images each row got right is kept in <out>.npz, for `python -m training.cl
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from training.cli.model_options import ChosenModel, add_model_options, chosen_model, chosen_source, rates
@@ -34,6 +33,7 @@ from training.evaluate.table import (
     policy_classifier,
 )
 from training.models.classifier import ServedClassifier
+from training.models.weights import weights_digest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,15 +116,6 @@ def _about(options: argparse.Namespace, chosen: ChosenModel, source: Source) -> 
         "n_images": len(source),
         "batch_size": options.batch_size,
     }
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of all tensors of a module, names and bits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

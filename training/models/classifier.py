@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
+from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
@@ -25,9 +26,35 @@ class ServedClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Shapes: uint8 (B, H, W, 3) -> float32 (B, classes)"""
-        channels: Any = pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
-        logits: Tensor = self.model(channels)
+        logits: Tensor = self.model(self.normalised(pixels))
         return logits.float()
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Shapes: uint8 (B, H, W, 3) -> float32 (B, 3, H, W)"""
+        channels: Tensor = pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        return channels
+
+
+class AdaptiveClassifier(nn.Module):
+    """An adaptive model behind the same input; it says what each image kept and cost, besides what it shows."""
+
+    def __init__(self, model: AdaptiveVisionTransformer, rule: InputRule) -> None:
+        super().__init__()
+        self.served = ServedClassifier(model, rule)
+
+    @property
+    def model(self) -> AdaptiveVisionTransformer:
+        model: Any = self.served.model
+        return model  # type: ignore[no-any-return]
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, tokens that enter each block and are left at the end, GMACs; see `AdaptiveVisionTransformer`.
+
+        Shapes: uint8 (B, H, W, 3) -> float32 (B, classes), int64 (B, blocks + 1), float32 (B,)
+        """
+        logits, tokens = self.model.forward_counted(self.served.normalised(pixels))
+        gmacs = self.model.macs(tokens).double() / 1e9  # past 2**24 float32 would round the MACs themselves
+        return logits.float(), tokens, gmacs.float()
 
 
 def input_rule(vit: nn.Module) -> InputRule:

@@ -4,6 +4,7 @@ A safetensors file has its tensors of one type in the order of their names. So `
 behind `….qkv.weight`, and the matrix of both is one stretch of the file, of which the ViT's own is the beginning.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         raise WeightsMismatch(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(found, strict=True)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the SHA-256 of all tensors of a module, names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
