@@ -4,6 +4,8 @@
 `python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
+`--calibrations runs/atm.json,runs/adaptive-dtem.json` adds rows of policies that adapt to the image, by thresholds that
+`training.cli.calibrate` found.
 `--published model_store/reference/3 --measured --out docs/policies` lays out what was measured when it was exported.
 Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """
@@ -19,20 +21,21 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from training.cli.model_options import ChosenModel, add_model_options, chosen_model, chosen_source, rates
+from training.cli.model_options import ChosenModel, add_model_options, calibrations, chosen_model, chosen_source, rates
 from training.data.sources import Source, pixel_batches
-from training.evaluate.results import Row, finished_rows, read_evaluation, with_suffix, write_evaluation
+from training.evaluate.results import Row, adaptive_key, finished_rows, read_evaluation, with_suffix, write_evaluation
 from training.evaluate.table import (
     POLICIES,
     check_policies,
     evaluate,
+    evaluate_adaptive,
     in_order,
     markdown,
     planned,
     plot,
     policy_classifier,
 )
-from training.models.classifier import ServedClassifier
+from training.models.classifier import AdaptiveClassifier, ServedClassifier
 from training.models.weights import weights_digest
 
 
@@ -44,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--policies", help=f"some of {', '.join(POLICIES)}, with commas (default: none, tome and dtem)")
     parser.add_argument(
         "--measured", action="store_true", help="lay out what the export of --published measured, on its very graphs"
+    )
+    parser.add_argument(
+        "--calibrations", type=calibrations, default=[], help="files of training.cli.calibrate, with commas"
     )
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.npz, <out>.md and <out>.png")
@@ -78,6 +84,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     for row in evaluate(classifiers, chosen.rule, batches, plan):
         rows.append(row)
         write_evaluation(options.out, about, in_order(rows))
+    for calibration in options.calibrations:
+        key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
+        classifier = AdaptiveClassifier(calibration.model(chosen.vit, chosen.embedding), chosen.rule).eval()
+        if key not in {row.key for row in rows}:
+            rows.append(evaluate_adaptive(calibration, classifier, batches))
+            write_evaluation(options.out, about, in_order(rows))
     if not rows:
         raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: nothing to measure")
     _lay_out(options.out, about, in_order(rows))

@@ -12,6 +12,7 @@ from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import REFERENCE_INPUT, Source, open_source
+from training.models.calibration import Calibration, CalibrationMismatch, load_calibration
 from training.models.classifier import input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.models.vit import load_vit
@@ -97,6 +98,14 @@ def _rule_of(entry: dict[str, Any]) -> InputRule:
 
 def chosen_source(options: argparse.Namespace, rule: InputRule) -> Source:
     return open_source(options.data, rule, options.n_images, options.split)
+
+
+def calibrations(text: str) -> list[Calibration]:
+    """Read the calibrations that a list of files names."""
+    try:
+        return [load_calibration(Path(name)) for name in text.split(",")]
+    except (CalibrationMismatch, FileNotFoundError) as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def rates(text: str) -> tuple[int, ...]:

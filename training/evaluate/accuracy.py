@@ -13,18 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Classifier = Callable[[Tensor], Tensor]
-"""Shapes: uint8 (B, H, W, 3) -> logits (B, classes)"""
+Classifier = Callable[[Tensor], Tensor | tuple[Tensor, Tensor, Tensor]]
+"""Shapes: uint8 (B, H, W, 3) -> logits (B, classes); of an adaptive one also tokens (B, blocks + 1) and GMACs (B,)"""
 
 Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a classifier did on a set, image by image in its order. Shapes: is_right bool (images,)"""
+    """What a classifier did on a set, image by image in its order.
+
+    Shapes: is_right bool (images,); tokens (images, blocks + 1) and gmacs (images,) of an adaptive classifier
+    """
 
     is_right: NDArray[np.bool_]
     inference_seconds: float
+    tokens: NDArray[np.int64] | None = None
+    gmacs: NDArray[np.float32] | None = None
 
     @property
     def top1(self) -> float:
@@ -58,12 +63,21 @@ def measure(classify: Classifier, batches: Iterable[tuple[Tensor, Tensor]], n_pa
     n_parallel: how many batches at a time; classifiers of one thread each, side by side, waste less than one of many.
     """
     right: list[NDArray[np.bool_]] = []
+    tokens: list[NDArray[np.int64]] = []
+    gmacs: list[NDArray[np.float32]] = []
     seconds = 0.0
     remaining = iter(batches)
     with ThreadPoolExecutor(n_parallel) as pool:
         while group := list(islice(remaining, n_parallel)):
             start = time.perf_counter()
-            logits = list(pool.map(classify, [pixels for pixels, _ in group]))
+            answers = list(pool.map(classify, [pixels for pixels, _ in group]))
             seconds += time.perf_counter() - start
-            right += [(found.argmax(1) == labels).numpy() for found, (_, labels) in zip(logits, group, strict=True)]
-    return Measurement(np.concatenate(right), seconds)
+            for answer, (_, labels) in zip(answers, group, strict=True):
+                logits, *costs = answer if isinstance(answer, tuple) else (answer,)
+                right.append((logits.argmax(1) == labels).numpy())
+                if costs:
+                    tokens.append(costs[0].numpy())
+                    gmacs.append(costs[1].numpy())
+    if not tokens:
+        return Measurement(np.concatenate(right), seconds)
+    return Measurement(np.concatenate(right), seconds, np.concatenate(tokens), np.concatenate(gmacs))

@@ -2,8 +2,9 @@
 
 Thresholds are judged on the same images as the unmerged model, image by image. They are inside the bound where the
 95 % interval of the loss ends inside it, give or take what so many images can resolve: the end of the interval where
-no answer at all has changed. The search is SciPy's differential evolution over alpha, beta, floor and split depth;
-each trial meets more and more of the images, until it is plain that it is outside the bound or dearer than the best.
+no answer at all has changed. The search is SciPy's differential evolution over alpha, beta, floor and split depth.
+Each trial meets more and more of the images, those first that the unmerged model was least sure of, until it is plain
+that it is outside the bound or dearer than the best: most trials see a few of the images, and only the best see all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -39,7 +40,10 @@ _BOUNDS = ((0.0, 4.0), (-4.0, -0.5), (0.0, 2.0))
 
 @dataclass(frozen=True)
 class Trial:
-    """Thresholds, and what they did on the first n_images: GMACs of one image, which answers changed for the worse."""
+    """Thresholds, and what they did on the images they met.
+
+    gmacs: of one image, the mean over all images; where not all were met, judged by the best trial on the same ones.
+    """
 
     thresholds: Thresholds
     gmacs: float
@@ -53,6 +57,9 @@ class Trial:
     @property
     def loss_points(self) -> float:
         return 100 * -self.counts.difference + 0.0  # not -0.0
+
+
+Costs: TypeAlias = NDArray[np.float64]
 
 
 class Judge:
@@ -75,29 +82,33 @@ class Judge:
         n_parallel: int = 1,
     ) -> None:
         self._vit, self._rule, self._metric, self._embedding = vit, rule, metric, embedding
-        self._pixels, self._device, self._n_parallel = pixels, torch.device(device), n_parallel
+        self._device, self._n_parallel = torch.device(device), n_parallel
         self.depth = len(vit.blocks)  # type: ignore[arg-type]
         self.is_labelled = labels is not None
-        self._like = np.arange(len(pixels))
-        never = Thresholds(2.0, 0.0, 2.0, self.depth)
-        answers, gmacs = self._answer(never, 0, len(pixels))
+        self._pixels, self._like = pixels, np.arange(len(pixels))
+        logits, gmacs = self._run(Thresholds(2.0, 0.0, 2.0, self.depth), 0, len(pixels))
         self.unmerged_gmacs = float(gmacs[0])
-        self._labels = answers if labels is None else labels.numpy()
-        self._base = answers == self._labels
+        two = np.sort(logits, axis=1)[:, -2:]
+        order = np.argsort(two[:, 1] - two[:, 0], kind="stable")  # the least sure first: they tell soonest
+        self._pixels = pixels[order]
+        answers = logits.argmax(1)
+        self._labels = (answers if labels is None else labels.numpy())[order]
+        self.is_right = answers[order] == self._labels
         # Images that keep as many tokens side by side waste no rows on one another: order them by a look at each.
-        self._like = np.argsort(self._answer(thresholds(_START, self.depth, "similarity"), 0, len(pixels))[1])
+        self._like = np.argsort(self._run(thresholds(_START, self.depth, "similarity"), 0, len(pixels))[1])
 
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def judge(self, found: Thresholds, first: int, last: int) -> tuple[PairedCounts, NDArray[np.float64]]:
-        """Return the paired counts on images first … last - 1, and the GMACs of each."""
-        answers, gmacs = self._answer(found, first, last)
-        return count_pairs(self._base[first:last], answers == self._labels[first:last]), gmacs
+    def judge(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.bool_], Costs]:
+        """Return which of images first … last - 1 are right, and the GMACs of each. Shapes: (last - first,) both"""
+        logits, gmacs = self._run(found, first, last)
+        return logits.argmax(1) == self._labels[first:last], gmacs
 
     def measured(self, found: Thresholds, dataset: str, split: str) -> Measured:
         """Say what thresholds do on all of the images."""
-        counts, gmacs = self.judge(found, 0, len(self))
+        is_right, gmacs = self.judge(found, 0, len(self))
+        counts = count_pairs(self.is_right, is_right)
         low, high = counts.interval()
         return Measured(
             dataset=dataset,
@@ -110,8 +121,8 @@ class Judge:
             ci95_points=(100 * low, 100 * high),
         )
 
-    def _answer(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the answer to each image, and its GMACs."""
+    def _run(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.float32], Costs]:
+        """Return the logits of each image, and its GMACs."""
         model = adaptive_model(self._vit, found, self._metric, self._embedding)
         classifier = AdaptiveClassifier(model, self._rule).eval().to(self._device)
         chosen = self._like[(self._like >= first) & (self._like < last)]
@@ -120,14 +131,15 @@ class Judge:
         @torch.inference_mode()
         def run(batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
             logits, _, gmacs = classifier(self._pixels[batch].to(self._device))
-            return logits.argmax(1).cpu(), gmacs.cpu()
+            return logits.cpu(), gmacs.cpu()
 
         with ThreadPoolExecutor(self._n_parallel) as pool:
             parts = list(pool.map(run, batches))
-        answers, gmacs = np.empty(last - first, np.int64), np.empty(last - first)
-        answers[chosen - first] = torch.cat([answer for answer, _ in parts]).numpy()
-        gmacs[chosen - first] = torch.cat([cost for _, cost in parts]).double().numpy()
-        return answers, gmacs
+        back = np.argsort(chosen)
+        return (
+            torch.cat([logits for logits, _ in parts]).numpy()[back],
+            torch.cat([cost for _, cost in parts]).double().numpy()[back],
+        )
 
 
 def thresholds(x: Sequence[float], depth: int, score: Score) -> Thresholds:
@@ -152,27 +164,41 @@ def is_inside(counts: PairedCounts, max_accuracy_drop: float) -> bool:
     return -100 * counts.interval()[0] <= max_accuracy_drop + resolution_points(counts.n_images) + 1e-9
 
 
-def _is_hopeless(counts: PairedCounts, max_accuracy_drop: float) -> bool:
-    return -100 * counts.interval()[1] > max_accuracy_drop
+def _can_be_inside(counts: PairedCounts, max_accuracy_drop: float, n_images: int) -> bool:
+    """Say whether they end inside the bound on all n_images if they lose nothing more and win as often as yet."""
+    n_lost = counts.n_only_base
+    n_won = min(counts.n_only_other * n_images // counts.n_images, n_images - n_lost)
+    return is_inside(PairedCounts(n_images - n_lost - n_won, n_lost, n_won, 0), max_accuracy_drop)
 
 
-def attempt(judge: Judge, found: Thresholds, max_accuracy_drop: float, best_gmacs: float = math.inf) -> Trial:
-    """Try thresholds on more and more images: all of them, unless they are hopeless or dearer than the best."""
-    first, last, counts, gmacs = 0, 0, None, np.empty(0)
-    while last < len(judge):
-        first, last = last, min(max(_FIRST_IMAGES, 2 * last), len(judge))
-        more, cost = judge.judge(found, first, last)
-        counts, gmacs = more if counts is None else _sum(counts, more), np.concatenate([gmacs, cost])
-        margin = 3 * gmacs.std() / math.sqrt(len(gmacs))
-        if _is_hopeless(counts, max_accuracy_drop) or gmacs.mean() - margin > best_gmacs:
+def attempt(
+    judge: Judge, found: Thresholds, max_accuracy_drop: float, best_costs: Costs | None = None
+) -> tuple[Trial, Costs]:
+    """Try thresholds on more and more images: all of them, unless they are hopeless or dearer than the best.
+
+    Shapes: best_costs (n,), the GMACs of each image under the best thresholds yet; returned are those of the trial
+    """
+    is_right, costs = np.empty(0, bool), np.empty(0)
+    while len(costs) < len(judge):
+        first = len(costs)
+        more_right, more_costs = judge.judge(found, first, min(max(_FIRST_IMAGES, 2 * first), len(judge)))
+        is_right, costs = np.concatenate([is_right, more_right]), np.concatenate([costs, more_costs])
+        counts = count_pairs(judge.is_right[: len(costs)], is_right)
+        can_be_inside = _can_be_inside(counts, max_accuracy_drop, len(judge))
+        if not can_be_inside or _is_dearer(costs, best_costs):
             break
-    if counts is None:
-        raise ValueError("no images to calibrate on")
-    return Trial(found, float(gmacs.mean()), counts, is_inside(counts, max_accuracy_drop))
+    gmacs = float(costs.mean())
+    if best_costs is not None:
+        gmacs *= float(best_costs.mean() / best_costs[: len(costs)].mean())
+    return Trial(found, gmacs, counts, can_be_inside), costs
 
 
-def _sum(one: PairedCounts, other: PairedCounts) -> PairedCounts:
-    return PairedCounts(*(a + b for a, b in zip(asdict(one).values(), asdict(other).values(), strict=True)))
+def _is_dearer(costs: Costs, best_costs: Costs | None) -> bool:
+    """Say whether the same images cost more, by more than three standard errors."""
+    if best_costs is None:
+        return False
+    more = costs - best_costs[: len(costs)]
+    return bool(more.mean() > 3 * more.std() / math.sqrt(len(more)))
 
 
 def search(
@@ -192,20 +218,23 @@ def search(
     """
     remembered: Iterator[Trial] = iter(known)
     best: Trial | None = None
+    best_costs: Costs | None = None
 
     def objective(x: NDArray[np.float64]) -> float:
-        nonlocal best
+        nonlocal best, best_costs
         found = thresholds(x.tolist(), judge.depth, score)
-        trial = next(remembered, None)
-        if trial is None or trial.thresholds != found:
-            trial = attempt(judge, found, max_accuracy_drop, best.gmacs if best else math.inf)
+        trial, costs = next(remembered, None), None
+        if trial is None:
+            trial, costs = attempt(judge, found, max_accuracy_drop, best_costs)
             on_trial(trial)
         is_complete = trial.n_images == len(judge)
         if trial.is_inside and is_complete and (best is None or trial.gmacs < best.gmacs):
-            best = trial
+            best, best_costs = trial, costs if costs is not None else judge.judge(found, 0, len(judge))[1]
         if trial.is_inside:
             return trial.gmacs / judge.unmerged_gmacs
-        return 1 - trial.counts.interval()[0]  # dearer than any that is inside, and the more so the more it loses
+        return (
+            1 + trial.loss_points * trial.n_images
+        )  # dearer than any that is inside, and the more so the more it loses
 
     generations = max(0, math.ceil(n_trials / (4 * _POPULATION)) - 1)
     differential_evolution(

@@ -24,9 +24,11 @@ class Side:
 
     model: str
     policy: str
-    r: int
+    r: int | None
     top1: float
     gmacs: float
+    series: str
+    setting: str
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Comparison:
 def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str) -> list[Comparison]:
     """Compare every pair of rows that the two selections make, on the images that both evaluations share.
 
-    base_rows: a policy ("tome": each rate with the same rate of the other) or one row ("tome-r8", or "none", which has
-        r = 0 alone: that row with all of the other's); other_rows: policies or rows, with commas.
+    base_rows: a policy ("tome": each rate with the same rate of the other) or one row ("tome-r8", "atm-keys-drop0.1",
+        "none", which has r = 0 alone): that row with all of the other's; other_rows: policies or rows, with commas.
     Raises: ValueError where the images are not the same, a selection names nothing, or no pair is left.
     """
     for name in _SAME_IMAGES:
@@ -56,11 +58,11 @@ def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str
                 f"{name} {base.about.get(name)!r} and {other.about.get(name)!r}: only the same images can be paired"
             )
     fixed = _selected(base, base_rows) if base_rows == "none" or _RATE.search(base_rows) else []
-    bases = {row.r: row for row in _selected(base, base_rows)}
+    bases = {row.r: row for row in _selected(base, base_rows) if row.r is not None}
     found = []
     for selection in other_rows.split(","):
         for row in _selected(other, selection):
-            partner = fixed[0] if fixed else bases.get(row.r)
+            partner = fixed[0] if fixed else None if row.r is None else bases.get(row.r)
             if partner is not None:
                 found.append(_compared(base, partner, other, row))
     if not found:
@@ -68,7 +70,7 @@ def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str
     return found
 
 
-_RATE = re.compile(r"-r\d+$")
+_RATE = re.compile(r"-(r\d+|drop[\d.]+)$")
 
 
 def _selected(evaluation: Evaluation, selection: str) -> list[Row]:
@@ -76,7 +78,7 @@ def _selected(evaluation: Evaluation, selection: str) -> list[Row]:
     if not rows:
         known = ", ".join(row.key for row in evaluation.rows)
         raise ValueError(f"no row {selection!r} in the evaluation of {evaluation.about.get('model')}: it has {known}")
-    return sorted(rows, key=lambda row: row.r)
+    return sorted(rows, key=lambda row: row.r if row.r is not None else row.max_accuracy_drop or 0.0)
 
 
 def _compared(base: Evaluation, base_row: Row, other: Evaluation, other_row: Row) -> Comparison:
@@ -95,7 +97,7 @@ def _compared(base: Evaluation, base_row: Row, other: Evaluation, other_row: Row
 
 
 def _side(evaluation: Evaluation, row: Row) -> Side:
-    return Side(str(evaluation.about.get("model")), row.policy, row.r, row.top1, row.gmacs)
+    return Side(str(evaluation.about.get("model")), row.policy, row.r, row.top1, row.gmacs, row.series, row.setting)
 
 
 def markdown(found: Sequence[Comparison]) -> str:
@@ -111,8 +113,8 @@ def markdown(found: Sequence[Comparison]) -> str:
     for one in found:
         low, high = one.ci95_points
         lines.append(
-            f"| {names[one.base.model]}{one.base.policy} r={one.base.r} "
-            f"| {names[one.other.model]}{one.other.policy} r={one.other.r} "
+            f"| {names[one.base.model]}{one.base.series} {one.base.setting} "
+            f"| {names[one.other.model]}{one.other.series} {one.other.setting} "
             f"| {100 * one.base.top1:.2f} | {100 * one.other.top1:.2f} | {one.difference_points:+.2f} "
             f"| {low:+.2f} … {high:+.2f} | {one.counts.n_only_base} | {one.counts.n_only_other} | {one.mcnemar_p:.2g} "
             f"| {one.base.gmacs:.3f} | {one.other.gmacs:.3f} | {one.gmacs_percent:+.1f} % |"
@@ -132,14 +134,16 @@ def write_json(found: Sequence[Comparison], base: dict[str, Any], other: dict[st
 
 
 def plot(found: Sequence[Comparison], file: Path, title: str) -> None:
-    """Draw the difference against the other's r, with intervals, and where there is none; below r the GMACs."""
+    """Draw the difference against the other's r, below it the GMACs, or where one adapts against its GMACs."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    series = list(dict.fromkeys((one.base.policy, one.other.policy) for one in found))
+    series = list(dict.fromkeys((one.base.series, one.other.series) for one in found))
+    rates = {one.other.r: f"{one.other.r}\n{one.gmacs_percent:+.1f} %" for one in reversed(found)}
     for index, policies in enumerate(series):
-        line = [one for one in found if (one.base.policy, one.other.policy) == policies]
+        line = [one for one in found if (one.base.series, one.other.series) == policies]
+        beside = 0.25 * (index - (len(series) - 1) / 2)  # beside, not on, one another
         axes.errorbar(
-            [one.other.r + 0.25 * (index - (len(series) - 1) / 2) for one in line],  # beside, not on, one another
+            [one.other.gmacs if None in rates else (one.other.r or 0) + beside for one in line],
             [one.difference_points for one in line],
             yerr=error_bars([one.difference_points for one in line], [one.ci95_points for one in line]),
             marker="o",
@@ -147,9 +151,12 @@ def plot(found: Sequence[Comparison], file: Path, title: str) -> None:
             label=f"{policies[1]} less {policies[0]}",
         )
     axes.axhline(0, color="black", linewidth=1)
-    ticks = {one.other.r: f"{one.other.r}\n{one.gmacs_percent:+.1f} %" for one in reversed(found)}
-    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
-    axes.set(xlabel="r of the other; its GMACs against the base's", ylabel="difference of top-1, points")
+    if None in rates:
+        axes.set(xlabel="GMACs of the other per image, mean")
+    else:
+        axes.set_xticks([r for r in rates if r is not None], list(rates.values()), fontsize=8)
+        axes.set(xlabel="r of the other; its GMACs against the base's")
+    axes.set(ylabel="difference of top-1, points")
     figure.suptitle(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()

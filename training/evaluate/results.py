@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,46 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Row:
-    """One policy at one rate. Units: gmacs for one image; images_per_second of inference alone, in eager PyTorch.
+    """One policy at one rate, or one that adapts to the image by calibrated thresholds: then r is None.
 
+    Units: gmacs for one image, of an adaptive policy the mean, with 5th and 95th percentile; max_accuracy_drop, which
+    the thresholds were calibrated for, in points; images_per_second of inference alone.
     Shapes: is_right bool (n_images,), in the order of the images
     """
 
     policy: str
-    r: int
-    tokens_left: int
+    r: int | None
+    tokens_left: float
     gmacs: float
     top1: float
     ci95: tuple[float, float]
     n_images: int
     images_per_second: float
     is_right: NDArray[np.bool_] = field(repr=False, compare=False)
+    metric: str | None = None
+    max_accuracy_drop: float | None = None
+    gmacs_p5: float | None = None
+    gmacs_p95: float | None = None
 
     @property
     def key(self) -> str:
+        if self.r is None:
+            return adaptive_key(self.policy, self.metric, self.max_accuracy_drop)
         return f"{self.policy}-r{self.r}"
+
+    @property
+    def series(self) -> str:
+        """What belongs together in a table and on a line: the policy and, of one that adapts, its metric."""
+        return self.policy if self.metric in (None, "embedding") else f"{self.policy} ({self.metric})"
+
+    @property
+    def setting(self) -> str:
+        return f"r={self.r}" if self.r is not None else f"drop {self.max_accuracy_drop:g}"
+
+
+def adaptive_key(policy: str, metric: str | None, max_accuracy_drop: float | None) -> str:
+    """Return the key of a row that adapts."""
+    return f"{policy}-{metric}-drop{max_accuracy_drop:g}"
 
 
 @dataclass(frozen=True)
@@ -99,17 +121,17 @@ def finished_rows(out: Path, about: dict[str, Any]) -> list[Row]:
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name != "is_right"}
+    return {name: value for name, value in asdict(row).items() if name != "is_right" and value is not None}
 
 
 def _row(entry: dict[str, Any], arrays: Any) -> Row:
-    key = f"{entry['policy']}-r{entry['r']}"
-    if key not in arrays:
-        raise ValueError(f"row {key} has no array")
-    is_right = np.unpackbits(arrays[key], count=entry["n_images"]).astype(bool)
-    if is_right.mean() != entry["top1"]:
-        raise ValueError(f"the array of {key} says top-1 {is_right.mean()}, the row {entry['top1']}")
-    return Row(**{**entry, "ci95": tuple(entry["ci95"])}, is_right=is_right)
+    row = Row(**{"r": None, **entry, "ci95": tuple(entry["ci95"])}, is_right=np.empty(0, bool))
+    if row.key not in arrays:
+        raise ValueError(f"row {row.key} has no array")
+    is_right = np.unpackbits(arrays[row.key], count=row.n_images).astype(bool)
+    if is_right.mean() != row.top1:
+        raise ValueError(f"the array of {row.key} says top-1 {is_right.mean()}, the row {row.top1}")
+    return replace(row, is_right=is_right)
 
 
 def _temporary(file: Path) -> Path:

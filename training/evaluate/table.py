@@ -6,21 +6,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.data.preprocessing import InputRule
-from training.evaluate.accuracy import measure
-from training.evaluate.results import Row
-from training.models.classifier import ServedClassifier, frozen_classifier
+from training.evaluate.accuracy import Measurement, measure
+from training.evaluate.results import Row, adaptive_key
+from training.models.calibration import Calibration
+from training.models.classifier import AdaptiveClassifier, ServedClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
 from training.models.macs import count_macs
 from training.models.vit import MetricChoice
 
 POLICIES = ("none", "tome", "dtem", "random")
 """`none` does not merge; the others merge by the keys, by a decoupled embedding, and by numbers drawn at random."""
-COLOURS = {"none": "black", "tome": "tab:blue", "dtem": "tab:red", "random": "tab:gray"}
+ADAPTIVE_POLICIES = ("atm", "adaptive-dtem")
+"""Those that merge by calibrated thresholds: over keys or features, and over a decoupled embedding."""
+COLOURS = {
+    "none": "black",
+    "tome": "tab:blue",
+    "dtem": "tab:red",
+    "random": "tab:gray",
+    "atm (keys)": "tab:cyan",
+    "atm (features)": "tab:green",
+    "adaptive-dtem": "tab:orange",
+}
 _RANDOM_SEED = 1
 
 
@@ -80,8 +92,44 @@ def evaluate(
         )
 
 
+def evaluate_adaptive(
+    calibration: Calibration, classifier: AdaptiveClassifier, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]
+) -> Row:
+    """Measure a model that adapts. Units: GMACs counted for each image as if it were alone in its batch"""
+    key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
+    result = measure(torch.inference_mode()(classifier.forward), batches(key))
+    return adaptive_row(calibration, result)
+
+
+def adaptive_row(calibration: Calibration, result: Measurement) -> Row:
+    """Make the row of what an adaptive classifier was measured to do. Raises: ValueError where that was none."""
+    if result.gmacs is None or result.tokens is None:
+        raise ValueError("the classifier does not say what each image kept and cost")
+    return Row(
+        policy=calibration.policy,
+        r=None,
+        tokens_left=float(result.tokens[:, -1].mean()),
+        gmacs=float(result.gmacs.mean(dtype=float)),
+        top1=result.top1,
+        ci95=result.ci95,
+        n_images=len(result.is_right),
+        images_per_second=result.images_per_second,
+        is_right=result.is_right,
+        metric=calibration.metric,
+        max_accuracy_drop=calibration.max_accuracy_drop,
+        gmacs_p5=float(np.percentile(result.gmacs, 5)),
+        gmacs_p95=float(np.percentile(result.gmacs, 95)),
+    )
+
+
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (POLICIES.index(row.policy), row.r))
+    order = (*POLICIES, *ADAPTIVE_POLICIES)
+    return sorted(rows, key=lambda row: (order.index(row.policy), row.metric or "", _place(row)))
+
+
+def _place(row: Row) -> float:
+    """Return where a row stands in its series: from the dearest to the cheapest."""
+    return row.r if row.r is not None else row.max_accuracy_drop or 0.0
 
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
@@ -90,18 +138,36 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
         "| policy | r | tokens left | GMACs | top-1 % | 95 % interval | images/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    is_adaptive = any(row.r is None for row in rows)
     for row in rows:
         low, high = (f"{100 * bound:.2f}" for bound in row.ci95)
         lines.append(
-            f"| {row.policy} | {row.r} | {row.tokens_left} | {row.gmacs:.3f} | {100 * row.top1:.2f} | {low} … {high} "
-            f"| {row.images_per_second:.0f} |"
+            f"| {row.series} | {row.setting.removeprefix('r=')} | {_tokens(row)} | {_gmacs(row)} "
+            f"| {100 * row.top1:.2f} | {low} … {high} | {row.images_per_second:.0f} |"
         )
     lines += [
         "",
-        f"GMACs of one image, merging included. images/s: inference alone, FP32, {_engine(about)}, "
+        f"GMACs of one image, merging included{_ADAPTIVE_NOTE if is_adaptive else ''}. "
+        f"images/s: inference alone, FP32, {_engine(about)}, "
         f"beside whatever else the machine was doing: it compares policies roughly, and is not the service's speed.",
     ]
     return "\n".join(lines) + "\n"
+
+
+_ADAPTIVE_NOTE = (
+    "; of a policy that adapts to the image, means, with 5th … 95th percentile of the images, and for r the points of "
+    "top-1 that its thresholds were allowed to lose when they were calibrated"
+)
+
+
+def _tokens(row: Row) -> str:
+    return f"{row.tokens_left:.0f}" if row.r is not None else f"{row.tokens_left:.1f}"
+
+
+def _gmacs(row: Row) -> str:
+    if row.gmacs_p5 is None or row.gmacs_p95 is None:
+        return f"{row.gmacs:.3f}"
+    return f"{row.gmacs:.3f} ({row.gmacs_p5:.3f} … {row.gmacs_p95:.3f})"
 
 
 def _engine(about: Mapping[str, Any]) -> str:
@@ -119,21 +185,21 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     figure = Figure(figsize=(7.5, 5), layout="constrained")  # no pyplot: no window, no global state
     axes = figure.subplots()
     unmerged = [row for row in rows if row.policy == "none"]
-    for policy in dict.fromkeys(row.policy for row in rows):
-        line = [row for row in rows if row.policy == policy]
-        if policy != "none":
-            line = sorted(unmerged + line, key=lambda row: row.r)
+    for series in dict.fromkeys(row.series for row in rows):
+        line = [row for row in rows if row.series == series]
+        if series != "none":
+            line = sorted(unmerged + line, key=lambda row: -row.gmacs)
         intervals = [row.ci95 for row in line]
         axes.errorbar(
             [row.gmacs for row in line],
             [100 * row.top1 for row in line],
             yerr=error_bars([100 * row.top1 for row in line], [(100 * low, 100 * high) for low, high in intervals]),
-            color=COLOURS[policy],
-            marker="o",
+            color=COLOURS[series],
+            marker="o" if line[-1].r is not None else "D",
             markersize=4,
             capsize=3,
-            label=f"random (down to {100 * min(row.top1 for row in line):.1f} %)" if policy == "random" else policy,
-            zorder=3 if policy == "none" else 2,
+            label=f"random (down to {100 * min(row.top1 for row in line):.1f} %)" if series == "random" else series,
+            zorder=3 if series == "none" else 2,
         )
     axes.set(xlabel="GMACs per image", ylabel="top-1 %")
     if knowing := [row for row in rows if row.policy != "random"]:
@@ -156,8 +222,13 @@ def _rates_on_top(axes: Any, rows: Sequence[Row]) -> None:
     """Write each r above the GMACs that it costs, leaving out those too close to the one before."""
     places: dict[int, float] = {}
     left, right = axes.get_xlim()
-    for row in sorted(rows, key=lambda row: (row.r, POLICIES.index(row.policy))):
-        if row.r not in places and all(abs(row.gmacs - place) > (right - left) / 30 for place in places.values()):
+    fixed = [row for row in rows if row.r is not None]
+    for row in sorted(fixed, key=lambda row: (row.r, POLICIES.index(row.policy))):
+        if (
+            row.r is not None
+            and row.r not in places
+            and all(abs(row.gmacs - place) > (right - left) / 30 for place in places.values())
+        ):
             places[row.r] = row.gmacs
     top = axes.secondary_xaxis("top")
     top.set_xticks(list(places.values()), [str(r) for r in places])

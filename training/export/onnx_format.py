@@ -16,13 +16,16 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from training.export.weights import point_into, tensor_places
-from training.models.classifier import ServedClassifier
+from training.models.classifier import AdaptiveClassifier, FrozenClassifier
 
 OPSET = 20
+OUTPUTS = ["logits", "tokens", "gmacs"]
 
 
-def export_onnx(classifier: ServedClassifier, example: Tensor, file: Path, weights: Path) -> None:
-    """Write the graph, its weights referenced in the safetensors file beside it. Batch is the only dynamic axis.
+def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> None:
+    """Write the graph, its weights referenced in the safetensors file beside it.
+
+    Batch is the only dynamic axis, but for a model that adapts: how many tokens a batch has left depends on its images.
 
     Shapes: example uint8 (B, H, W, 3) with B >= 2
     Raises: ValueError where more than a tenth of the weights would have to be copied into the graph.
@@ -35,7 +38,7 @@ def export_onnx(classifier: ServedClassifier, example: Tensor, file: Path, weigh
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixels"],
-            output_names=["logits"],
+            output_names=OUTPUTS if isinstance(classifier, AdaptiveClassifier) else OUTPUTS[:1],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten.linear.default: _linear},
             verbose=False,
@@ -65,14 +68,17 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     Keeps the weight in PyTorch's layout, so that the graphs can share the file that PyTorch saves, and was 3-7 %
     faster than MatMul in one trial on a CPU.
 
-    Shapes: x (…, C_in) with only the first axis dynamic, weight (C_out, C_in).
+    Shapes: x (…, C_in), weight (C_out, C_in). Where the first axis alone is dynamic, the rest is constant in the graph.
     """
     *lead, n_in = x.shape
     inputs = (weight,) if bias is None else (weight, bias)
     if len(lead) == 1:
         return op.Gemm(x, *inputs, transB=1)
     rows = op.Reshape(x, _integers(-1, int(n_in)))
-    shape = _integers(-1, *(int(side) for side in lead[1:]), int(weight.shape[0]))
+    if all(isinstance(side, int) for side in lead[1:]):
+        shape = _integers(-1, *lead[1:], int(weight.shape[0]))
+    else:
+        shape = op.Concat(op.Shape(x, end=-1), _integers(int(weight.shape[0])), axis=0)
     return op.Reshape(op.Gemm(rows, *inputs, transB=1), shape)
 
 
@@ -88,6 +94,8 @@ class OnnxClassifier:
         options.intra_op_num_threads = n_threads
         self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        (logits,) = self._session.run(["logits"], {"pixels": np.ascontiguousarray(pixels.numpy())})
-        return torch.from_numpy(logits)
+    def __call__(self, pixels: Tensor) -> Any:
+        """Return logits; of a model that adapts tokens and GMACs of each image too."""
+        found = self._session.run(None, {"pixels": np.ascontiguousarray(pixels.numpy())})
+        logits, *costs = (torch.from_numpy(array) for array in found)
+        return (logits, costs[0], costs[1]) if costs else logits

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.models.classifier import ServedClassifier
+from training.models.classifier import FrozenClassifier
 
 
-def export_torchscript(classifier: ServedClassifier, example: Tensor, file: Path) -> None:
+def export_torchscript(classifier: FrozenClassifier, example: Tensor, file: Path) -> None:
     """Trace and save the graph, weights included. Shapes: example uint8 (B, H, W, 3) with B >= 2"""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecation; and that traced shapes are constants, which is what is wanted
@@ -31,6 +31,6 @@ class TorchScriptClassifier:
             self._graph: Any = torch.jit.load(str(file), map_location="cpu")  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self._graph(pixels)
-        return logits
+    def __call__(self, pixels: Tensor) -> Any:
+        """Return logits; of a model that adapts tokens and GMACs of each image too."""
+        return self._graph(pixels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -104,6 +104,16 @@ class AdaptiveMatching:
         return torch.where(is_present.unsqueeze(-1), rows, 0.0)
 
 
+class Candidates(NamedTuple):
+    """What could merge. Shapes: a, is_a (B, |A|); b, is_b (B, |B|); scores (B, |A|, |B|), -inf where one is absent"""
+
+    a: Tensor
+    b: Tensor
+    is_a: Tensor
+    is_b: Tensor
+    scores: Tensor
+
+
 def adaptive_matching(
     metric: Tensor,
     size: Tensor | None,
@@ -120,12 +130,25 @@ def adaptive_matching(
 
     Shapes: metric (B, N, D); size (B, N, 1), 0 where a row is absent, or None where every token is one patch
     """
-    if torch.is_autocast_enabled(metric.device.type):  # half precision would make ties, as in `cosine_scores`
-        with torch.autocast(metric.device.type, enabled=False):
-            return adaptive_matching(metric, size, threshold, split=split, score=score, n_protected=n_protected)
-    metric = metric.detach().float() if metric.dtype in (torch.float16, torch.bfloat16) else metric.detach()
     if metric.shape[1] - n_protected < 2:
         return IDENTITY
+    a, b, is_a, is_b, scores = candidates(metric, size, split=split, score=score, n_protected=n_protected)
+    best, partner = scores.max(dim=-1)
+    merges = best > threshold  # (B, |A|)
+    places = torch.arange(b.shape[1], device=metric.device)
+    joins = merges.unsqueeze(1) & (partner.unsqueeze(1) == places.unsqueeze(-1))
+    stays = torch.cat([torch.ones_like(is_a[:, :1]).expand(-1, n_protected), is_a & ~merges, is_b], dim=1)
+    n_kept = stays.sum(dim=1, keepdim=True)
+    order = descending(stays.float())
+    return AdaptiveMatching(n_protected, a, b, joins, order[:, : _n_rows(n_kept, n_protected, order)], n_kept)
+
+
+def candidates(metric: Tensor, size: Tensor | None, *, split: Split, score: Score, n_protected: int = 1) -> Candidates:
+    """Split tokens in halves and score each pair across. Shapes: as `adaptive_matching`; at least two free tokens"""
+    if torch.is_autocast_enabled(metric.device.type):  # half precision would make ties, as in `cosine_scores`
+        with torch.autocast(metric.device.type, enabled=False):
+            return candidates(metric, size, split=split, score=score, n_protected=n_protected)
+    metric = metric.detach().float() if metric.dtype in (torch.float16, torch.bfloat16) else metric.detach()
     if size is None:
         size = torch.ones_like(metric[..., :1])
     a, b, is_a, is_b = _halves(size.squeeze(-1), split, n_protected)
@@ -135,14 +158,7 @@ def adaptive_matching(
         of_a, of_b = _rows(size, a), _rows(size, b).transpose(1, 2)
         scores = 1 - 2 * of_a * of_b / (of_a + of_b).clamp_min(1) * (1 - scores)
     scores = scores.masked_fill(~(is_a.unsqueeze(2) & is_b.unsqueeze(1)), -torch.inf)
-    best, partner = scores.max(dim=-1)
-    merges = best > threshold  # (B, |A|)
-    places = torch.arange(b.shape[1], device=metric.device)
-    joins = merges.unsqueeze(1) & (partner.unsqueeze(1) == places.unsqueeze(-1))
-    stays = torch.cat([torch.ones_like(is_a[:, :1]).expand(-1, n_protected), is_a & ~merges, is_b], dim=1)
-    n_kept = stays.sum(dim=1, keepdim=True)
-    order = descending(stays.float())
-    return AdaptiveMatching(n_protected, a, b, joins, order[:, : _n_rows(n_kept, n_protected, order)], n_kept)
+    return Candidates(a, b, is_a, is_b, scores)
 
 
 def _n_rows(n_kept: Tensor, n_protected: int, order: Tensor) -> int:

@@ -102,10 +102,15 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
     ) -> Matching:
         if threshold >= 1:  # spares the metric too
             return IDENTITY
+        metric = self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded
+        return self.decide_similar(block, metric, size)
+
+    def decide_similar(self, block: int, metric: Tensor, size: Tensor) -> Matching:
+        """Decide which tokens merge in a block. Shapes: (B, N, D), (B, N, 1)"""
         return adaptive_matching(
-            self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded,
+            metric,
             size,
-            threshold,
+            self._per_block[block],
             split=self.thresholds.split(block),
             score=self.thresholds.score,
             n_protected=self.n_protected,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ class AdaptiveClassifier(nn.Module):
         logits, tokens = self.model.forward_counted(self.served.normalised(pixels))
         gmacs = self.model.macs(tokens).double() / 1e9  # past 2**24 float32 would round the MACs themselves
         return logits.float(), tokens, gmacs.float()
+
+
+FrozenClassifier: TypeAlias = ServedClassifier | AdaptiveClassifier
 
 
 def input_rule(vit: nn.Module) -> InputRule:
