@@ -37,14 +37,15 @@ class ServedVariant:
 @dataclass(frozen=True)
 class ServedModel:
     manifest: Manifest
-    variants: Mapping[tuple[str, int], ServedVariant]  # by (policy, r)
+    variants: Mapping[tuple[str, int | None], ServedVariant]  # by (policy, r), r None where it adapts to the image
 
     @property
     def policies(self) -> list[str]:
         return sorted({policy for policy, _ in self.variants})
 
     def rates(self, policy: str) -> list[int]:
-        return sorted(r for name, r in self.variants if name == policy)
+        """List the rates of a policy; none where it adapts to the image."""
+        return sorted(r for name, r in self.variants if name == policy and r is not None)
 
 
 @dataclass(frozen=True)

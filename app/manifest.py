@@ -71,8 +71,12 @@ class Input(Part):
 
 
 class Output(Part):
+    """What a graph answers; graphs whose token counts depend on the data answer with all three."""
+
     name: Text
     dtype: Literal["float32"]
+    tokens: Text | None = Field(default=None, description="int64, tokens entering each block, and left at the end")
+    gmacs: Text | None = Field(default=None, description="float32, what each image cost")
 
 
 class FileDigest(Part):
@@ -95,12 +99,19 @@ class Accuracy(Part):
         return self
 
 
+class Spread(Part):
+    """Percentiles over images."""
+
+    p5: Positive
+    p95: Positive
+
+
 class Variant(Part):
-    """One graph: a policy at a rate, in a precision and a format."""
+    """One graph: a policy, at a rate or adapting to the image, in a precision and a format."""
 
     id: Text
     policy: Name
-    r: Count
+    r: Count | None = Field(description="null where the policy adapts to the image")
     precision: Name
     format: Name
     file: FileName
@@ -109,12 +120,25 @@ class Variant(Part):
     schedule: tuple[Count, ...] = Field(description="tokens merged in each block")
     tokens: tuple[PositiveInt, ...] = Field(description="tokens entering each block, and how many are left at the end")
     gmacs: Positive
-    data_dependent: bool = Field(description="whether token counts depend on the data; then `tokens` are the expected")
+    data_dependent: bool = Field(
+        description="whether token counts depend on the data; then `tokens`, `schedule` and `gmacs` are means"
+    )
     accuracy: Accuracy | None
+    gmacs_spread: Spread | None = Field(default=None, description="over images, where token counts depend on the data")
+    calibration: FileName | None = Field(default=None, description="the thresholds that it merges by")
+    promise: Text | None = Field(default=None, description="what an image's answer owes to the others of its batch")
 
     @property
-    def key(self) -> tuple[str, int, str, str]:
+    def key(self) -> tuple[str, int | None, str, str]:
         return (self.policy, self.r, self.precision, self.format)
+
+    @model_validator(mode="after")
+    def _adapts_or_has_a_rate(self) -> Self:
+        if self.data_dependent != (self.r is None):
+            raise ValueError(f"{self.id}: r is {self.r}, and data_dependent {self.data_dependent}")
+        if self.data_dependent and (self.gmacs_spread is None or self.promise is None):
+            raise ValueError(f"{self.id}: token counts depend on the data, so gmacs_spread and promise are needed")
+        return self
 
 
 class Golden(Part):
@@ -133,7 +157,7 @@ class Embedding(Part):
 
 class Default(Part):
     policy: Name
-    r: Count
+    r: Count | None
 
 
 class Manifest(Part):
@@ -164,6 +188,8 @@ class Manifest(Part):
         _require_unique("variant ids", [variant.id for variant in self.variants])
         for variant in self.variants:
             _require_schedule(variant, self.architecture)
+            if variant.data_dependent and None in (self.output.tokens, self.output.gmacs):
+                raise ValueError(f"output: {variant.id} needs tokens and gmacs")
         wanted = (self.default.policy, self.default.r)
         if wanted not in [(variant.policy, variant.r) for variant in self.variants]:
             raise ValueError(f"default: no variant with policy {wanted[0]} and r {wanted[1]}")
@@ -172,6 +198,7 @@ class Manifest(Part):
 
 def _require_files(manifest: Manifest) -> None:
     wanted = {name for variant in manifest.variants for name in (variant.file, *variant.requires)}
+    wanted |= {variant.calibration for variant in manifest.variants if variant.calibration is not None}
     wanted |= {part.file for part in (manifest.golden, manifest.embedding) if part is not None}
     missing = sorted(wanted - set(manifest.files))
     if missing:

@@ -11,7 +11,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-VARIANT = ["model", "policy", "r"]
+BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
+VARIANT = ["model", "policy", "r"]  # r is empty where the policy adapts to the image
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Exchange:
     inference_seconds: float | None = None
     total_seconds: float | None = None
     n_images: int = 0  # classified
+    kept_tokens: list[int] = field(default_factory=list)  # one per image classified
     refusals: list[str] = field(default_factory=list)  # codes
 
     @property
@@ -49,6 +51,13 @@ class Metrics:
         self._refusals = Counter("dtem_refusals_total", "Requests and files refused", ["reason"], registry=registry)
         self._stages = Histogram(
             "dtem_stage_seconds", "Time in each stage", ["stage", *VARIANT], buckets=BUCKETS_SECONDS, registry=registry
+        )
+        self._kept = Histogram(
+            "dtem_kept_tokens",
+            "Tokens that an image has left at the end",
+            VARIANT,
+            buckets=BUCKETS_TOKENS,
+            registry=registry,
         )
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
@@ -74,6 +83,8 @@ class Metrics:
             self._refusals.labels(reason).inc()
         if exchange.n_images:
             self._images.labels(*variant).inc(exchange.n_images)
+        for n_tokens in exchange.kept_tokens:
+            self._kept.labels(*variant).observe(n_tokens)
         for stage, seconds in exchange.stages.items():
             for value in seconds:
                 self._stages.labels(stage, *variant).observe(value)

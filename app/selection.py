@@ -23,7 +23,9 @@ class Query(BaseModel):
     version: str | None = Field(default=None, description="which version of it; default: the highest")
     policy: str | None = Field(default=None, description="how tokens are merged; default: the model's")
     r: WrittenNumber = Field(
-        default=None, description="exactly this reduction rate; default: the model's, or the policy's least"
+        default=None,
+        description="exactly this reduction rate; default: the model's, or the policy's least; "
+        "a policy that adapts to the image has none",
     )
     top_k: WrittenNumber = Field(
         default=None, description=f"how many classes; default: {DEFAULT_TOP_K}, or all if they are fewer"
@@ -58,9 +60,17 @@ def choose_policy(model: ServedModel, policy: str | None) -> str:
     return policy
 
 
-def choose_rate(model: ServedModel, policy: str, r: str | None) -> int:
-    """Return the rate asked for; without one the model's default rate, or where the policy lacks it, its least."""
+def choose_rate(model: ServedModel, policy: str, r: str | None) -> int | None:
+    """Return the rate asked for; without one the model's default rate, or where the policy lacks it, its least.
+
+    None where the policy adapts to the image; then no rate can be asked for.
+    """
     rates = model.rates(policy)
+    if r is None and not rates:
+        return None
+    if r is not None and not rates:
+        detail = f"r={echo(r)} cannot be asked for: policy {policy!r} has no rates, it adapts to each image."
+        raise InvalidParameter(detail, field="r", value=echo(r), policy=policy, accepted=[])
     if r is None:
         return model.manifest.default.r if model.manifest.default.r in rates else rates[0]
     if not WHOLE_NUMBER.fullmatch(r):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from app.backends import Backend, Logits, Pixels, Runner
+from app.backends import Answer, Backend, Pixels, Runner
 from app.catalogue import Catalogue, ServedModel, ServedVariant
 from app.errors import BackendError, StoreError
 from app.manifest import MANIFEST_FILE, Manifest, Variant
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
 N_LOADING_THREADS = 4
+GMACS_RTOL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -135,28 +136,52 @@ def choose_variants(folder: Path, manifest: Manifest, options: StoreOptions) -> 
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs whose outputs are known. Shapes: pixels (n, H, W, 3), each of logits (n, classes)."""
+    """Inputs whose outputs are known. Shapes: pixels (n, H, W, 3)."""
 
     pixels: Pixels
-    logits: dict[tuple[str, int], Logits]
+    answers: dict[tuple[str, int | None], Answer]
 
 
 def read_golden(folder: Path, manifest: Manifest, entries: list[Variant]) -> Golden:
     path = folder / manifest.golden.file
-    keys = {(entry.policy, entry.r): f"logits/{entry.policy}-r{entry.r}" for entry in entries}
     try:
         with np.load(path, allow_pickle=False) as archive:
             pixels = np.asarray(archive["pixels"])
-            logits = {pair: np.asarray(archive[key]) for pair, key in keys.items()}
+            found = {
+                (entry.policy, entry.r): Answer(
+                    *(np.asarray(archive[f"{name}/{_key(entry)}"]) for name in _outputs(entry))
+                )
+                for entry in entries
+            }
     except KeyError as error:
         raise StoreError(path, f"lacks an array: {error.args[0]}") from error
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise StoreError(path, f"cannot be read: {error}") from error
     shape = (manifest.input.height, manifest.input.width, 3)
     _require_array(path, "pixels", pixels, np.uint8, (max(1, len(pixels)) if pixels.ndim else 1, *shape))
-    for pair, key in keys.items():
-        _require_array(path, key, logits[pair], np.float32, (len(pixels), len(manifest.labels)))
-    return Golden(pixels, logits)
+    for entry in entries:
+        _require_answer(
+            path, f"/{_key(entry)}", found[entry.policy, entry.r], entry, (len(pixels), len(manifest.labels))
+        )
+    return Golden(pixels, found)
+
+
+def _key(entry: Variant) -> str:
+    return entry.policy if entry.r is None else f"{entry.policy}-r{entry.r}"
+
+
+def _outputs(entry: Variant) -> tuple[str, ...]:
+    """Name the fields of `Answer` that a graph gives, in their order."""
+    return ("logits", "tokens", "gmacs") if entry.data_dependent else ("logits",)
+
+
+def _require_answer(path: Path, suffix: str, answer: Answer, entry: Variant, shape: tuple[int, int]) -> None:
+    """Check types and shapes. Shapes: shape (n, classes)"""
+    _require_array(path, f"logits{suffix}", answer.logits, np.float32, shape)
+    if answer.tokens is not None:
+        _require_array(path, f"tokens{suffix}", answer.tokens, np.int64, (shape[0], len(entry.tokens)))
+    if answer.gmacs is not None:
+        _require_array(path, f"gmacs{suffix}", answer.gmacs, np.float32, shape[:1])
 
 
 def _require_array(path: Path, name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
@@ -170,33 +195,44 @@ def load_runners(folder: Path, manifest: Manifest, entries: list[Variant], backe
 
     def load(name: str) -> Runner:
         try:
-            return backend.load(folder / name, manifest.input.name, manifest.output.name)
+            return backend.load(folder / name, manifest.input.name, outputs[name])
         except BackendError as error:
             raise StoreError(folder / name, str(error)) from error
 
-    names = sorted({entry.file for entry in entries})
+    given = manifest.output
+    outputs = {
+        entry.file: [name for name in (given.name, given.tokens, given.gmacs) if name is not None][
+            : len(_outputs(entry))
+        ]
+        for entry in entries
+    }
+    names = sorted(outputs)
     with ThreadPoolExecutor(N_LOADING_THREADS) as pool:
         return dict(zip(names, pool.map(load, names), strict=True))
 
 
-def run(path: Path, runner: Runner, pixels: Pixels) -> Logits:
+def run(path: Path, runner: Runner, pixels: Pixels) -> Answer:
     try:
         return runner.run(pixels)
     except BackendError as error:
         raise StoreError(path, str(error)) from error
 
 
-def compare_golden(folder: Path, entry: Variant, logits: Logits, golden: Golden, atol: float) -> None:
-    """Prove that this host computes what was exported."""
-    expected = golden.logits[entry.policy, entry.r]
-    _require_array(folder / entry.file, "output", logits, np.float32, expected.shape)
-    difference = float(np.max(np.abs(logits.astype(np.float64) - expected)))
+def compare_golden(folder: Path, entry: Variant, answer: Answer, golden: Golden, atol: float) -> None:
+    """Prove that this host computes what was exported: logits within the tolerance, tokens exactly."""
+    path, expected = folder / entry.file, golden.answers[entry.policy, entry.r]
+    _require_answer(path, "", answer, entry, (expected.logits.shape[0], expected.logits.shape[1]))
+    difference = float(np.max(np.abs(answer.logits.astype(np.float64) - expected.logits)))
     if not difference <= atol:  # so that NaN fails too
         reason = f"{entry.id}: logits of the golden inputs differ by {difference:.3g}, tolerance {atol:.3g}"
-        raise StoreError(folder / entry.file, reason)
+        raise StoreError(path, reason)
+    if expected.tokens is not None and not np.array_equal(answer.tokens, expected.tokens):  # type: ignore[arg-type]
+        raise StoreError(path, f"{entry.id}: the golden inputs keep other tokens than when it was exported")
+    if expected.gmacs is not None and not np.allclose(answer.gmacs, expected.gmacs, rtol=GMACS_RTOL):  # type: ignore[arg-type]
+        raise StoreError(path, f"{entry.id}: the golden inputs cost other GMACs than when it was exported")
 
 
-def warm_up(folder: Path, variants: dict[tuple[str, int], ServedVariant], pixels: Pixels) -> None:
+def warm_up(folder: Path, variants: dict[tuple[str, int | None], ServedVariant], pixels: Pixels) -> None:
     """Run each variant on one image alone, for the latency that `/models` shows before the first request."""
     for variant in variants.values():
         started_at = time.perf_counter()

@@ -76,7 +76,8 @@ async def _classify(service: Service, request: Request, query: selection.Query) 
     exchange: Exchange = request.scope[EXCHANGE]
     chosen = select(service.require_ready(), query)
     entry = chosen.variant.entry
-    exchange.model, exchange.policy, exchange.r = chosen.model.manifest.name, entry.policy, str(entry.r)
+    exchange.model, exchange.policy = chosen.model.manifest.name, entry.policy
+    exchange.r = "" if entry.r is None else str(entry.r)
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)
     started_at = time.perf_counter()
@@ -131,9 +132,9 @@ def _describe(outcome: Outcome, chosen: Selection, exchange: Exchange) -> dict[s
         model=ModelName(name=manifest.name, version=manifest.version),
         policy=entry.policy,
         r=entry.r,
-        gmacs=entry.gmacs,
+        gmacs=entry.gmacs if outcome.gmacs is None else outcome.gmacs,
         accuracy=accuracy,
-        tokens=list(entry.tokens),
+        tokens=list(entry.tokens) if outcome.tokens is None else outcome.tokens,
         batch_size=outcome.batch_size,
         degraded=False,
         timings_ms=TimingsMs(**{**exchange.durations_ms(), "decode": round(outcome.decode_seconds * 1e3, 3)}),

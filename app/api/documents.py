@@ -57,10 +57,10 @@ class Classification(BaseModel):
     predictions: list[Prediction]
     model: ModelName
     policy: str
-    r: int
-    gmacs: float
+    r: int | None = Field(description="null where the policy adapts to the image")
+    gmacs: float = Field(description="what this image took")
     accuracy: MeasuredAccuracy | None
-    tokens: list[int] = Field(description="tokens entering each block, and how many are left at the end")
+    tokens: list[int] = Field(description="of this image: entering each block, and how many are left at the end")
     batch_size: int
     degraded: Literal[False]
     timings_ms: TimingsMs
@@ -88,23 +88,34 @@ class LatencyMs(BaseModel):
     n: int
 
 
+class GmacsSpread(BaseModel):
+    """Percentiles over the images that accuracy was measured on."""
+
+    p5: float
+    p95: float
+
+
 class VariantDocument(BaseModel):
     id: str
     policy: str
-    r: int
+    r: int | None = Field(description="null where the policy adapts to the image")
     format: str
     precision: str
     gmacs: float
+    gmacs_spread: GmacsSpread | None = Field(description="where token counts depend on the image")
     tokens: list[int]
     schedule: list[int]
-    data_dependent: bool
+    data_dependent: bool = Field(
+        description="whether token counts depend on the image; then `gmacs`, `tokens` and `schedule` are means"
+    )
+    promise: str | None = Field(description="what an image's answer owes to the others of its batch")
     accuracy: MeasuredAccuracy | None
     latency_ms: LatencyMs | None
 
 
 class DefaultDocument(BaseModel):
     policy: str
-    r: int
+    r: int | None
 
 
 class ModelDocument(BaseModel):

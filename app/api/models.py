@@ -4,6 +4,7 @@ from fastapi import APIRouter, Depends
 
 from app.api.documents import (
     DefaultDocument,
+    GmacsSpread,
     LatencyMs,
     MeasuredAccuracy,
     ModelDocument,
@@ -59,8 +60,13 @@ def _describe_model(model: ServedModel, device: str) -> ModelDocument:
         created=manifest.created,
         device=device,
         default=DefaultDocument(policy=manifest.default.policy, r=manifest.default.r),
-        variants=[_describe_variant(model.variants[key]) for key in sorted(model.variants)],
+        variants=[_describe_variant(model.variants[key]) for key in sorted(model.variants, key=_place)],
     )
+
+
+def _place(key: tuple[str, int | None]) -> tuple[str, int]:
+    policy, r = key
+    return policy, -1 if r is None else r
 
 
 def _describe_variant(variant: ServedVariant) -> VariantDocument:
@@ -72,9 +78,11 @@ def _describe_variant(variant: ServedVariant) -> VariantDocument:
         format=entry.format,
         precision=entry.precision,
         gmacs=entry.gmacs,
+        gmacs_spread=None if entry.gmacs_spread is None else GmacsSpread(**entry.gmacs_spread.model_dump()),
         tokens=list(entry.tokens),
         schedule=list(entry.schedule),
         data_dependent=entry.data_dependent,
+        promise=entry.promise,
         accuracy=None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump()),
         latency_ms=_describe_latency(variant.latency),
     )

@@ -1,6 +1,7 @@
 """Backend: what turns a graph file into something that runs. One file per engine, one line in the registry."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,13 +15,25 @@ Pixels = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a graph answers for a batch. Units: GMACs.
+
+    Shapes: logits (B, classes); where token counts depend on the image tokens int64 (B, blocks + 1), gmacs float32 (B,)
+    """
+
+    logits: Logits
+    tokens: NDArray[np.int64] | None = None
+    gmacs: NDArray[np.float32] | None = None
+
+
 class Runner(Protocol):
     """A loaded graph."""
 
-    def run(self, pixels: Pixels) -> Logits:
-        """Compute the logits of a batch.
+    def run(self, pixels: Pixels) -> Answer:
+        """Compute the answer for a batch.
 
-        Shapes: pixels (B, H, W, 3) -> (B, classes).
+        Shapes: pixels (B, H, W, 3)
         Raises: BackendError.
         """
         ...
@@ -29,9 +42,10 @@ class Runner(Protocol):
 class Backend(Protocol):
     """An engine on a device."""
 
-    def load(self, path: Path, input_name: str, output_name: str) -> Runner:
+    def load(self, path: Path, input_name: str, output_names: Sequence[str]) -> Runner:
         """Load a graph file. Safe to call from several threads.
 
+        output_names: of the logits and, where token counts depend on the image, of tokens and GMACs.
         Raises: BackendError.
         """
         ...

@@ -1,11 +1,12 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from app.backends import BackendOptions, Logits, Pixels, Runner
+from app.backends import Answer, BackendOptions, Pixels, Runner
 from app.errors import BackendError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -31,7 +32,7 @@ class OnnxBackend:
         if options.device == "cuda":
             onnxruntime.preload_dlls()  # finds CUDA libraries that pip installed
 
-    def load(self, path: Path, input_name: str, output_name: str) -> Runner:
+    def load(self, path: Path, input_name: str, output_names: Sequence[str]) -> Runner:
         try:
             session = onnxruntime.InferenceSession(str(path), self._make_options(), providers=self._list_providers())
         except Exception as error:
@@ -39,8 +40,9 @@ class OnnxBackend:
         if session.get_providers()[0] != self._provider:  # it falls back to the CPU with no more than a log line
             raise BackendError(f"ONNX Runtime did not take {self._provider} but {session.get_providers()[0]}")
         _require_names("input", [tensor.name for tensor in session.get_inputs()], input_name)
-        _require_names("output", [tensor.name for tensor in session.get_outputs()], output_name)
-        return OnnxRunner(session, input_name, output_name)
+        for name in output_names:
+            _require_names("output", [tensor.name for tensor in session.get_outputs()], name)
+        return OnnxRunner(session, input_name, output_names)
 
     def _make_options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
@@ -62,15 +64,15 @@ class OnnxBackend:
 
 
 class OnnxRunner:
-    def __init__(self, session: onnxruntime.InferenceSession, input_name: str, output_name: str) -> None:
-        self._session, self._input_name, self._output_name = session, input_name, output_name
+    def __init__(self, session: onnxruntime.InferenceSession, input_name: str, output_names: Sequence[str]) -> None:
+        self._session, self._input_name, self._output_names = session, input_name, list(output_names)
 
-    def run(self, pixels: Pixels) -> Logits:
+    def run(self, pixels: Pixels) -> Answer:
         try:
-            (logits,) = self._session.run([self._output_name], {self._input_name: pixels})
+            outputs = self._session.run(self._output_names, {self._input_name: pixels})
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot run it: {_first_line(error)}") from error
-        return np.asarray(logits)
+        return Answer(*(np.asarray(output) for output in outputs))
 
 
 def _require_names(what: str, names: list[str], wanted: str) -> None:

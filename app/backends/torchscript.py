@@ -2,12 +2,13 @@
 
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from app.backends import BackendOptions, Logits, Pixels, Runner
+from app.backends import Answer, BackendOptions, Pixels, Runner
 from app.errors import BackendError
 
 
@@ -21,29 +22,34 @@ class TorchScriptBackend:
         self._device = torch.device(options.device)
         self._loading = threading.Lock()  # catch_warnings changes the whole process
 
-    def load(self, path: Path, input_name: str, output_name: str) -> Runner:
+    def load(self, path: Path, input_name: str, output_names: Sequence[str]) -> Runner:
         try:
             with self._loading, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that TorchScript is deprecated is known: it is one backend of two
                 module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise BackendError(f"PyTorch cannot load it: {_last_line(error)}") from error
-        return TorchScriptRunner(module.eval(), self._device)
+        return TorchScriptRunner(module.eval(), self._device, len(output_names))
 
 
 class TorchScriptRunner:
-    def __init__(self, module: torch.jit.ScriptModule, device: torch.device) -> None:
-        self._module, self._device = module, device
+    """A module that answers with a tensor, or with a tuple of as many as there are outputs: they have no names."""
 
-    def run(self, pixels: Pixels) -> Logits:
+    def __init__(self, module: torch.jit.ScriptModule, device: torch.device, n_outputs: int) -> None:
+        self._module, self._device, self._n_outputs = module, device, n_outputs
+
+    def run(self, pixels: Pixels) -> Answer:
         try:
             # Unoptimised: the profiling executor would recompile, for seconds, at each new batch size.
             with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-                logits = self._module(batch.to(self._device)).cpu().numpy()
+                found = self._module(batch.to(self._device))
+                outputs = [tensor.cpu().numpy() for tensor in (found if isinstance(found, tuple) else (found,))]
         except Exception as error:
             raise BackendError(f"PyTorch cannot run it: {_last_line(error)}") from error
-        return np.asarray(logits)
+        if len(outputs) != self._n_outputs:
+            raise BackendError(f"the graph has {len(outputs)} outputs instead of {self._n_outputs}")
+        return Answer(*outputs)
 
 
 def _last_line(error: Exception) -> str:

@@ -4,13 +4,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
-from app.backends import Logits, Pixels
+from app.backends import Answer, Pixels
 from app.catalogue import ServedVariant
 from app.errors import BackendError, InferenceFailed, ShuttingDown
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inference:
-    """Shapes: logits (n, classes); batch_sizes has one number per image: of how many its run was."""
+    """Of the images of one request; batch_sizes has one number per image: of how many its run was."""
 
-    logits: Logits
+    answer: Answer
     batch_sizes: list[int]
     queue_seconds: float
     inference_seconds: float
@@ -102,17 +102,24 @@ class Engine:
     def _infer(self, entry: Entry, started_at: float) -> Inference:
         size = self._max_batch_images
         batches = [entry.pixels[start : start + size] for start in range(0, len(entry.pixels), size)]
-        logits = np.concatenate([self._run_batch(entry.variant, batch) for batch in batches])
+        answers = [self._run_batch(entry.variant, batch) for batch in batches]
         seconds = self._clock() - started_at
         if len(entry.pixels) == 1:
             entry.variant.latency.add(seconds)
         sizes = [len(batch) for batch in batches for _ in batch]
-        return Inference(logits, sizes, started_at - entry.submitted_at, seconds)
+        return Inference(_joined(answers), sizes, started_at - entry.submitted_at, seconds)
 
-    def _run_batch(self, variant: ServedVariant, batch: Pixels) -> Logits:
-        logits = variant.runner.run(batch)
-        if len(logits) != len(batch) or not np.isfinite(logits).all():
-            raise BackendError(
-                f"the graph answered {logits.shape} with {np.count_nonzero(~np.isfinite(logits))} not finite"
-            )
-        return logits
+    def _run_batch(self, variant: ServedVariant, batch: Pixels) -> Answer:
+        answer = variant.runner.run(batch)
+        for array in (answer.logits, answer.tokens, answer.gmacs):
+            if array is not None and (len(array) != len(batch) or not np.isfinite(array).all()):
+                raise BackendError(
+                    f"the graph answered {array.shape} with {np.count_nonzero(~np.isfinite(array))} not finite"
+                )
+        return answer
+
+
+def _joined(answers: Sequence[Answer]) -> Answer:
+    """Lay the answers for several batches end to end."""
+    columns = zip(*((answer.logits, answer.tokens, answer.gmacs) for answer in answers), strict=True)
+    return Answer(*(None if parts[0] is None else np.concatenate(parts) for parts in columns))  # type: ignore[arg-type]

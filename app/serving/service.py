@@ -24,9 +24,14 @@ STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Classified:
-    """One image's answer. Shapes: logits (classes,)."""
+    """One image's answer; what it kept and cost where that depends on the image. Units: GMACs.
+
+    Shapes: logits (classes,)
+    """
 
     logits: Logits
+    tokens: list[int] | None
+    gmacs: float | None
     batch_size: int
     decode_seconds: float
 
@@ -106,8 +111,13 @@ class Service:
             inference = await self._infer(chosen.variant, good)
         exchange.queue_seconds, exchange.inference_seconds = inference.queue_seconds, inference.inference_seconds
         exchange.n_images = len(good)
-        answers = iter(zip(good, inference.logits, inference.batch_sizes, strict=True))
-        return [item if isinstance(item, ServiceError) else _join(*next(answers)) for item in decoded]
+        answers = iter([_classified(item, inference, place) for place, item in enumerate(good)])
+        outcomes = [item if isinstance(item, ServiceError) else next(answers) for item in decoded]
+        left = chosen.variant.entry.tokens[-1]  # of an adaptive variant a mean; then each image has its own
+        exchange.kept_tokens = [
+            left if item.tokens is None else item.tokens[-1] for item in outcomes if isinstance(item, Classified)
+        ]
+        return outcomes
 
     async def _decode(self, data: bytes, rule: Input) -> Decoded | ServiceError:
         loop = asyncio.get_running_loop()
@@ -129,5 +139,12 @@ def _time_decoding(data: bytes, rule: Input, max_pixels: int) -> Decoded | Servi
     return Decoded(pixels, time.perf_counter() - started_at)
 
 
-def _join(decoded: Decoded, logits: Logits, batch_size: int) -> Classified:
-    return Classified(logits, batch_size, decoded.seconds)
+def _classified(decoded: Decoded, inference: Inference, place: int) -> Classified:
+    answer = inference.answer
+    return Classified(
+        answer.logits[place],
+        None if answer.tokens is None else answer.tokens[place].tolist(),
+        None if answer.gmacs is None else float(answer.gmacs[place]),
+        inference.batch_sizes[place],
+        decoded.seconds,
+    )

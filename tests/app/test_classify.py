@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from app.backends import Logits, Pixels
+from app.backends import Answer, Pixels
 from app.catalogue import Catalogue, ServedModel, ServedVariant
 from tests.app.conftest import ClientFactory
 from tests.app.odd_images import encode, make_photo, refused_images
@@ -206,13 +206,13 @@ class Gate:
         self.started, self.opened, self.n_runs = threading.Event(), threading.Event(), 0
         self.error: Exception | None = None
 
-    def run(self, pixels: Pixels) -> Logits:
+    def run(self, pixels: Pixels) -> Answer:
         self.started.set()
         assert self.opened.wait(SECONDS)
         self.n_runs += 1
         if self.error:
             raise self.error
-        return np.zeros((len(pixels), 3), np.float32)
+        return Answer(np.zeros((len(pixels), 3), np.float32))
 
 
 def gate_all(catalogue: Catalogue, gate: Gate) -> Catalogue:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from app.backends import Logits, Pixels
+from app.backends import Answer, Pixels
 from app.catalogue import Catalogue, ServedVariant
 from app.errors import BackendError, InferenceFailed, ShuttingDown
 from app.serving.engine import Engine, Inference
@@ -24,13 +24,13 @@ class GatedRunner:
         self.error: Exception | None = None
         self.value = 0.0
 
-    def run(self, pixels: Pixels) -> Logits:
+    def run(self, pixels: Pixels) -> Answer:
         self.started.set()
         assert self.gate.wait(SECONDS)
         self.sizes.append(len(pixels))
         if self.error is not None:
             raise self.error
-        return np.full((len(pixels), 3), self.value, np.float32)
+        return Answer(np.full((len(pixels), 3), self.value, np.float32))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_engine_runs_a_request_in_bounded_batches(engine: Engine, variant: Serve
     inference = engine.submit(variant, images(10)).result(SECONDS)
     assert runner.sizes == [4, 4, 2]
     assert inference.batch_sizes == [4] * 8 + [2] * 2
-    assert inference.logits.shape == (10, 3)
+    assert inference.answer.logits.shape == (10, 3)
     assert inference.inference_seconds > 0
 
 
@@ -96,7 +96,7 @@ def test_engine_survives_a_failing_backend(
         engine.submit(variant, images(1)).result(SECONDS)
     assert "Traceback" in caplog.text
     runner.error = None
-    assert engine.submit(variant, images(1)).result(SECONDS).logits.shape == (1, 3)
+    assert engine.submit(variant, images(1)).result(SECONDS).answer.logits.shape == (1, 3)
 
 
 def test_engine_refuses_logits_that_are_not_finite(engine: Engine, variant: ServedVariant, runner: GatedRunner) -> None:
@@ -118,7 +118,7 @@ def test_engine_stop_resolves_every_future_once(variant: ServedVariant, runner: 
         pass
     runner.gate.set()
     stopping.join(SECONDS)
-    assert running.result(SECONDS).logits.shape == (1, 3)
+    assert running.result(SECONDS).answer.logits.shape == (1, 3)
     for future in waiting:
         with pytest.raises(ShuttingDown):
             future.result(SECONDS)

@@ -11,6 +11,7 @@ def test_models_lists_every_variant(client: TestClient) -> None:
     assert answer["default"] == {"name": "tiny", "version": "1"}
     (model,) = answer["models"]
     assert [(item["policy"], item["r"]) for item in model["variants"]] == [
+        ("atm", None),
         ("none", 0),
         ("tome", 0),
         ("tome", 8),

@@ -5,7 +5,7 @@ from app.errors import InvalidParameter, RateNotExported, ServiceError, UnknownM
 from app.selection import Query, select
 
 
-def chosen(catalogue: Catalogue, **words: str) -> tuple[str, int]:
+def chosen(catalogue: Catalogue, **words: str) -> tuple[str, int | None]:
     entry = select(catalogue, Query(**words)).variant.entry
     return entry.policy, entry.r
 
@@ -20,10 +20,11 @@ def chosen(catalogue: Catalogue, **words: str) -> tuple[str, int]:
         ({"policy": "none"}, ("none", 0)),
         ({"policy": "none", "r": "0"}, ("none", 0)),
         ({"model": "tiny", "version": "1", "r": "8"}, ("tome", 8)),
+        ({"policy": "atm"}, ("atm", None)),
     ],
 )
 def test_select_finds_exactly_what_is_asked(
-    catalogue: Catalogue, words: dict[str, str], expected: tuple[str, int]
+    catalogue: Catalogue, words: dict[str, str], expected: tuple[str, int | None]
 ) -> None:
     assert chosen(catalogue, **words) == expected
 
@@ -70,3 +71,10 @@ def test_select_refuses_what_there_is_not(
 def test_select_top_k_defaults_to_all_classes_when_they_are_few(catalogue: Catalogue) -> None:
     assert select(catalogue, Query()).top_k == 3
     assert select(catalogue, Query(top_k="1")).top_k == 1
+
+
+@pytest.mark.parametrize("r", ["0", "8", "many"])
+def test_select_refuses_a_rate_for_a_policy_that_adapts(catalogue: Catalogue, r: str) -> None:
+    with pytest.raises(InvalidParameter, match="'atm' has no rates, it adapts to each image") as caught:
+        select(catalogue, Query(policy="atm", r=r))
+    assert caught.value.members == {"field": "r", "value": r, "policy": "atm", "accepted": []}

@@ -13,6 +13,7 @@ from app.errors import StoreError
 from app.store import StoreOptions, load_catalogue
 from tests.app.conftest import ONNX, OPTIONS
 from tests.app.tiny_store import (
+    ATM_BIAS,
     WEIGHTS_FILE,
     digest,
     expected_logits,
@@ -41,7 +42,9 @@ def test_load_catalogue_serves_the_configured_format(tmp_path: Path, graph_forma
     assert model.rates("tome") == [0, 8, 16]
     pixels = np.full((2, 8, 8, 3), 9, np.uint8)
     for (_, r), variant in model.variants.items():
-        np.testing.assert_allclose(variant.runner.run(pixels), expected_logits(pixels, r), atol=1e-5)
+        answer = variant.runner.run(pixels)
+        np.testing.assert_allclose(answer.logits, expected_logits(pixels, ATM_BIAS if r is None else r), atol=1e-5)
+        assert (answer.tokens is not None) == (r is None)
         assert variant.latency.summary_ms() is not None
 
 
@@ -120,6 +123,33 @@ def drop_golden_rate(folder: Path) -> None:
     renew_digests(folder)
 
 
+def falsify_tokens(folder: Path) -> None:
+    change_golden(folder, "tokens/atm", 1)
+
+
+def falsify_gmacs(folder: Path) -> None:
+    change_golden(folder, "gmacs/atm", np.float32(1e-3))
+
+
+def change_golden(folder: Path, name: str, by: Any) -> None:
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] + by if key == name else archive[key] for key in archive}
+    np.savez(folder / "golden.npz", **arrays)
+    renew_digests(folder)
+
+
+def drop_tokens(folder: Path) -> None:
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] for key in archive if key != "tokens/atm"}
+    np.savez(folder / "golden.npz", **arrays)
+    renew_digests(folder)
+
+
+def take_the_graph_of_a_rate(folder: Path) -> None:
+    (folder / "atm.onnx").write_bytes((folder / "tome-r8.onnx").read_bytes())
+    renew_digests(folder)
+
+
 def pickle_golden(folder: Path) -> None:
     np.savez(folder / "golden.npz", pixels=np.array([{}], object))
     renew_digests(folder)
@@ -184,6 +214,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "golden of NaN": (falsify_golden_with_nan, ".onnx", "differ by nan"),
     "broken golden": (break_golden, "golden.npz", "cannot be read"),
     "golden without a rate": (drop_golden_rate, "golden.npz", "logits/tome-r16"),
+    "other tokens than golden": (falsify_tokens, "atm.onnx", "keep other tokens"),
+    "other GMACs than golden": (falsify_gmacs, "atm.onnx", "cost other GMACs"),
+    "golden without tokens": (drop_tokens, "golden.npz", "tokens/atm"),
+    "graph that does not say what it kept": (take_the_graph_of_a_rate, "atm.onnx", "no output 'tokens'"),
     "pickled golden": (pickle_golden, "golden.npz", "cannot be read"),
     "golden of other size": (resize_golden, "golden.npz", "pixels is uint8 (2, 9, 8, 3)"),
     "golden without images": (empty_golden, "golden.npz", "pixels is"),

@@ -1,6 +1,7 @@
 """A model store that is built in milliseconds: linear graphs whose logits numpy can check, in both formats.
 
-The graph of rate r is `mean over pixels -> (3,) -> matrix`, plus a bias that tells the rates apart.
+The graph of rate r is `mean over pixels -> (3,) -> matrix`, plus a bias that tells the rates apart. The graph of policy
+atm has the bias of rate `ATM_BIAS`, and merges the more the brighter an image is.
 """
 
 import hashlib
@@ -20,12 +21,21 @@ RATES = {"none": [0], "tome": [0, 8, 16]}
 WEIGHT = np.array([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]], np.float32)
 WEIGHTS_FILE = "weights.safetensors"
 DEPTH, N_TOKENS = 2, 65
+ATM_BIAS = 4
+PROMISE = "alone or together, the same"
 
 
 def expected_logits(pixels: NDArray[np.uint8], r: int) -> NDArray[np.float32]:
     """Shapes: (B, H, W, 3) -> (B, 3)."""
     means = pixels.astype(np.float32).mean(axis=(1, 2)) / np.float32(255)
     return np.asarray(means @ WEIGHT + bias_of(r), np.float32)
+
+
+def expected_costs(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return tokens and GMACs of policy atm. Shapes: (B, H, W, 3) -> (B, DEPTH + 1), (B,)."""
+    merged = (pixels.astype(np.float32).mean(axis=(1, 2, 3)) / np.float32(255) * np.float32(30)).astype(np.int64)
+    tokens = N_TOKENS - merged[:, None] * np.arange(DEPTH + 1)
+    return tokens, tokens.sum(axis=1).astype(np.float32) / np.float32(N_TOKENS * (DEPTH + 1))
 
 
 def bias_of(r: int) -> NDArray[np.float32]:
@@ -43,6 +53,10 @@ def write_store(root: Path, name: str = "tiny", version: str = "1", formats: tup
             (folder / f"tome-r{r}.onnx").write_bytes(make_graph(r).SerializeToString())
         if "torchscript" in formats:
             importlib.import_module("tests.app.tiny_torchscript").write_graph(folder / f"tome-r{r}.pt", r)
+    if "onnx" in formats:
+        (folder / "atm.onnx").write_bytes(make_adaptive_graph().SerializeToString())
+    if "torchscript" in formats:
+        importlib.import_module("tests.app.tiny_torchscript").write_adaptive_graph(folder / "atm.pt")
     write_golden(folder)
     write_manifest(folder, make_manifest(folder, formats))
     return folder
@@ -72,11 +86,43 @@ def make_graph(r: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
+def make_adaptive_graph() -> onnx.ModelProto:
+    """Make the graph of policy atm: that of a rate, and what each image kept and cost."""
+    model = make_graph(ATM_BIAS)
+    constants: dict[str, NDArray[Any]] = {
+        "most": np.array(30, np.float32),
+        "channels": np.array([1], np.int64),
+        "steps": np.arange(DEPTH + 1),
+        "all": np.array(N_TOKENS),
+        "unmerged": np.array(N_TOKENS * (DEPTH + 1), np.float32),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("ReduceMean", ["scaled", "channels"], ["brightness"]),
+            helper.make_node("Mul", ["brightness", "most"], ["share"]),
+            helper.make_node("Cast", ["share"], ["merged"], to=TensorProto.INT64),
+            helper.make_node("Mul", ["merged", "steps"], ["gone"]),
+            helper.make_node("Sub", ["all", "gone"], ["tokens"]),
+            helper.make_node("ReduceSum", ["tokens", "channels"], ["total"], keepdims=0),
+            helper.make_node("Cast", ["total"], ["floating"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["floating", "unmerged"], ["gmacs"]),
+        ]
+    )
+    tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", DEPTH + 1])
+    gmacs = helper.make_tensor_value_info("gmacs", TensorProto.FLOAT, ["batch"])
+    model.graph.output.extend([tokens, gmacs])
+    return model
+
+
 def write_golden(folder: Path, error: float = 0.0) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
     pairs = [(policy, r) for policy, rates in RATES.items() for r in rates]
     logits: dict[str, Any] = {f"logits/{policy}-r{r}": expected_logits(pixels, r) + error for policy, r in pairs}
-    np.savez(folder / "golden.npz", pixels=pixels, **{k: v.astype(np.float32) for k, v in logits.items()})
+    tokens, gmacs = expected_costs(pixels)
+    logits["logits/atm"] = expected_logits(pixels, ATM_BIAS) + error
+    arrays = {**{k: v.astype(np.float32) for k, v in logits.items()}, "tokens/atm": tokens, "gmacs/atm": gmacs}
+    np.savez(folder / "golden.npz", pixels=pixels, **arrays)
 
 
 def make_manifest(folder: Path, formats: tuple[str, ...] = ("onnx",)) -> dict[str, Any]:
@@ -84,6 +130,7 @@ def make_manifest(folder: Path, formats: tuple[str, ...] = ("onnx",)) -> dict[st
     variants = [
         make_variant(policy, r, graph_format) for graph_format in formats for policy in RATES for r in RATES[policy]
     ]
+    variants += [make_adaptive_variant(graph_format) for graph_format in formats]
     return {
         "schema_version": 1,
         "name": folder.parent.name,
@@ -101,7 +148,7 @@ def make_manifest(folder: Path, formats: tuple[str, ...] = ("onnx",)) -> dict[st
         "git_commit": "0" * 40,
         "created": "2026-11-20T12:00:00Z",
         "input": make_input(),
-        "output": {"name": "logits", "dtype": "float32"},
+        "output": {"name": "logits", "dtype": "float32", "tokens": "tokens", "gmacs": "gmacs"},
         "files": {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"},
         "variants": variants,
         "golden": {"file": "golden.npz", "atol": 0.001},
@@ -142,6 +189,19 @@ def make_variant(policy: str, r: int, graph_format: str) -> dict[str, Any]:
         "gmacs": 1.0 - r / 50,
         "data_dependent": False,
         "accuracy": make_accuracy() if policy == "tome" else None,
+    }
+
+
+def make_adaptive_variant(graph_format: str) -> dict[str, Any]:
+    return {
+        **make_variant("atm", ATM_BIAS, graph_format),
+        "id": f"atm-float32-{graph_format}",
+        "r": None,
+        "file": f"atm.{'onnx' if graph_format == 'onnx' else 'pt'}",
+        "gmacs": 0.7,
+        "gmacs_spread": {"p5": 0.5, "p95": 0.9},
+        "data_dependent": True,
+        "promise": PROMISE,
     }
 
 

@@ -81,6 +81,12 @@ MODELS_REFUSE: dict[str, tuple[Change, str]] = {
     "short schedule": (lambda m: m["variants"][2].update(schedule=[8]), "2 blocks need 2 numbers"),
     "tokens off by one": (lambda m: m["variants"][2].update(tokens=[65, 57, 48]), "do not follow"),
     "other first token count": (lambda m: m["variants"][2].update(tokens=[64, 56, 48]), "n_tokens"),
+    "rate of a policy that adapts": (lambda m: m["variants"][-1].update(r=4), "r is 4, and data_dependent True"),
+    "no rate of one that does not": (lambda m: m["variants"][2].update(r=None), "r is None, and data_dependent False"),
+    "no promise": (lambda m: m["variants"][-1].pop("promise"), "gmacs_spread and promise are needed"),
+    "no spread": (lambda m: m["variants"][-1].pop("gmacs_spread"), "gmacs_spread and promise are needed"),
+    "no output that says the cost": (lambda m: m["output"].pop("gmacs"), "needs tokens and gmacs"),
+    "unlisted calibration": (lambda m: m["variants"][-1].update(calibration="t.json"), "t.json is referenced"),
     "merging at zero": (lambda m: m["variants"][0].update(schedule=[1, 0], tokens=[65, 64, 64]), "r is 0"),
     "interval the wrong way": (lambda m: m["variants"][1]["accuracy"].update(ci95=[0.98, 0.96]), "not ordered"),
     "crop larger than the image": (lambda m: m["input"].update(height=9), "smaller than the crop"),
@@ -105,5 +111,12 @@ def test_models_refuse_contradictions(manifest: dict[str, Any], name: str) -> No
 
 
 def test_models_accept_expected_token_counts_that_depend_on_the_data(manifest: dict[str, Any]) -> None:
-    manifest["variants"][2].update(tokens=[65, 60, 50], data_dependent=True)
+    assert manifest["variants"][-1]["data_dependent"]
+    manifest["variants"][-1].update(tokens=[65, 60, 50])
     Manifest.model_validate_json(json.dumps(manifest))
+
+
+def test_default_may_be_a_policy_that_adapts(manifest: dict[str, Any]) -> None:
+    manifest.update(default={"policy": "atm", "r": None})
+    VALIDATOR.validate(manifest)
+    assert Manifest.model_validate_json(json.dumps(manifest)).default.r is None

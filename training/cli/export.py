@@ -3,7 +3,8 @@
 The reference model: `python -m training.cli.export --run runs/reference --name reference`
 Your own:            `python -m training.cli.export --architecture deit_small_patch16_224 --weights pretrained
                       --name deit-s --data /data/imagenet/val`
-With an embedding (the run's or version's own, or --embedding) policy dtem is exported beside tome and none.
+With an embedding (the run's or version's own, or --embedding) policy dtem is exported beside tome and none, and with
+--calibrations (or the version's own) those that adapt to the image: atm, adaptive-dtem.
 An interrupted export resumes; a published version is never changed.
 """
 
@@ -15,7 +16,14 @@ from pathlib import Path
 
 import torch
 
-from training.cli.model_options import add_model_options, chosen_model, chosen_source, rates
+from training.cli.model_options import (
+    add_model_options,
+    calibrations,
+    chosen_model,
+    chosen_source,
+    published_calibrations,
+    rates,
+)
 from training.export.parity import ParityError
 from training.export.publish import Plan, next_version, publish
 
@@ -29,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("model_store"))
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
     parser.add_argument("--default-r", type=int, default=8)
-    parser.add_argument("--default-policy", help="none, tome or dtem; default: dtem where there is an embedding")
+    parser.add_argument("--default-policy", help="default: dtem where there is an embedding, or tome")
+    parser.add_argument("--calibrations", type=calibrations, help="files of training.cli.calibrate, with commas")
     parser.add_argument("--formats", default="onnx", help="onnx, torchscript, or both with a comma")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit from eager")
     options = parser.parse_args(arguments)
@@ -57,7 +66,16 @@ def _export(options: argparse.Namespace) -> None:
         parity_tolerance=options.tolerance,
     )
     source = chosen_source(options, chosen.rule)
-    published = publish(chosen.vit, chosen.rule, source, plan, options.store, chosen.embedding)
+    published = publish(
+        chosen.vit,
+        chosen.rule,
+        source,
+        plan,
+        options.store,
+        chosen.embedding,
+        options.calibrations if options.calibrations is not None else published_calibrations(options.published),
+        options.published,
+    )
     print(f"published {published.folder}")
     print("largest difference of a logit from eager, at batch 1, 2 and 32:")
     for name, difference in published.parity.items():

@@ -108,6 +108,15 @@ def calibrations(text: str) -> list[Calibration]:
         raise argparse.ArgumentTypeError(str(err)) from err
 
 
+def published_calibrations(folder: Path | None) -> list[Calibration]:
+    """Read those that a published version was exported with; none where there is no version."""
+    if folder is None:
+        return []
+    variants = json.loads((folder / "manifest.json").read_text())["variants"]
+    names = dict.fromkeys(variant["calibration"] for variant in variants if "calibration" in variant)
+    return [load_calibration(folder / name) for name in names]
+
+
 def rates(text: str) -> tuple[int, ...]:
     """Read `0,2,4` or `0:16:2` (end included)."""
     if ":" in text:

@@ -77,19 +77,24 @@ def evaluate(
         classifiers(policy, r)
     for policy, r in plan:
         classifier = classifiers(policy, r)
-        macs = count_macs(classifier.model, (rule.height, rule.width))
+        gmacs = count_macs(classifier.model, (rule.height, rule.width)) / 1e9
         result = measure(torch.inference_mode()(classifier.forward), batches(f"{policy} r={r}"))
-        yield Row(
-            policy=policy,
-            r=r,
-            tokens_left=classifier.model.tokens[-1],
-            gmacs=macs / 1e9,
-            top1=result.top1,
-            ci95=result.ci95,
-            n_images=len(result.is_right),
-            images_per_second=result.images_per_second,
-            is_right=result.is_right,
-        )
+        yield fixed_row(policy, r, classifier.model.tokens[-1], gmacs, result)
+
+
+def fixed_row(policy: str, r: int, tokens_left: int, gmacs: float, result: Measurement) -> Row:
+    """Make the row of what a classifier with a fixed rate was measured to do."""
+    return Row(
+        policy=policy,
+        r=r,
+        tokens_left=tokens_left,
+        gmacs=gmacs,
+        top1=result.top1,
+        ci95=result.ci95,
+        n_images=len(result.is_right),
+        images_per_second=result.images_per_second,
+        is_right=result.is_right,
+    )
 
 
 def evaluate_adaptive(

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from training.data.preprocessing import InputRule
 from training.data.sources import Source
 from training.evaluate.results import Row
 from training.export.onnx_format import OPSET
-from training.models.classifier import ServedClassifier
 from training.models.embedding import DecoupledEmbedding
 
 WEIGHTS, EMBEDDING = "weights.safetensors", "embedding.safetensors"
@@ -26,12 +26,31 @@ EVALUATION = "evaluation"  # .json and .npz: which images each graph got right, 
 GOLDEN, MANIFEST = "golden.npz", "manifest.json"
 
 
+PROMISE = (
+    "An image keeps the tokens that it would keep alone, and gets the same answer but for rounding, whoever shares its "
+    "batch: the batch is padded, and absent tokens are masked."
+)
+
+
+def variant_key(policy: str, r: int | None) -> str:
+    """Return how a variant is called in file names and in the golden file."""
+    return policy if r is None else f"{policy}-r{r}"
+
+
+def calibration_file(policy: str) -> str:
+    return f"{policy}.json"
+
+
 def variant_entries(
-    policies: Sequence[str], file: str, classifier: ServedClassifier, row: Row, accuracy: dict[str, Any]
+    policies: Sequence[str], file: str, row: Row, tokens: Sequence[float], accuracy: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Describe one graph file under the name of every policy that it serves."""
+    """Describe one graph file under the name of every policy that it serves.
+
+    tokens: entering each block and left at the end, means where they depend on the image.
+    """
     is_onnx = file.endswith(".onnx")
     form = "onnx" if is_onnx else "torchscript"
+    counts = [round(count) for count in tokens]
     entry = {
         "r": row.r,
         "precision": "float32",
@@ -39,13 +58,16 @@ def variant_entries(
         "file": file,
         "requires": [WEIGHTS] if is_onnx else [],
         "opset": OPSET if is_onnx else None,
-        "schedule": list(classifier.model.schedule),
-        "tokens": list(classifier.model.tokens),
+        "schedule": [before - after for before, after in pairwise(counts)],
+        "tokens": counts,
         "gmacs": row.gmacs,
-        "data_dependent": False,
+        "data_dependent": row.r is None,
         "accuracy": accuracy,
     }
-    return [{"id": f"{policy}-r{row.r}-float32-{form}", "policy": policy, **entry} for policy in policies]
+    if row.r is None:
+        spread = {"p5": row.gmacs_p5, "p95": row.gmacs_p95}
+        entry |= {"gmacs_spread": spread, "calibration": calibration_file(row.policy), "promise": PROMISE}
+    return [{"id": f"{variant_key(policy, row.r)}-float32-{form}", "policy": policy, **entry} for policy in policies]
 
 
 def accuracy_entry(row: Row, source: Source) -> dict[str, Any]:
@@ -78,6 +100,11 @@ def source_entries(source: Source, recipe: str) -> dict[str, Any]:
 
 def input_entry(rule: InputRule) -> dict[str, Any]:
     return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "crop": "center", **asdict(rule)}
+
+
+def output_entry(*, is_adaptive: bool) -> dict[str, Any]:
+    """Describe the outputs; those of adaptive graphs only where there are any, so that other manifests stay as ever."""
+    return {"name": "logits", "dtype": "float32", **({"tokens": "tokens", "gmacs": "gmacs"} if is_adaptive else {})}
 
 
 def embedding_entry(embedding: DecoupledEmbedding | None) -> dict[str, Any]:

@@ -6,8 +6,6 @@ so an export that was interrupted resumes where it stopped.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data.preprocessing import InputRule
-from training.data.sources import Source, pixel_batches
-from training.evaluate.accuracy import Measurement, measure
+from training.data.sources import Source
 from training.evaluate.results import Row, write_evaluation
 from training.export.manifest import (
     EMBEDDING,
@@ -29,29 +25,30 @@ from training.export.manifest import (
     WEIGHTS,
     accuracy_entry,
     architecture_entry,
+    calibration_file,
     embedding_entry,
     git_commit,
     input_entry,
-    sha256,
+    output_entry,
     source_entries,
     variant_entries,
+    variant_key,
     write_manifest,
 )
-from training.export.onnx_format import OnnxClassifier, export_onnx
+from training.export.measured import BATCH_SIZE, Graph, measured_row
+from training.export.onnx_format import OUTPUTS, OnnxClassifier, export_onnx
 from training.export.parity import ParityError, decisions, golden_pixels, largest_difference, parity_pixels
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
-from training.models.classifier import ServedClassifier, frozen_classifier
+from training.models.calibration import Calibration
+from training.models.classifier import AdaptiveClassifier, FrozenClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
-from training.models.macs import count_macs
 from training.models.vit import MetricChoice
 from training.models.weights import save_weights
 
 N_GOLDEN = 4
-BATCH_SIZE = 50
 _N_CANDIDATES = 512
 _N_FURTHER = 8192  # of a trained model 3 images in 100 were decided clearly at all of ToMe's rates
 _N_PARITY = 32
-_MEASURED = "measured.json"  # kept in the work folder alone, to resume
 _Exported = OnnxClassifier | TorchScriptClassifier
 
 
@@ -91,19 +88,6 @@ class Published:
     parity: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """One graph to make: the policies that it serves, at one rate, and what it compares tokens by."""
-
-    policies: tuple[str, ...]
-    r: int
-    metric: MetricChoice
-
-    @property
-    def stem(self) -> str:
-        return f"{self.policies[0]}-r{self.r}"
-
-
 def publish(
     vit: nn.Module,
     rule: InputRule,
@@ -111,14 +95,18 @@ def publish(
     plan: Plan,
     store: Path,
     embedding: DecoupledEmbedding | None = None,
+    calibrations: Sequence[Calibration] = (),
+    predecessor: Path | None = None,
 ) -> Published:
     """Export every rate of every policy, prove it, measure it, and rename the finished version into the store.
 
+    calibrations: one for each policy that adapts to the image. predecessor: a published version; what was measured of
+    the same bytes on the same images is taken from it.
     Raises: ParityError past the tolerance; FileExistsError where the version is there already (versions are immutable);
-        ValueError where the plan's default is none of its graphs, or outside a git checkout;
+        CalibrationMismatch; ValueError where the plan's default is none of its graphs, or outside a git checkout;
         jsonschema.ValidationError where the manifest would not be one.
     """
-    graphs = _planned(plan.rates, embedding)
+    graphs = _planned(vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
     commit = git_commit()
     target = store / plan.name / plan.version
@@ -129,9 +117,12 @@ def publish(
     save_weights(vit, embedding, work / WEIGHTS)
     if embedding is not None:
         embedding.save(work / EMBEDDING)
-    parity, variants = _export_all(vit, rule, source, plan, graphs, work)
-    evaluation = {f"{EVALUATION}.json", f"{EVALUATION}.npz"}
-    _remove_others(work, {WEIGHTS, GOLDEN, *evaluation, *parity, *([EMBEDDING] if embedding is not None else [])})
+    for calibration in calibrations:
+        calibration.save(work / calibration_file(calibration.policy))
+    parity, variants = _export_all(rule, source, plan, graphs, work, predecessor)
+    wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *parity}
+    wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
+    _remove_others(work, wanted | ({EMBEDDING} if embedding is not None else set()))
     entries = {
         "name": plan.name,
         "version": plan.version,
@@ -139,7 +130,7 @@ def publish(
         **source_entries(source, plan.recipe),
         "git_commit": commit,
         "input": input_entry(rule),
-        "output": {"name": "logits", "dtype": "float32"},
+        "output": output_entry(is_adaptive=bool(calibrations)),
         "variants": variants,
         "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
         "default": default,
@@ -152,54 +143,89 @@ def publish(
     return Published(target, parity)
 
 
-def _planned(rates: Sequence[int], embedding: DecoupledEmbedding | None) -> list[_Graph]:
+def _planned(
+    vit: nn.Module,
+    rule: InputRule,
+    rates: Sequence[int],
+    embedding: DecoupledEmbedding | None,
+    calibrations: Sequence[Calibration],
+) -> list[Graph]:
     """List the graphs. At r = 0 no merging and merging are the same graph, under every policy's name."""
     metrics: dict[str, MetricChoice] = {"tome": "keys"}
     if embedding is not None:
         metrics["dtem"] = embedding
-    unmerged = [_Graph(("none", *metrics), 0, "keys")] if 0 in rates else []
-    return unmerged + [_Graph((policy,), r, metric) for policy, metric in metrics.items() for r in rates if r]
+    unmerged = [Graph(("none", *metrics), 0, frozen_classifier(vit, rule, 0))] if 0 in rates else []
+    fixed = [
+        Graph((policy,), r, frozen_classifier(vit, rule, r, metric=metric))
+        for policy, metric in metrics.items()
+        for r in rates
+        if r
+    ]
+    policies = [calibration.policy for calibration in calibrations]
+    if len(set(policies)) < len(policies):
+        raise ValueError(f"calibrations of {', '.join(policies)}: expected one of each policy")
+    adaptive = [
+        Graph(
+            (calibration.policy,),
+            None,
+            AdaptiveClassifier(calibration.model(vit, embedding), rule).eval(),
+            calibration,
+        )
+        for calibration in calibrations
+    ]
+    return unmerged + fixed + adaptive
 
 
-def _checked_default(plan: Plan, graphs: Sequence[_Graph], embedding: DecoupledEmbedding | None) -> dict[str, Any]:
+def _checked_default(plan: Plan, graphs: Sequence[Graph], embedding: DecoupledEmbedding | None) -> dict[str, Any]:
     policy = plan.default_policy or ("tome" if embedding is None else "dtem")
     offered = sorted({name for graph in graphs for name in graph.policies})
     if policy not in offered:
         raise ValueError(f"default_policy {policy}: expected one of {', '.join(offered)}")
     rates = [graph.r for graph in graphs if policy in graph.policies]
+    if rates == [None]:
+        return {"policy": policy, "r": None}
     if plan.default_r not in rates:
         raise ValueError(f"default_r {plan.default_r}: expected one of {rates}, the rates of policy {policy}")
     return {"policy": policy, "r": plan.default_r}
 
 
 def _export_all(
-    vit: nn.Module, rule: InputRule, source: Source, plan: Plan, graphs: Sequence[_Graph], work: Path
+    rule: InputRule, source: Source, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Write, prove and measure each graph, and write the golden file; return differences by file, and the variants."""
     parity: dict[str, float] = {}
     variants: list[dict[str, Any]] = []
     rows: dict[str, Row] = {}
-    classifiers = [frozen_classifier(vit, rule, graph.r, metric=graph.metric) for graph in graphs]
+    classifiers = [graph.classifier for graph in graphs]
     candidates, *_ = _pixel_chunks(source, 0, _N_CANDIDATES)
     decided = [decisions(classifier, candidates) for classifier in classifiers]
     further = _pixel_chunks(source, _N_CANDIDATES, _N_FURTHER)
     golden = {"pixels": golden_pixels(classifiers, decided, candidates, further, N_GOLDEN)}
-    for graph, classifier, found in zip(graphs, classifiers, decided, strict=True):
-        pixels = parity_pixels(classifier, candidates, _N_PARITY, found)
-        for name, exported in _exported(classifier, graph.stem, pixels, plan.formats, work).items():
-            parity[name] = largest_difference(classifier, exported, pixels)
+    for graph, found in zip(graphs, decided, strict=True):
+        pixels = parity_pixels(graph.classifier, candidates, _N_PARITY, found)
+        for name, exported in _exported(graph.classifier, graph.stem, pixels, plan.formats, work).items():
+            parity[name] = largest_difference(graph.classifier, exported, pixels)
             if parity[name] > plan.parity_tolerance:
                 raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {plan.parity_tolerance:.0e}")
-            gmacs = count_macs(classifier.model, (rule.height, rule.width)) / 1e9
-            row = _measured(exported, graph, name, classifier.model.tokens[-1], gmacs, source, work)
+            row, tokens = measured_row(exported, graph, name, rule, source, work, predecessor)
             rows.setdefault(row.key, row)  # of several formats the first
-            variants += variant_entries(graph.policies, name, classifier, row, accuracy_entry(row, source))
-        logits = classifier(golden["pixels"]).detach()
-        golden |= {f"logits/{policy}-r{graph.r}": logits for policy in graph.policies}
+            variants += variant_entries(graph.policies, name, row, tokens, accuracy_entry(row, source))
+        golden |= _golden_outputs(graph, golden["pixels"])
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
     np.savez(work / GOLDEN, **arrays)
     write_evaluation(work / EVALUATION, _about(plan, source), list(rows.values()))
     return parity, variants
+
+
+@torch.no_grad()
+def _golden_outputs(graph: Graph, pixels: Tensor) -> dict[str, Tensor]:
+    answer = graph.classifier(pixels)
+    outputs = answer if isinstance(answer, tuple) else (answer,)
+    return {
+        f"{name}/{variant_key(policy, graph.r)}": output
+        for policy in graph.policies
+        for name, output in zip(OUTPUTS, outputs, strict=False)
+    }
 
 
 def _about(plan: Plan, source: Source) -> dict[str, Any]:
@@ -228,7 +254,7 @@ def _pixel_chunks(source: Source, first: int, last: int) -> Iterator[Tensor]:
 
 
 def _exported(
-    classifier: ServedClassifier, stem: str, pixels: Tensor, formats: Sequence[str], work: Path
+    classifier: FrozenClassifier, stem: str, pixels: Tensor, formats: Sequence[str], work: Path
 ) -> dict[str, _Exported]:
     graphs: dict[str, _Exported] = {}
     if "onnx" in formats:
@@ -238,36 +264,6 @@ def _exported(
         export_torchscript(classifier, pixels[:2], work / f"{stem}.pt")
         graphs[f"{stem}.pt"] = TorchScriptClassifier(work / f"{stem}.pt")
     return graphs
-
-
-def _measured(
-    exported: Any, graph: _Graph, name: str, tokens_left: int, gmacs: float, source: Source, work: Path
-) -> Row:
-    """Measure a graph on the images, or take what this export's interrupted predecessor measured of the same bytes."""
-    kept = work / _MEASURED
-    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
-    if key not in known:
-        batches = tqdm(
-            pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
-        )
-        result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
-        known[key] = [np.packbits(result.is_right).tobytes().hex(), result.inference_seconds]
-        kept.write_text(json.dumps(known))
-    packed, seconds = known[key]
-    is_right = np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=len(source)).astype(bool)
-    result = Measurement(is_right, seconds)
-    return Row(
-        policy=graph.policies[0],
-        r=graph.r,
-        tokens_left=tokens_left,
-        gmacs=gmacs,
-        top1=result.top1,
-        ci95=result.ci95,
-        n_images=len(is_right),
-        images_per_second=result.images_per_second,
-        is_right=is_right,
-    )
 
 
 def next_version(store: Path, name: str) -> str:

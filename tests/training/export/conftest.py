@@ -14,8 +14,10 @@ from training.data.digits import draw
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
+    model = command(folder)  # writes the files that the rest names
     with_embedding = ["--embedding", str(folder / "own.safetensors")]
-    assert export.main([*command(folder), *with_embedding, "--formats", "onnx,torchscript"]) == 0
+    adaptive = ["--calibrations", f"{folder / 'atm.json'},{folder / 'adaptive-dtem.json'}"]
+    assert export.main([*model, *with_embedding, *adaptive, "--formats", "onnx,torchscript"]) == 0
     return folder / "store" / "tiny" / "1"
 
 

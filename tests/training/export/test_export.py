@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from app.manifest import Manifest
-from tests.training.export.tiny_export import RATES, command, embedding
+from tests.training.export.tiny_export import RATES, command, embedding, frozen_adaptive
 from tests.training.tiny_vit import tiny_vit
 from training.cli import export
 from training.cli.model_options import add_model_options, chosen_model
 from training.data.digits import draw
 from training.evaluate import accuracy
+from training.evaluate.results import read_evaluation
+from training.export import measured as measured_rows
 from training.export import parity
 from training.export import publish as publishing
-from training.export.manifest import git_commit
+from training.export.manifest import git_commit, variant_key
 from training.export.onnx_format import OnnxClassifier
 from training.export.parity import (
     Decisions,
     decisions,
 )
 from training.export.torchscript_format import TorchScriptClassifier
+from training.models.calibration import load_calibration
 from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
 
@@ -44,7 +48,8 @@ def test_manifest_is_what_the_service_reads(published: Path) -> None:
         "recipe": "some.toml",
     }
     found = {(v.policy, v.r, v.format) for v in manifest.variants}
-    offered = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES)]
+    fixed = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES)]
+    offered: list[tuple[str, int | None]] = [*fixed, ("atm", None), ("adaptive-dtem", None)]
     assert found == {(policy, r, form) for form in ("onnx", "torchscript") for policy, r in offered}
 
 
@@ -77,13 +82,19 @@ def test_golden_outputs_are_those_of_every_variant(published: Path, manifest: di
     golden = np.load(published / "golden.npz")
     for variant in manifest["variants"]:
         run = OnnxClassifier if variant["format"] == "onnx" else TorchScriptClassifier
-        logits = run(published / variant["file"])(torch.from_numpy(golden["pixels"])).numpy()
-        expected = golden[f"logits/{variant['policy']}-r{variant['r']}"]
-        assert np.abs(logits - expected).max() < manifest["golden"]["atol"]
+        answer = run(published / variant["file"])(torch.from_numpy(golden["pixels"]))
+        key = variant_key(variant["policy"], variant["r"])
+        if variant["data_dependent"]:
+            answer, tokens, gmacs = answer
+            assert np.array_equal(tokens, golden[f"tokens/{key}"])
+            assert np.allclose(gmacs, golden[f"gmacs/{key}"], rtol=1e-6)
+        assert np.abs(answer.numpy() - golden[f"logits/{key}"]).max() < manifest["golden"]["atol"]
 
 
 def test_gmacs_and_tokens_agree_with_the_closed_formula(manifest: dict[str, Any]) -> None:
     for variant in manifest["variants"]:
+        if variant["data_dependent"]:
+            continue
         dim = 8 if variant["policy"] == "dtem" else None
         matching = matching_macs(tiny_vit(), variant["schedule"], embedding_dim=dim)
         formula = vit_macs(tiny_vit(), variant["schedule"]) + matching
@@ -128,7 +139,7 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
         measured.append(1)
         return measure(*arguments, **settings)
 
-    monkeypatch.setattr(publishing, "measure", counting)
+    monkeypatch.setattr(measured_rows, "measure", counting)
     with pytest.raises(KeyboardInterrupt):
         export.main(command(tmp_path))
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == [".1.unfinished"]
@@ -136,6 +147,85 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
     assert export.main(command(tmp_path)) == 0
     assert len(measured) == 2  # of three rates two were known
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
+
+
+def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "write_evaluation", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export.main(plan)
+    work = tmp_path / "store" / "tiny" / ".1.unfinished"
+    (_, entry), *_ = sorted(
+        json.loads((work / "measured.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
+    )
+    monkeypatch.setattr(measured_rows, "measure", interrupt)
+    assert export.main(plan) == 0
+    variants = json.loads((work.with_name("1") / "manifest.json").read_text())["variants"]
+    (atm,) = [variant for variant in variants if variant["policy"] == "atm"]
+    assert [atm["gmacs"], *atm["gmacs_spread"].values()] == [
+        entry[0][name] for name in ("gmacs", "gmacs_p5", "gmacs_p95")
+    ]
+    assert atm["tokens"] == [round(count) for count in entry[2]]
+
+
+def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(published, store / "tiny" / "1")
+    shutil.copy("model_store/manifest.schema.json", store)
+    counted: list[int] = []
+    measure = accuracy.measure
+
+    def counting(*arguments: Any, **settings: Any) -> Any:
+        counted.append(1)
+        return measure(*arguments, **settings)
+
+    monkeypatch.setattr(measured_rows, "measure", counting)
+    plan = ["--published", str(store / "tiny" / "1"), "--name", "tiny", "--store", str(store), "--rates", "8,16"]
+    assert export.main([*plan, "--n-images", "300"]) == 0
+    before, after = (
+        {row.key: row for row in read_evaluation(store / "tiny" / version / "evaluation.json").rows} for version in "12"
+    )
+    assert (
+        len(counted) == 4
+    )  # r = 16 of two policies, and the two that adapt, of whose tokens an evaluation tells too little
+    assert after["dtem-r8"] == before["dtem-r8"]
+    assert after["dtem-r8"].is_right.tolist() == before["dtem-r8"].is_right.tolist()
+    assert {"atm-features-drop0", "adaptive-dtem-embedding-drop0"} < after.keys()
+
+
+def test_variants_that_adapt_say_what_images_cost(published: Path, manifest: dict[str, Any]) -> None:
+    scenes = torch.stack([torch.from_numpy(draw("test", index).image) for index in range(300)])
+    for policy in ("atm", "adaptive-dtem"):
+        (variant,) = [v for v in manifest["variants"] if v["id"] == f"{policy}-float32-onnx"]
+        with torch.no_grad():
+            _, tokens, gmacs = frozen_adaptive(policy)(scenes)
+        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=1e-5)
+        spread = [variant["gmacs_spread"][name] for name in ("p5", "p95")]
+        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-5)
+        assert variant["tokens"] == tokens.double().mean(0).round().int().tolist()
+        assert sum(variant["schedule"]) == 197 - variant["tokens"][-1]
+        assert (variant["r"], variant["data_dependent"], variant["calibration"]) == (None, True, f"{policy}.json")
+        assert "alone" in variant["promise"]
+        assert load_calibration(published / f"{policy}.json").policy == policy
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("atm.json,atm.json", "calibrations of atm, atm: expected one of each policy"),
+        ("adaptive-dtem.json", "needs the embedding"),
+    ],
+)
+def test_calibrations_that_do_not_fit_are_refused(
+    tmp_path: Path, files: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = command(tmp_path)
+    names = ",".join(str(tmp_path / name) for name in files.split(","))
+    assert export.main([*plan, "--calibrations", names]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_decisions_are_made_once_for_each_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +260,7 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     assert not [name for name in load_file(folder / "weights.safetensors") if "embedding" in name]
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 

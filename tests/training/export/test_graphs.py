@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.training.export.tiny_export import GRAPHS, RULE, embedding, frozen
+from tests.training.export.tiny_export import GRAPHS, RULE, embedding, frozen, frozen_adaptive
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.export.onnx_format import OnnxClassifier, export_onnx
 from training.export.parity import (
@@ -23,9 +23,11 @@ from training.export.parity import (
     largest_difference,
     parity_pixels,
 )
-from training.export.torchscript_format import TorchScriptClassifier
+from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
 from training.export.weights import tensor_places
-from training.models.classifier import ServedClassifier, frozen_classifier
+from training.merging.adaptive import Thresholds
+from training.models.adaptive import AdaptiveVisionTransformer
+from training.models.classifier import AdaptiveClassifier, ServedClassifier, frozen_classifier
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
 
@@ -104,6 +106,58 @@ def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy
         assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
 
 
+@pytest.mark.parametrize("policy", ["atm", "adaptive-dtem"])
+@pytest.mark.parametrize("n_images", [1, 2, 5, 32])
+def test_graphs_that_adapt_equal_eager_at_any_batch(
+    published: Path, pixels: Tensor, policy: str, n_images: int
+) -> None:
+    classifier = frozen_adaptive(policy)
+    batch = parity_pixels(classifier, pixels, 32)  # the dearest and the cheapest first
+    with torch.no_grad():
+        _, tokens, gmacs = classifier(batch)
+    assert gmacs[0] > 1.5 * gmacs[1]
+    assert gmacs[0] == gmacs.max()
+    assert decisions(classifier, batch).sharing.min() > 0
+    for exported in (OnnxClassifier(published / f"{policy}.onnx"), TorchScriptClassifier(published / f"{policy}.pt")):
+        assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
+        alone = [exported(batch[place : place + 1]) for place in range(n_images)]
+        logits, kept, cost = exported(batch[:n_images])
+        assert torch.equal(kept, tokens[:n_images])
+        assert torch.equal(kept, torch.cat([one[1] for one in alone]))
+        assert torch.equal(cost, torch.cat([one[2] for one in alone]))
+        torch.testing.assert_close(logits, torch.cat([one[0] for one in alone]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [-2.0, 0.99999])
+@pytest.mark.parametrize("split_depth", [0, 3])
+def test_graph_that_merges_all_it_can_and_one_that_merges_nothing(
+    tmp_path: Path, pixels: Tensor, limit: float, split_depth: int
+) -> None:
+    model = AdaptiveVisionTransformer(tiny_vit(), Thresholds(limit, 0.0, limit, split_depth), metric="features")
+    classifier = AdaptiveClassifier(model, RULE).eval()
+    noise = torch.randint(0, 256, (4, 112, 112, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    save_weights(tiny_vit(), None, tmp_path / "weights.safetensors")
+    export_onnx(classifier, noise[:2], tmp_path / "atm.onnx", tmp_path / "weights.safetensors")
+    export_torchscript(classifier, noise[:2], tmp_path / "atm.pt")
+    for exported in (OnnxClassifier(tmp_path / "atm.onnx"), TorchScriptClassifier(tmp_path / "atm.pt")):
+        assert largest_difference(classifier, exported, noise, (1, 2, 4)) < 1e-4
+        kept = exported(noise)[1]
+        assert (kept[:, 1:] == (kept[:, :1] if limit > 0 else torch.tensor([99, 50, 26]))).all()
+
+
+def test_graph_that_tells_other_tokens_is_found(pixels: Tensor) -> None:
+    classifier = frozen_adaptive("atm")
+
+    def wrong(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, tokens, gmacs = classifier(images)
+        return logits, tokens + 1, gmacs
+
+    batch = parity_pixels(classifier, pixels, 2)
+    assert largest_difference(classifier, classifier, batch, (1, 2)) == 0
+    with pytest.raises(ParityError, match="batch 1: tokens"):
+        largest_difference(classifier, wrong, batch, (1, 2))
+
+
 def test_joined_classifier_equals_the_embedding_apart(pixels: Tensor) -> None:
     joined = frozen("dtem", 32)
     assert joined.model.joined is not None
@@ -119,10 +173,13 @@ def test_joined_classifier_equals_the_embedding_apart(pixels: Tensor) -> None:
 def test_batch_is_the_only_dynamic_axis(published: Path) -> None:
     for file in published.glob("*.onnx"):
         session = onnxruntime.InferenceSession(file)
-        (pixels,), (logits,) = session.get_inputs(), session.get_outputs()
+        (pixels,), (logits, *costs) = session.get_inputs(), session.get_outputs()
         assert (pixels.name, pixels.type, pixels.shape[1:]) == ("pixels", "tensor(uint8)", [112, 112, 3])
         assert (logits.name, logits.type, logits.shape[1:]) == ("logits", "tensor(float)", [10])
         assert isinstance(pixels.shape[0], str)
+        if costs:
+            kinds = [(cost.name, cost.type, cost.shape[1:]) for cost in costs]
+            assert kinds == [("tokens", "tensor(int64)", [4]), ("gmacs", "tensor(float)", [])]
 
 
 def test_an_image_is_classified_alike_in_any_company(published: Path, pixels: Tensor) -> None:

@@ -1,0 +1,89 @@
+"""What a graph was measured to do: by itself, or as it is known of the same bytes on the same images."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from training.data.preprocessing import InputRule
+from training.data.sources import Source, pixel_batches
+from training.evaluate.accuracy import measure
+from training.evaluate.results import Row, read_evaluation
+from training.evaluate.table import adaptive_row, fixed_row
+from training.export.manifest import EVALUATION, MANIFEST, WEIGHTS, sha256, variant_key
+from training.models.calibration import Calibration
+from training.models.classifier import FrozenClassifier
+from training.models.macs import count_macs
+
+BATCH_SIZE = 50
+_MEASURED = "measured.json"  # kept in the work folder alone, to resume
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to make: the policies that it serves, at one rate or adapting to the image, and the model in it."""
+
+    policies: tuple[str, ...]
+    r: int | None
+    classifier: FrozenClassifier
+    calibration: Calibration | None = None
+
+    @property
+    def stem(self) -> str:
+        return variant_key(self.policies[0], self.r)
+
+
+def measured_row(
+    exported: Any, graph: Graph, name: str, rule: InputRule, source: Source, work: Path, predecessor: Path | None
+) -> tuple[Row, list[float]]:
+    """Measure a graph on the images, or take what is known of the same bytes: of this export before it was
+    interrupted, or of a published version. Return the row, and the tokens per block.
+    """
+    model = graph.classifier.model
+    kept = work / _MEASURED
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
+    if key in known:
+        entry, packed, tokens = known[key]
+        return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens
+    tokens = [float(count) for count in model.tokens]
+    row = _published_row(predecessor, graph, name, source, work) if graph.r is not None else None
+    if row is None:
+        batches = tqdm(
+            pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
+        )
+        result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
+        if graph.calibration is not None and result.tokens is not None:
+            row, tokens = adaptive_row(graph.calibration, result), result.tokens.mean(axis=0).tolist()
+        else:
+            gmacs = count_macs(model, (rule.height, rule.width)) / 1e9
+            row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result)
+    entry = {**asdict(row), "is_right": None}
+    known[key] = [entry, np.packbits(row.is_right).tobytes().hex(), tokens]
+    kept.write_text(json.dumps(known))
+    return row, tokens
+
+
+def _unpacked(packed: str, n_images: int) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=n_images).astype(bool)
+
+
+def _published_row(predecessor: Path | None, graph: Graph, name: str, source: Source, work: Path) -> Row | None:
+    """Return what a published version measured of the very same graph and weights on the same images, if it did."""
+    if predecessor is None or not (predecessor / f"{EVALUATION}.json").is_file():
+        return None
+    files = json.loads((predecessor / MANIFEST).read_text())["files"]
+    if any(files.get(file, {}).get("sha256") != sha256(work / file) for file in (name, WEIGHTS)):
+        return None
+    found = read_evaluation(predecessor / f"{EVALUATION}.json")
+    about = {"dataset": source.name, "split": source.split, "n_images": len(source)}
+    if any(found.about.get(field) != value for field, value in about.items()):
+        return None
+    return next((row for row in found.rows if row.key == graph.stem), None)
