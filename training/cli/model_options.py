@@ -88,6 +88,11 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin)
 
 
+def published_rule(folder: Path) -> InputRule:
+    """Return how a published version's images are prepared."""
+    return _rule_of(json.loads((folder / "manifest.json").read_text())["input"])
+
+
 def _rule_of(entry: dict[str, Any]) -> InputRule:
     stated: dict[str, Any] = {
         key: value for key, value in entry.items() if key not in ("name", "layout", "dtype", "crop")

@@ -132,10 +132,15 @@ def adaptive_matching(
     """
     if metric.shape[1] - n_protected < 2:
         return IDENTITY
-    a, b, is_a, is_b, scores = candidates(metric, size, split=split, score=score, n_protected=n_protected)
-    best, partner = scores.max(dim=-1)
-    merges = best > threshold  # (B, |A|)
-    places = torch.arange(b.shape[1], device=metric.device)
+    found = candidates(metric, size, split=split, score=score, n_protected=n_protected)
+    best, partner = found.scores.max(dim=-1)
+    return merge_candidates(found, best > threshold, partner, n_protected)
+
+
+def merge_candidates(found: Candidates, merges: Tensor, partner: Tensor, n_protected: int = 1) -> AdaptiveMatching:
+    """Merge some of A, each into its partner. Shapes: merges bool, partner int64 (B, |A|), a place in B"""
+    a, b, is_a, is_b, _ = found
+    places = torch.arange(b.shape[1], device=a.device)
     joins = merges.unsqueeze(1) & (partner.unsqueeze(1) == places.unsqueeze(-1))
     stays = torch.cat([torch.ones_like(is_a[:, :1]).expand(-1, n_protected), is_a & ~merges, is_b], dim=1)
     n_kept = stays.sum(dim=1, keepdim=True)
