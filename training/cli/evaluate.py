@@ -1,12 +1,13 @@
-"""Measure top-1, GMACs and images/s of merging policies over rates: a table, a JSON file and a picture.
+"""Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a picture.
 
-`python -m training.cli.evaluate --published model_store/reference/3 --out docs/policies`
+`python -m training.cli.evaluate --published model_store/reference/4 --out docs/policies`
 `python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
 `--calibrations runs/atm.json,runs/adaptive-dtem.json` adds rows of policies that adapt to the image, by thresholds that
 `training.cli.calibrate` found.
-`--published model_store/reference/3 --measured --out docs/policies` lays out what was measured when it was exported.
+`--published model_store/reference/4 --measured --out docs/policies` lays out what was measured when it was exported, on
+its very graphs; with --policies or --calibrations it measures in PyTorch what that lacks, on the same images.
 Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """
 
@@ -21,9 +22,25 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from training.cli.model_options import ChosenModel, add_model_options, calibrations, chosen_model, chosen_source, rates
+from training.cli.model_options import (
+    ChosenModel,
+    add_model_options,
+    calibrations,
+    chosen_model,
+    chosen_source,
+    published_calibrations,
+    rates,
+)
 from training.data.sources import Source, pixel_batches
-from training.evaluate.results import Row, adaptive_key, finished_rows, read_evaluation, with_suffix, write_evaluation
+from training.evaluate.results import (
+    Evaluation,
+    Row,
+    adaptive_key,
+    finished_rows,
+    read_evaluation,
+    with_suffix,
+    write_evaluation,
+)
 from training.evaluate.table import (
     POLICIES,
     check_policies,
@@ -46,11 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
     parser.add_argument("--policies", help=f"some of {', '.join(POLICIES)}, with commas (default: none, tome and dtem)")
     parser.add_argument(
-        "--measured", action="store_true", help="lay out what the export of --published measured, on its very graphs"
+        "--measured", action="store_true", help="begin with what the export of --published measured, on its very graphs"
     )
-    parser.add_argument(
-        "--calibrations", type=calibrations, default=[], help="files of training.cli.calibrate, with commas"
-    )
+    parser.add_argument("--calibrations", type=calibrations, help="files of training.cli.calibrate, with commas")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.npz, <out>.md and <out>.png")
     options = parser.parse_args(arguments)
@@ -63,15 +78,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.measured:
-        _lay_out_measured(options)
-        return
     chosen = chosen_model(options)
-    policies = chosen_policies(options, chosen, default="none,tome,dtem" if chosen.embedding else "none,tome")
+    published = _published(options) if options.measured else None
+    if published is not None:
+        options.n_images = published.about["n_images"]
+        options.split = published.about["split"]
     source = chosen_source(options, chosen.rule)
-    about = _about(options, chosen, source)
+    about = published.about if published is not None else _about(options, chosen, source)
     rows = finished_rows(options.out, about)
-    done = {(row.policy, row.r) for row in rows}
+    rows += [row for row in published.rows if row.key not in {known.key for known in rows}] if published else []
+    done = {row.key for row in rows}
+    calibrations = options.calibrations
+    if calibrations is None:
+        calibrations = [] if published is not None else published_calibrations(options.published)
 
     def classifiers(policy: str, r: int) -> ServedClassifier:
         return policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding)
@@ -80,27 +99,28 @@ def _evaluate(options: argparse.Namespace) -> None:
         n_batches = -(-len(source) // options.batch_size)
         return tqdm(pixel_batches(source, options.batch_size, n_workers=1), desc=title, total=n_batches, unit="batch")
 
-    plan = [entry for entry in planned(policies, options.rates) if entry not in done]
-    for row in evaluate(classifiers, chosen.rule, batches, plan):
-        rows.append(row)
-        write_evaluation(options.out, about, in_order(rows))
-    for calibration in options.calibrations:
-        key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
+    if published is None or options.policies:
+        policies = chosen_policies(options, chosen, default="none,tome,dtem" if chosen.embedding else "none,tome")
+        plan = [(policy, r) for policy, r in planned(policies, options.rates) if f"{policy}-r{r}" not in done]
+        for row in evaluate(classifiers, chosen.rule, batches, plan):
+            rows.append(row)
+            write_evaluation(options.out, about, in_order(rows))
+    for calibration in calibrations:
         classifier = AdaptiveClassifier(calibration.model(chosen.vit, chosen.embedding), chosen.rule).eval()
-        if key not in {row.key for row in rows}:
+        if adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop) not in done:
             rows.append(evaluate_adaptive(calibration, classifier, batches))
             write_evaluation(options.out, about, in_order(rows))
     if not rows:
-        raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: nothing to measure")
+        raise ValueError(f"policies {options.policies} at rates {options.rates}: nothing to measure")
+    write_evaluation(options.out, about, in_order(rows))
     _lay_out(options.out, about, in_order(rows))
 
 
-def _lay_out_measured(options: argparse.Namespace) -> None:
+def _published(options: argparse.Namespace) -> Evaluation:
+    """Read what the export of a version measured. Raises: ValueError without a version."""
     if not options.published:
         raise ValueError("--measured needs --published, a version in the store")
-    found = read_evaluation(options.published / "evaluation.json")
-    write_evaluation(options.out, found.about, in_order(found.rows))
-    _lay_out(options.out, found.about, in_order(found.rows))
+    return read_evaluation(options.published / "evaluation.json")
 
 
 def _lay_out(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -138,23 +138,22 @@ def _place(row: Row) -> float:
 
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    """Lay the rows out as a Markdown table, and say what images/s means. about: see `Evaluation`"""
+    """Lay the rows out as a Markdown table, and say what they are of. about: see `Evaluation`"""
     lines = [
-        "| policy | r | tokens left | GMACs | top-1 % | 95 % interval | images/s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| policy | r | tokens left | GMACs | top-1 % | 95 % interval |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     is_adaptive = any(row.r is None for row in rows)
     for row in rows:
         low, high = (f"{100 * bound:.2f}" for bound in row.ci95)
         lines.append(
             f"| {row.series} | {row.setting.removeprefix('r=')} | {_tokens(row)} | {_gmacs(row)} "
-            f"| {100 * row.top1:.2f} | {low} … {high} | {row.images_per_second:.0f} |"
+            f"| {100 * row.top1:.2f} | {low} … {high} |"
         )
     lines += [
         "",
-        f"GMACs of one image, merging included{_ADAPTIVE_NOTE if is_adaptive else ''}. "
-        f"images/s: inference alone, FP32, {_engine(about)}, "
-        f"beside whatever else the machine was doing: it compares policies roughly, and is not the service's speed.",
+        f"{about['n_images']} images of {about['dataset']}, split {about['split']}. "
+        f"GMACs of one image, merging included{_ADAPTIVE_NOTE if is_adaptive else ''}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -173,13 +172,6 @@ def _gmacs(row: Row) -> str:
     if row.gmacs_p5 is None or row.gmacs_p95 is None:
         return f"{row.gmacs:.3f}"
     return f"{row.gmacs:.3f} ({row.gmacs_p5:.3f} … {row.gmacs_p95:.3f})"
-
-
-def _engine(about: Mapping[str, Any]) -> str:
-    batches = f"batches of {about['batch_size']}"
-    if "engine" in about:
-        return f"the exported graphs ({about['engine']}), {batches}, one a core at a time"
-    return f"eager PyTorch, {batches} one at a time"
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:

@@ -10,13 +10,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import evaluate
+from training.cli import compare, evaluate
 from training.cli.model_options import add_model_options, chosen_model
 from training.data.digits import draw
 from training.data.sources import open_source, pixel_batches
 from training.evaluate.results import Row, read_evaluation, write_evaluation
-from training.models.classifier import frozen_classifier
-from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.merging.adaptive import Thresholds
+from training.models.calibration import Calibration, Measured, load_calibration
+from training.models.classifier import AdaptiveClassifier, frozen_classifier
+from training.models.embedding import DecoupledEmbedding, EmbeddingConfig, load_embedding
+from training.models.weights import weights_digest
 
 
 @pytest.fixture
@@ -90,6 +93,55 @@ def _options(command: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_model_options(parser)
     return parser.parse_known_args(command)[0]
+
+
+@pytest.fixture
+def adaptive(tmp_path: Path, embedding: list[str]) -> list[str]:
+    """Write calibrations of two policies, and return the option that names them."""
+    measured = Measured("digits-on-photographs", "validation", 100, True, 0.1, 0.05, 0.0, (-1.0, 1.0))
+    rest = (0.5, 0, 160, measured, measured)
+    own = load_embedding(Path(embedding[1]))
+    for metric, digest in (("features", None), ("embedding", weights_digest(own))):
+        limits = Thresholds(0.9, 0.05, 0.5, 2)
+        Calibration(metric, limits, weights_digest(tiny_vit()), digest, *rest).save(tmp_path / f"{metric}.json")  # type: ignore[arg-type]
+    return [*embedding, "--calibrations", f"{tmp_path / 'features.json'},{tmp_path / 'embedding.json'}"]
+
+
+def test_policies_that_adapt_have_rows_of_their_own(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
+    assert evaluate.main([*command, *adaptive]) == 0
+    found = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
+    assert list(found)[-2:] == ["atm-features-drop0.5", "adaptive-dtem-embedding-drop0.5"]
+    row = found["atm-features-drop0.5"]
+    chosen = chosen_model(_options(command))
+    pixels, labels = next(pixel_batches(open_source("digits", chosen.rule, 24), 24, n_workers=0))
+    classifier = AdaptiveClassifier(load_calibration(tmp_path / "features.json").model(chosen.vit), chosen.rule).eval()
+    with torch.inference_mode():
+        logits, tokens, gmacs = classifier(pixels)
+    assert row.is_right.tolist() == (logits.argmax(1) == labels).tolist()
+    assert (row.r, row.metric, row.max_accuracy_drop) == (None, "features", 0.5)
+    assert row.gmacs == pytest.approx(float(gmacs.mean()), rel=1e-6)
+    assert row.tokens_left == pytest.approx(float(tokens[:, -1].double().mean()))
+    spread = np.percentile(gmacs.numpy(), [5, 95])
+    assert [row.gmacs_p5, row.gmacs_p95] == pytest.approx(spread.tolist(), rel=1e-6)
+    table = (tmp_path / "result.md").read_text()
+    assert (
+        f"| atm (features) | drop 0.5 | {row.tokens_left:.1f} | {row.gmacs:.3f} ({spread[0]:.3f} … {spread[1]:.3f}) |"
+        in table
+    )
+    assert evaluate.main([*command, *adaptive]) == 0  # resumes: nothing is left to do
+    found = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
+    assert found["atm-features-drop0.5"].images_per_second == row.images_per_second
+
+
+def test_a_policy_that_adapts_can_be_compared(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
+    assert evaluate.main([*command, *adaptive]) == 0
+    pair = [str(tmp_path / "result.json"), "--base", "none", "--other", "tome,atm", "--out", str(tmp_path / "pairs")]
+    assert compare.main(pair) == 0
+    (*_, last) = json.loads((tmp_path / "pairs.json").read_text())["comparisons"]
+    assert (last["other"]["series"], last["other"]["setting"]) == ("atm (features)", "drop 0.5")
+    assert "| none r=0 | atm (features) drop 0.5 |" in (tmp_path / "pairs.md").read_text()
+    with Image.open(tmp_path / "pairs.png") as picture:
+        assert picture.width > 500
 
 
 def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -> None:
