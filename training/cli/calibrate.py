@@ -215,7 +215,7 @@ def _table(found: Calibration) -> str:
 
 
 def _plot(trials: list[Trial], best: Trial, found: Calibration, file: Path) -> None:
-    """Draw every trial: what it costs and what it loses."""
+    """Draw every trial: what it costs and what it loses. Outside the bound is also what may have been lucky."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for is_inside, colour, label in ((True, "tab:green", "inside the bound"), (False, "tab:gray", "outside")):
@@ -224,7 +224,8 @@ def _plot(trials: list[Trial], best: Trial, found: Calibration, file: Path) -> N
     axes.scatter([best.gmacs], [best.loss_points], s=90, facecolors="none", edgecolors="tab:red", label="chosen")
     axes.axvline(found.calibrated.unmerged_gmacs, color="black", linewidth=1, linestyle=":")
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.set(xlabel="GMACs per image (dotted: unmerged)", ylabel="top-1 lost, points")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="GMACs per image (dotted: unmerged)", ylabel="top-1 lost on the images that it met, points")
     axes.set_title(
         f"{found.policy} by {found.metric}: {len(trials)} trials, at most {found.max_accuracy_drop} points lost",
         fontsize=10,
