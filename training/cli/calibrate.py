@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--metric", choices=get_args(AdaptiveMetric), default="features", help="what tokens are compared by"
     )
     parser.add_argument("--score", choices=get_args(Score), default="similarity", help="what must exceed the threshold")
+    parser.add_argument("--split-depth", type=int, help="blocks before tokens split by size; default: searched too")
     parser.add_argument("--n-trials", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="a PyTorch device, as cuda")
@@ -65,6 +66,9 @@ def _calibrate(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {least}")
     began_at = time.perf_counter()
     chosen = chosen_model(options)
+    depth = len(chosen.vit.blocks)  # type: ignore[arg-type]
+    if options.split_depth is not None and not 0 <= options.split_depth <= depth:
+        raise ValueError(f"--split-depth {options.split_depth}: expected from 0 to the ViT's {depth} blocks")
     if options.metric == "embedding" and chosen.embedding is None:
         raise ValueError("--metric embedding needs one: name it by --embedding, or a --run or --published with one")
     source, unseen = _sources(options, chosen)
@@ -105,6 +109,7 @@ def _calibrate(options: argparse.Namespace) -> None:
             n_trials=options.n_trials,
             seed=options.seed,
             score=options.score,
+            split_depth=options.split_depth,
             known=known,
             on_trial=on_trial,
         )
@@ -168,7 +173,7 @@ def _load(title: str, source: Source) -> tuple[Tensor, Tensor]:
 
 
 def _about(options: argparse.Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
-    names = ("metric", "score", "max_accuracy_drop", "n_trials", "seed", "unlabelled", "device")
+    names = ("metric", "score", "split_depth", "max_accuracy_drop", "n_trials", "seed", "unlabelled", "device")
     return {
         **{name: getattr(options, name) for name in names},
         "dataset": source.name,

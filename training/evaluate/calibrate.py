@@ -208,11 +208,13 @@ def search(
     n_trials: int,
     seed: int,
     score: Score = "similarity",
+    split_depth: int | None = None,
     known: Sequence[Trial] = (),
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Trial:
     """Return the cheapest thresholds inside the bound.
 
+    split_depth: fixed, or None where it is searched too.
     known: the trials that an interrupted search had made, in their order; they are not made again.
     Raises: ValueError where none is inside the bound.
     """
@@ -239,9 +241,9 @@ def search(
     generations = max(0, math.ceil(n_trials / (4 * _POPULATION)) - 1)
     differential_evolution(
         objective,
-        [*_BOUNDS, (0, judge.depth)],
+        [*_BOUNDS, (0, judge.depth) if split_depth is None else (split_depth, split_depth)],
         integrality=[False, False, False, True],
-        x0=[*_START, judge.depth],
+        x0=[*_START, judge.depth if split_depth is None else split_depth],
         popsize=_POPULATION,
         maxiter=generations,
         tol=0,

@@ -124,6 +124,13 @@ def test_search_comes_close_to_the_best_and_repeats_itself() -> None:
     assert other.thresholds != best.thresholds
 
 
+def test_split_depth_may_be_fixed() -> None:
+    trials: list[Trial] = []
+    search(FakeJudge(), 0.0, n_trials=40, seed=1, split_depth=3, on_trial=trials.append)  # type: ignore[arg-type]
+    assert {trial.thresholds.split_depth for trial in trials} == {3}
+    assert len(trials) == 40
+
+
 def test_search_takes_up_known_trials_and_ends_as_it_would_have() -> None:
     trials: list[Trial] = []
     best = search(FakeJudge(), 0.0, n_trials=100, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
@@ -266,6 +273,7 @@ def test_folder_is_parted_in_images_to_search_by_and_others(command: list[str], 
         (["--n-images", "0"], "--n-images 0: expected at least 1"),
         (["--max-accuracy-drop", "-1"], "--max-accuracy-drop -1.0: expected at least 0"),
         (["--max-accuracy-drop", "nan"], "--max-accuracy-drop nan"),
+        (["--split-depth", "4"], "--split-depth 4: expected from 0 to the ViT's 3 blocks"),
         (["--split", "test"], "calibrate on train or validation"),
         (["--metric", "embedding"], "--metric embedding needs one"),
         (["--data", "FOLDER", "--n-unseen", "500"], "has 3 images; 60 to calibrate and 500"),
