@@ -1,6 +1,6 @@
 """Time every graph of a published version against its r = 0, in turn, in one process, with its accuracy beside.
 
-`python -m benchmarks.graphs --published model_store/reference/3 --batches 1,8 --rounds 30`
+`python -m benchmarks.graphs --published model_store/reference/4 --batches 1,8 --rounds 30`
 The graphs take turns within a round, so that a drift of the machine meets all of them; medians over rounds are given.
 A round is the same test images for each graph, in batches: what a policy that adapts does depends on the images.
 """
@@ -89,7 +89,7 @@ def _accuracy(measured: dict[str, Any] | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/3"))
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"))
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--data", default="digits", help="'digits' or a folder with one folder a class")
