@@ -70,14 +70,14 @@ def variant_entries(
     return [{"id": f"{variant_key(policy, row.r)}-float32-{form}", "policy": policy, **entry} for policy in policies]
 
 
-def accuracy_entry(row: Row, source: Source) -> dict[str, Any]:
+def accuracy_entry(row: Row, source: Source, date: str) -> dict[str, Any]:
     return {
         "top1": row.top1,
         "dataset": source.name,
         "split": source.split,
         "n_images": row.n_images,
         "ci95": list(row.ci95),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": date,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,23 @@ class Graph:
 
 def measured_row(
     exported: Any, graph: Graph, name: str, rule: InputRule, source: Source, work: Path, predecessor: Path | None
-) -> tuple[Row, list[float]]:
+) -> tuple[Row, list[float], str]:
     """Measure a graph on the images, or take what is known of the same bytes: of this export before it was
-    interrupted, or of a published version. Return the row, and the tokens per block.
+    interrupted, or of a published version. Return the row, the tokens per block, and the date it was measured on.
     """
     model = graph.classifier.model
     kept = work / _MEASURED
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
     if key in known:
-        entry, packed, tokens = known[key]
-        return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens
+        entry, packed, tokens, date = known[key]
+        return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens, date
     tokens = [float(count) for count in model.tokens]
     row = _published_row(predecessor, graph, name, source, work) if graph.r is not None else None
-    if row is None:
+    if row is not None and predecessor is not None:
+        date = _published_date(predecessor, name)
+    else:
+        date = datetime.now(UTC).date().isoformat()
         batches = tqdm(
             pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
         )
@@ -66,9 +70,14 @@ def measured_row(
             gmacs = count_macs(model, (rule.height, rule.width)) / 1e9
             row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result)
     entry = {**asdict(row), "is_right": None}
-    known[key] = [entry, np.packbits(row.is_right).tobytes().hex(), tokens]
+    known[key] = [entry, np.packbits(row.is_right).tobytes().hex(), tokens, date]
     kept.write_text(json.dumps(known))
-    return row, tokens
+    return row, tokens, date
+
+
+def _published_date(predecessor: Path, name: str) -> str:
+    variants = json.loads((predecessor / MANIFEST).read_text())["variants"]
+    return str(next(variant["accuracy"]["date"] for variant in variants if variant["file"] == name))
 
 
 def _unpacked(packed: str, n_images: int) -> NDArray[np.bool_]:

@@ -207,9 +207,9 @@ def _export_all(
             parity[name] = largest_difference(graph.classifier, exported, pixels)
             if parity[name] > plan.parity_tolerance:
                 raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {plan.parity_tolerance:.0e}")
-            row, tokens = measured_row(exported, graph, name, rule, source, work, predecessor)
+            row, tokens, date = measured_row(exported, graph, name, rule, source, work, predecessor)
             rows.setdefault(row.key, row)  # of several formats the first
-            variants += variant_entries(graph.policies, name, row, tokens, accuracy_entry(row, source))
+            variants += variant_entries(graph.policies, name, row, tokens, accuracy_entry(row, source, date))
         golden |= _golden_outputs(graph, golden["pixels"])
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
     np.savez(work / GOLDEN, **arrays)

@@ -178,6 +178,8 @@ def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
     file = store / "tiny" / "1" / "manifest.json"
     content = json.loads(file.read_text())
     content["variants"] = [variant for variant in content["variants"] if not variant["data_dependent"]]
+    for variant in content["variants"]:
+        variant["accuracy"]["date"] = "2026-01-02"
     file.write_text(json.dumps(content))  # so that none is exported again: those take long
     counted: list[int] = []
     measure = accuracy.measure
@@ -196,6 +198,9 @@ def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
         len(counted) == 4
     )  # r = 16 of two policies, and the two that adapt, of whose tokens an evaluation tells too little
     assert after["dtem-r8"] == before["dtem-r8"]
+    variants = json.loads((store / "tiny" / "2" / "manifest.json").read_text())["variants"]
+    dates = {(variant["policy"], variant["r"]): variant["accuracy"]["date"] for variant in variants}
+    assert dates["dtem", 8] == dates["tome", 8] == "2026-01-02" < dates["tome", 16]
     assert after["dtem-r8"].is_right.tolist() == before["dtem-r8"].is_right.tolist()
     assert "tome-r16" not in before
 
