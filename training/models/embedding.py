@@ -136,7 +136,7 @@ class JoinedProjections(nn.Module):
 
 @torch.no_grad()
 def _joined(qkv: nn.Linear, own: Any) -> nn.Linear:
-    bias = qkv.bias if qkv.bias is not None else torch.zeros(qkv.out_features)
+    bias = qkv.bias if qkv.bias is not None else torch.zeros(qkv.out_features, device=qkv.weight.device)
     layer = nn.Linear(qkv.in_features, qkv.out_features + own.out_features)
     layer.weight.copy_(torch.cat([qkv.weight, own.weight]))
     layer.bias.copy_(torch.cat([bias, own.bias]))
