@@ -3,6 +3,7 @@
 ATM (nothing learned):  `python -m training.cli.calibrate --published model_store/reference/4 --max-accuracy-drop 0.0
                          --metric features --out runs/atm`
 adaptive DTEM:          the same with `--metric embedding`
+Without --out and a model, it is the newest reference model, and files in runs/calibrations.
 Your own ViT:           `--architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val`
 Without labels:         `--unlabelled`, and a prediction that changes counts as lost.
 Writes <out>.json, the calibration, which evaluate and export take by --calibrations; <out>.trials.jsonl, by which an
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from training.cli.model_options import ChosenModel, add_model_options, chosen_model
+from training.cli.model_options import ChosenModel, add_model_options, chosen_model, newest_version
 from training.data.sources import Source, open_source, pixel_batches
 from training.evaluate.calibrate import Judge, Trial, read_trials, search, write_trial
 from training.evaluate.results import with_suffix
@@ -50,8 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n-trials", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="a PyTorch device, as cuda")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="default: runs/calibrations/<metric>-<drop>")
     options = parser.parse_args(arguments)
+    options.out = options.out or Path("runs/calibrations") / f"{options.metric}-{options.max_accuracy_drop:g}"
+    if not (options.run or options.published or options.architecture):
+        options.published = newest_version(Path("model_store") / "reference")
     try:
         _calibrate(options)
     except (ValueError, OSError) as err:

@@ -88,6 +88,12 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin)
 
 
+def newest_version(model: Path) -> Path | None:
+    """Return the folder of a model's highest version, None where there is none."""
+    versions = [folder for folder in model.iterdir() if folder.name.isdigit()] if model.is_dir() else []
+    return max(versions, key=lambda folder: int(folder.name), default=None)
+
+
 def published_rule(folder: Path) -> InputRule:
     """Return how a published version's images are prepared."""
     return _rule_of(json.loads((folder / "manifest.json").read_text())["input"])

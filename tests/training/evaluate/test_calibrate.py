@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import calibrate
+from training.cli.model_options import newest_version
 from training.data.digits import draw
 from training.data.sources import REFERENCE_INPUT
 from training.evaluate import calibrate as calibration
@@ -231,6 +232,26 @@ def test_interrupted_command_resumes_to_the_same_file(
     assert calibrate.main(command) == 0
     assert (tmp_path / "found" / "atm.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert len(read_trials(log)) == 20
+
+
+def test_without_a_model_it_is_the_newest_reference_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def stop(options: Any) -> None:
+        seen.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(calibrate, "_calibrate", stop)
+    assert calibrate.main(["--max-accuracy-drop", "0.0"]) == 2
+    assert seen[0].published == newest_version(Path("model_store/reference"))
+    assert (seen[0].published / "atm.json").is_file()
+    assert str(seen[0].out) == "runs/calibrations/features-0"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)  # where there is no store
+    assert calibrate.main([]) == 2
+    assert "expected exactly one of --run, --published and --architecture" in capsys.readouterr().err
 
 
 def test_trials_of_another_search_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
