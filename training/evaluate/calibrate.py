@@ -234,9 +234,9 @@ def search(
             best, best_costs = trial, costs if costs is not None else judge.judge(found, 0, len(judge))[1]
         if trial.is_inside:
             return trial.gmacs / judge.unmerged_gmacs
-        return (
-            1 + trial.loss_points * trial.n_images
-        )  # dearer than any that is inside, and the more so the more it loses
+        # Dearer than any that is inside, and the more so the more it loses; but what has won more than it lost, and may
+        # owe that to luck, comes out cheaper: it draws the search on, and is never the result.
+        return 1 + trial.loss_points * trial.n_images
 
     generations = max(0, math.ceil(n_trials / (4 * _POPULATION)) - 1)
     differential_evolution(
