@@ -26,13 +26,11 @@ from torch import Tensor
 from benchmarks.timing import Ratio, open_session, paired_ratio, time_in_turns
 from training.cli.model_options import add_model_options, chosen_model, chosen_source, published_calibrations
 from training.data.sources import pixel_batches
-from training.merging.adaptive import candidates, merge_candidates
+from training.merging.adaptive import merge_candidates
 from training.merging.matching import Matching
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.calibration import Calibration, adaptive_model
 from training.models.classifier import AdaptiveClassifier
-
-RULES = ("alone", "padded", "sorted", "oracle", "min", "mean")
 
 
 class SharedCount(AdaptiveVisionTransformer):
@@ -41,8 +39,7 @@ class SharedCount(AdaptiveVisionTransformer):
     rule = "min"
 
     def decide_similar(self, block: int, metric: Tensor, size: Tensor) -> Matching:
-        split, score = self.thresholds.split(block), self.thresholds.score
-        found = candidates(metric, size, split=split, score=score, n_protected=self.n_protected)
+        found = self.candidates(block, metric, size)
         best, partner = found.scores.max(dim=-1)
         counts = (best > self._per_block[block]).sum(dim=1)
         r = int(counts.min()) if self.rule == "min" else round(float(counts.float().mean()))

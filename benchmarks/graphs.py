@@ -44,10 +44,11 @@ def time_graphs(folder: Path, batches: Sequence[int], n_rounds: int, n_threads: 
         variants, key=lambda file: (variants[file]["r"] != 0, variants[file]["policy"], variants[file]["r"] or 0)
     )
     sessions = {file: open_session(folder / file, n_threads) for file in files}
+    rule = published_rule(folder)
     timings = []
     for batch in batches:
-        n_images = batch * max(1, -(-_N_IMAGES // batch))
-        images = open_source(data, published_rule(folder), n_images)
+        n_images = batch * -(-_N_IMAGES // batch)
+        images = open_source(data, rule, n_images)
         pixels = np.stack([images[index][0].numpy() for index in range(n_images)])
         parts = [pixels[begin : begin + batch] for begin in range(0, n_images, batch)]
         runs = {file: functools.partial(_run_all, session, parts) for file, session in sessions.items()}

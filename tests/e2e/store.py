@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from tests.integration.server import ROOT
+from training.cli import model_options
 
 
 def newest_version(name: str) -> Path:
     """Return the folder of a model's highest version."""
-    return max((path for path in (ROOT / "model_store" / name).iterdir() if path.name.isdigit()), key=_number)
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name)
+    folder = model_options.newest_version(ROOT / "model_store" / name)
+    assert folder is not None
+    return folder

@@ -1,8 +1,6 @@
 """Policies that adapt to the image, on the model in the repository: a real server, plain and cluttered images."""
 
 import io
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.e2e.store import newest_version
-from tests.integration.server import ROOT, Server
+from tests.integration.server import ROOT
 from training.cli.model_options import published_calibrations, published_rule
 from training.data.sources import DigitScenes, pixel_batches
 from training.evaluate.accuracy import measure
@@ -27,21 +25,6 @@ from training.models.vit import load_vit
 FOLDER = newest_version("reference")
 POLICIES = ["atm", "adaptive-dtem"]
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png"))
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with (
-        Server(ROOT / "model_store", tmp_path_factory.mktemp("log") / "server.log") as server,
-        httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
-    ):
-        yield client
-
-
-@pytest.fixture(scope="module")
-def manifest() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text())
-    return content
 
 
 @pytest.fixture(scope="module")

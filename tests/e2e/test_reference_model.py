@@ -3,7 +3,6 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.e2e.store import newest_version
-from tests.integration.server import ROOT, Server
+from tests.integration.server import ROOT
 from training.data.preprocessing import read_pixels
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import measure
@@ -28,21 +27,6 @@ from training.models.vit import MetricChoice, load_vit
 FOLDER = newest_version("reference")
 RATES = list(range(0, 17, 2))
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in (".jpg", ".png"))
-
-
-@pytest.fixture(scope="module")
-def manifest() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text())
-    return content
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with (
-        Server(ROOT / "model_store", tmp_path_factory.mktemp("log") / "server.log") as server,
-        httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client,
-    ):
-        yield client
 
 
 def fixed(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -55,9 +55,8 @@ def measured_row(
         entry, packed, tokens, date = known[key]
         return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens, date
     tokens = [float(count) for count in model.tokens]
-    row = _published_row(predecessor, graph, name, source, work) if graph.r is not None else None
-    if row is not None and predecessor is not None:
-        date = _published_date(predecessor, name)
+    if published := _published(predecessor, graph, name, source, work):
+        row, date = published
     else:
         date = datetime.now(UTC).date().isoformat()
         batches = tqdm(
@@ -75,24 +74,24 @@ def measured_row(
     return row, tokens, date
 
 
-def _published_date(predecessor: Path, name: str) -> str:
-    variants = json.loads((predecessor / MANIFEST).read_text())["variants"]
-    return str(next(variant["accuracy"]["date"] for variant in variants if variant["file"] == name))
-
-
 def _unpacked(packed: str, n_images: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=n_images).astype(bool)
 
 
-def _published_row(predecessor: Path | None, graph: Graph, name: str, source: Source, work: Path) -> Row | None:
-    """Return what a published version measured of the very same graph and weights on the same images, if it did."""
-    if predecessor is None or not (predecessor / f"{EVALUATION}.json").is_file():
+def _published(predecessor: Path | None, graph: Graph, name: str, source: Source, work: Path) -> tuple[Row, str] | None:
+    """Return what a published version measured of the very same graph and weights on the same images, and when.
+
+    None where it did not, and for a graph that adapts, of whose tokens per block an evaluation tells nothing.
+    """
+    if predecessor is None or graph.r is None or not (predecessor / f"{EVALUATION}.json").is_file():
         return None
-    files = json.loads((predecessor / MANIFEST).read_text())["files"]
+    manifest = json.loads((predecessor / MANIFEST).read_text())
+    files = manifest["files"]
     if any(files.get(file, {}).get("sha256") != sha256(work / file) for file in (name, WEIGHTS)):
         return None
     found = read_evaluation(predecessor / f"{EVALUATION}.json")
     about = {"dataset": source.name, "split": source.split, "n_images": len(source)}
-    if any(found.about.get(field) != value for field, value in about.items()):
+    row = next((row for row in found.rows if row.key == graph.stem), None)
+    if row is None or any(found.about.get(field) != value for field, value in about.items()):
         return None
-    return next((row for row in found.rows if row.key == graph.stem), None)
+    return row, next(variant["accuracy"]["date"] for variant in manifest["variants"] if variant["file"] == name)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.merging.adaptive import candidates
 from training.merging.matching import Matching, cosine_scores
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.classifier import AdaptiveClassifier, FrozenClassifier, ServedClassifier
@@ -97,9 +96,7 @@ def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decis
     limits = model.thresholds.per_block(len(model.vit.blocks))
 
     def record(block: int, metric: Tensor, size: Tensor) -> None:
-        split, score = model.thresholds.split(block), model.thresholds.score
-        found = candidates(metric, size, split=split, score=score, n_protected=model.n_protected)
-        seen.append((limits[block], found.scores))
+        seen.append((limits[block], model.candidates(block, metric, size).scores))
 
     with _recorded(model, "decide_similar", record):
         classifier(pixels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.merging import AttentionForm, identity_source, key_metric
-from training.merging.adaptive import Thresholds, adaptive_matching, half_sizes
+from training.merging.adaptive import Candidates, Thresholds, adaptive_matching, candidates, half_sizes
 from training.merging.matching import IDENTITY, Matching
 from training.models.embedding import DecoupledEmbedding
 from training.models.macs import macs_of_tokens
@@ -115,6 +115,11 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
             score=self.thresholds.score,
             n_protected=self.n_protected,
         )
+
+    def candidates(self, block: int, metric: Tensor, size: Tensor) -> Candidates:
+        """Return what could merge in a block. Shapes: as `decide_similar`"""
+        split, score = self.thresholds.split(block), self.thresholds.score
+        return candidates(metric, size, split=split, score=score, n_protected=self.n_protected)
 
     def _weight(self, size: Tensor | None) -> Tensor | None:
         """Absent rows draw no attention, whether or not it is proportional."""
