@@ -91,6 +91,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     calibrations = options.calibrations
     if calibrations is None:
         calibrations = [] if published is not None else published_calibrations(options.published)
+    keys = [adaptive_key(one.policy, one.metric, one.max_accuracy_drop) for one in calibrations]
+    if len(set(keys)) < len(keys):  # an evaluation knows its rows by their keys
+        raise ValueError(f"calibrations {', '.join(keys)}: expected no two of one policy, metric and drop")
 
     def classifiers(policy: str, r: int) -> ServedClassifier:
         return policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding)
@@ -105,9 +108,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         for row in evaluate(classifiers, chosen.rule, batches, plan):
             rows.append(row)
             write_evaluation(options.out, about, in_order(rows))
-    for calibration in calibrations:
+    for key, calibration in zip(keys, calibrations, strict=True):
         classifier = AdaptiveClassifier(calibration.model(chosen.vit, chosen.embedding), chosen.rule).eval()
-        if adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop) not in done:
+        if key not in done:
             rows.append(evaluate_adaptive(calibration, classifier, batches))
             write_evaluation(options.out, about, in_order(rows))
     if not rows:

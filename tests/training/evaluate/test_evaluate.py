@@ -133,6 +133,15 @@ def test_policies_that_adapt_have_rows_of_their_own(command: list[str], adaptive
     assert found["atm-features-drop0.5"].images_per_second == row.images_per_second
 
 
+def test_two_calibrations_that_one_row_would_hold_are_refused(
+    command: list[str], adaptive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "features.json")
+    assert evaluate.main([*command, *adaptive, "--calibrations", f"{file},{file}"]) == 2
+    assert "atm-features-drop0.5, atm-features-drop0.5: expected no two" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_policy_that_adapts_can_be_compared(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
     assert evaluate.main([*command, *adaptive]) == 0
     pair = [str(tmp_path / "result.json"), "--base", "none", "--other", "tome,atm", "--out", str(tmp_path / "pairs")]
