@@ -104,6 +104,14 @@ class InvalidParameter(ServiceError):
     """A query parameter whose value cannot be used."""
 
 
+class ConflictingParameters(ServiceError):
+    """Query parameters that exclude each other."""
+
+
+class BudgetNotMet(ServiceError):
+    """No variant is as cheap, or as accurate, as was asked for."""
+
+
 class RateNotExported(ServiceError):
     """A reduction rate for which the policy has no graph."""
 
@@ -122,6 +130,14 @@ class MissingFile(ServiceError):
 
 class QueueFull(ServiceError):
     """As many images inside as the service admits."""
+
+
+class DeadlineUnmeetable(ServiceError):
+    """At the present load, not even the cheapest variant would answer in time."""
+
+
+class DeadlinePassed(ServiceError):
+    """The deadline is past, or so near that no run would end before it."""
 
 
 class ClientGone(ServiceError):
@@ -165,16 +181,20 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     UnknownParameter: (422, "unknown_parameter"),
     DuplicateParameter: (422, "duplicate_parameter"),
     InvalidParameter: (422, "invalid_parameter"),
+    ConflictingParameters: (422, "conflicting_parameters"),
+    BudgetNotMet: (422, "budget_not_met"),
     RateNotExported: (422, "rate_not_exported"),
     UnknownPolicy: (422, "unknown_policy"),
     UnknownPart: (422, "unknown_part"),
     MissingFile: (422, "missing_file"),
     QueueFull: (429, "queue_full"),
+    DeadlineUnmeetable: (429, "deadline_unmeetable"),
     ClientGone: (499, "client_gone"),
     InferenceFailed: (500, "inference_failed"),
     InternalError: (500, "internal_error"),
     NotReady: (503, "not_ready"),
     ShuttingDown: (503, "shutting_down"),
+    DeadlinePassed: (504, "deadline_passed"),
 }
 
 

@@ -67,7 +67,8 @@ class Boundary:
 
 
 def _log(exchange: Exchange, status: int) -> None:
-    variant = f"model={exchange.model} policy={exchange.policy} r={exchange.r}"
+    model, policy, r = exchange.variant
+    variant = f"model={model} policy={policy} r={r}"
     stages = " ".join(f"{name}_ms={value}" for name, value in exchange.durations_ms().items())
     reasons = f" refused={','.join(exchange.refusals)}" if exchange.refusals else ""
     logger.info("classify %d %s images=%d %s%s", status, variant, exchange.n_images, stages, reasons)
