@@ -2,6 +2,7 @@
 the log and these collectors.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,13 +18,24 @@ VARIANT = ["model", "policy", "r"]  # r is empty where the policy adapts to the 
 
 @dataclass
 class Exchange:
-    """One `/classify` request as it goes: which variant, how long each stage took, what was refused."""
+    """One request as it goes: which variant, when each stage began and how long it took, what was refused.
 
+    Units: seconds of time.perf_counter.
+    """
+
+    request_id: str = ""
+    started_at: float = field(default_factory=time.perf_counter)
     model: str = ""
+    version: str = ""
     policy: str = ""
     r: str = ""
+    batch_size: int | None = None
+    degraded: bool = False
+    decode_started_at: list[float] = field(default_factory=list)  # as decode_seconds
     decode_seconds: list[float] = field(default_factory=list)  # one per image
+    queue_started_at: float | None = None
     queue_seconds: float | None = None
+    inference_started_at: float | None = None
     inference_seconds: float | None = None
     total_seconds: float | None = None
     n_images: int = 0  # classified
@@ -38,6 +50,27 @@ class Exchange:
     def durations_ms(self) -> dict[str, float]:
         """Units: ms per stage, of all images together."""
         return {name: round(sum(seconds) * 1e3, 3) for name, seconds in self.stages.items()}
+
+    def stage_times(self) -> list[tuple[str, float, float]]:
+        """List the stages that came to an end: name, start, seconds."""
+        decodes = zip(self.decode_started_at, self.decode_seconds, strict=True)
+        times = [("decode", started_at, seconds) for started_at, seconds in decodes]
+        if self.queue_started_at is not None and self.queue_seconds is not None:
+            times.append(("queue", self.queue_started_at, self.queue_seconds))
+        if self.inference_started_at is not None and self.inference_seconds is not None:
+            times.append(("inference", self.inference_started_at, self.inference_seconds))
+        return times
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """Say what ran, for logs and traces; nothing of a request that was refused before that was known."""
+        if not self.model:
+            return {}
+        facts: dict[str, str | int | bool] = {"model": self.model, "version": self.version, "policy": self.policy}
+        if self.r:
+            facts["r"] = int(self.r)
+        if self.batch_size is not None:
+            facts["batch_size"] = self.batch_size
+        return {**facts, "images": self.n_images, "degraded": self.degraded}
 
 
 class Metrics:
@@ -75,12 +108,15 @@ class Metrics:
     def announce_model(self, model: str, version: str, graph_format: str, device: str) -> None:
         self._info.labels(model, version, graph_format, device).set(1)
 
+    def count_refusal(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
     def observe(self, exchange: Exchange, code: int) -> None:
         """Count an exchange that has ended."""
         variant = (exchange.model, exchange.policy, exchange.r)
         self._requests.labels(*variant, str(code)).inc()
         for reason in exchange.refusals:
-            self._refusals.labels(reason).inc()
+            self.count_refusal(reason)
         if exchange.n_images:
             self._images.labels(*variant).inc(exchange.n_images)
         for n_tokens in exchange.kept_tokens:

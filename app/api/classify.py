@@ -59,7 +59,7 @@ def make_router(service: Service) -> APIRouter:
         CLASSIFY_PATH,
         summary="Classify one image, or several",
         response_model=Classification | Results,
-        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503)},
+        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503)},
         openapi_extra={"requestBody": BODY},
         dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
     )
@@ -76,7 +76,8 @@ async def _classify(service: Service, request: Request, query: selection.Query) 
     exchange: Exchange = request.scope[EXCHANGE]
     chosen = select(service.require_ready(), query)
     entry = chosen.variant.entry
-    exchange.model, exchange.policy = chosen.model.manifest.name, entry.policy
+    exchange.model, exchange.version = chosen.model.manifest.name, chosen.model.manifest.version
+    exchange.policy = entry.policy
     exchange.r = "" if entry.r is None else str(entry.r)
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)

@@ -42,6 +42,7 @@ Outcome = Classified | ServiceError
 @dataclass(frozen=True)
 class Decoded:
     pixels: Pixels
+    started_at: float
     seconds: float
 
 
@@ -104,12 +105,16 @@ class Service:
             rule = chosen.model.manifest.input
             decoded = await asyncio.gather(*(self._decode(data, rule) for data in files))
             good = [item for item in decoded if isinstance(item, Decoded)]
+            exchange.decode_started_at = [item.started_at for item in good]
             exchange.decode_seconds = [item.seconds for item in good]
             exchange.refusals += [status_and_code(item)[1] for item in decoded if isinstance(item, ServiceError)]
             if not good:
                 return [item for item in decoded if isinstance(item, ServiceError)]
+            exchange.queue_started_at = time.perf_counter()
             inference = await self._infer(chosen.variant, good)
         exchange.queue_seconds, exchange.inference_seconds = inference.queue_seconds, inference.inference_seconds
+        exchange.inference_started_at = exchange.queue_started_at + inference.queue_seconds
+        exchange.batch_size = max(inference.batch_sizes)
         exchange.n_images = len(good)
         answers = iter([_classified(item, inference, place) for place, item in enumerate(good)])
         outcomes = [item if isinstance(item, ServiceError) else next(answers) for item in decoded]
@@ -136,7 +141,7 @@ def _time_decoding(data: bytes, rule: Input, max_pixels: int) -> Decoded | Servi
         pixels = decode_image(data, rule, max_pixels)
     except ServiceError as error:
         return error
-    return Decoded(pixels, time.perf_counter() - started_at)
+    return Decoded(pixels, started_at, time.perf_counter() - started_at)
 
 
 def _classified(decoded: Decoded, inference: Inference, place: int) -> Classified:
