@@ -100,7 +100,7 @@ def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_i
         fields["refusals"] = exchange.refusals
     if trace_id is not None:
         fields["trace_id"] = trace_id
-    stages = {f"{name}_ms": milliseconds for name, milliseconds in exchange.durations_ms().items()}
+    stages = {f"{name}_ms": round(sum(times) * 1e3, 3) for name, times in exchange.stages.items() if times}
     stages["duration_ms"] = round((ended_at - exchange.started_at) * 1e3, 3)
     logger.log(level, "request", extra=with_fields(**fields, **stages))
 
