@@ -1,6 +1,9 @@
 import json
 import logging
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from app.logs import REQUEST_ID, JsonFormatter, TextFormatter, name_request, with_fields
 
 HOSTILE = 'a\n{"level": "FAKE"}\r\x1b[31m\x00\x85\u2028\udc80'
+ROOT = Path(__file__).parents[2]
 FORMATTERS = [JsonFormatter(), TextFormatter()]
 
 
@@ -104,10 +108,27 @@ def test_name_request_makes_one_where_the_callers_is_not_sane(given: bytes) -> N
     assert first != second
 
 
-def test_crashes_are_log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from app import logs
+PROGRAM = """
+import logging, threading, warnings
+from app.logs import configure_logs
+configure_logs("info", "json")
+logging.getLogger("PIL").error("what the caller sent")
+logging.getLogger("x").debug("too little")
+warnings.warn("a warning")
+thread = threading.Thread(target=lambda: 1 / 0, name="engine")
+thread.start()
+thread.join()
+raise ValueError("the end")
+"""
 
-    error = raised("boom")
-    logs._log_crash(ValueError, error, error.__traceback__)
-    assert "boom" in caplog.text
-    assert sys.excepthook is not logs._log_crash  # nothing is installed at import
+
+def test_configure_logs_makes_a_line_of_whatever_is_said_in_the_process() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, check=False, capture_output=True, cwd=ROOT, env=environment, timeout=60, text=True)
+    assert done.returncode == 1
+    warning, crash, end = (json.loads(line) for line in done.stderr.splitlines())
+    assert (warning["level"], "a warning" in warning["message"]) == ("WARNING", True)
+    assert (crash["level"], crash["message"]) == ("CRITICAL", "thread engine crashed")
+    assert "ZeroDivisionError" in crash["exception"]
+    assert "the end" in end["exception"]
