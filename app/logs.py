@@ -20,6 +20,7 @@ SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 FIELDS = "fields"  # attribute of a record
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+ENCODER = json.JSONEncoder(ensure_ascii=True, default=str)  # ASCII: no line separator, no lone surrogate
 NOISY = ("PIL", "python_multipart")  # they describe to us what callers send
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class JsonFormatter(logging.Formatter):
         document |= {name: value for name, value in getattr(record, FIELDS, {}).items() if name not in document}
         if exception := _written_exception(self, record):
             document["exception"] = exception
-        return json.dumps(document, ensure_ascii=True, default=str)  # ASCII: no line separator, no lone surrogate
+        return ENCODER.encode(document)
 
 
 class TextFormatter(logging.Formatter):
