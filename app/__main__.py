@@ -118,7 +118,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
             await serving
         raise
     service.publish(catalogue)
-    print(announce(catalogue, listener, "http" if settings.tls_key is None else "https"), flush=True)
+    print(announce(catalogue, listener, settings), flush=True)
     await serving
 
 
@@ -157,8 +157,11 @@ def load(settings: Settings) -> Catalogue:
     )
 
 
-def announce(catalogue: Catalogue, listener: socket.socket, scheme: str) -> str:
+def announce(catalogue: Catalogue, listener: socket.socket, settings: Settings) -> str:
     """Say where the service is, and how to ask it."""
+    scheme = "http" if settings.tls_certificate is None else "https"
+    has_keys = settings.api_keys is not None or settings.api_key_file is not None
+    curl = 'curl -H "X-API-Key: $KEY"' if has_keys else "curl"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
@@ -170,7 +173,7 @@ def announce(catalogue: Catalogue, listener: socket.socket, scheme: str) -> str:
     return "\n".join(
         [
             f"ready: {address}",
-            f"  try      curl --data-binary @{image} '{address}/classify?r={r}'",
+            f"  try      {curl} --data-binary @{image} '{address}/classify?r={r}'",
             f"  docs     {address}/docs",
             f"  models   {address}/models",
             f"  metrics  {address}/metrics",

@@ -12,6 +12,7 @@ from fastapi.telemetry import TelemetryConfig
 from app.api import classify, docs, health, models
 from app.api.boundary import Boundary, translate_framework_errors
 from app.api.documents import Problem
+from app.errors import SettingsError
 from app.keys import Keys, is_open, read_keys
 from app.limits import BodyLimit
 from app.serving.service import Service
@@ -40,7 +41,7 @@ NO_TELEMETRY: TelemetryConfig = {  # of the framework: it would look for provide
 def create_app(service: Service) -> FastAPI:
     """Build the application around a service; it starts and stops the service with itself.
 
-    Raises: SettingsError for keys that cannot be read.
+    Raises: SettingsError for keys that cannot be read, or traces that cannot be sent.
     """
     keys, tracing = read_keys(service.settings), open_tracing(service.settings)
 
@@ -73,10 +74,17 @@ def create_app(service: Service) -> FastAPI:
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":
+    """Open what sends traces, if they are wanted.
+
+    Raises: SettingsError for a variable of OpenTelemetry's own (`OTEL_…`) that it refuses.
+    """
     if settings.trace_endpoint is None:
         return None
-    module = importlib.import_module("app.tracing")  # its libraries cost memory and time at the start
-    tracing: Tracing = module.Tracing(settings.trace_endpoint, settings.trace_sample_ratio)
+    try:
+        module = importlib.import_module("app.tracing")  # its libraries cost memory and time at the start
+        tracing: Tracing = module.Tracing(settings.trace_endpoint, settings.trace_sample_ratio)
+    except ValueError as error:
+        raise SettingsError(f"DTEM_TRACE_ENDPOINT={settings.trace_endpoint}: {error}") from error
     return tracing
 
 

@@ -81,6 +81,8 @@ class Settings(BaseSettings):
             parts = urlsplit(address)  # whose ValueError says what is wrong with a port or a bracket
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
                 raise ValueError("not an http:// or https:// address")
+            if parts.path in ("", "/"):
+                raise ValueError("has no path; collectors take traces at /v1/traces")
             if parts.username is not None or parts.password is not None:
                 raise ValueError("holds a password; send it by OTEL_EXPORTER_OTLP_HEADERS")
         return address

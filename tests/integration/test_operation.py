@@ -78,6 +78,7 @@ def test_request_ids_are_kept_on_one_connection_apart(store: Path, tmp_path: Pat
 
 def test_keys_are_needed_everywhere_but_for_health(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log", log_level="debug", api_keys=f"other,{KEY}") as server:
+        assert 'curl -H "X-API-Key: $KEY" --data-binary' in server.announcement
         for method, path in (("POST", "/classify"), ("GET", "/models"), ("GET", "/metrics"), ("GET", "/v2")):
             refused = server.request(method, path, PNG if method == "POST" else None)
             assert refused.status == 401
@@ -110,6 +111,18 @@ def test_a_bad_key_file_stops_the_start(store: Path, tmp_path: Path, text: str) 
     status, errors = run_failing(model_store=store, port=0, api_key_file=file)
     assert status == 1
     assert_one_clear_line(errors, f"DTEM_API_KEY_FILE={file}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "9000"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "x")]
+)
+def test_a_bad_setting_of_opentelemetry_stops_the_start(
+    store: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    status, errors = run_failing(model_store=store, port=0, trace_endpoint="http://127.0.0.1:9/v1/traces")
+    assert status == 1
+    assert_one_clear_line(errors, "DTEM_TRACE_ENDPOINT=http://127.0.0.1:9/v1/traces", "must be")
 
 
 def test_tls_serves_https_and_nothing_else(store: Path, tmp_path: Path) -> None:
