@@ -52,7 +52,10 @@ def make_router(service: Service) -> APIRouter:
         CLASSIFY_PATH,
         summary="Classify one image, or several",
         response_model=Classification | Results,
-        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503, 504)},
+        responses={
+            200: {"headers": SERVER_TIMING},
+            **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
+        },
         openapi_extra={"requestBody": BODY},
         dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
     )
@@ -69,8 +72,8 @@ def make_router(service: Service) -> APIRouter:
 async def _classify(service: Service, request: Request, query: selection.Query) -> JSONResponse:
     exchange: Exchange = request.scope[EXCHANGE]
     chosen = select(service.require_ready(), query)
-    exchange.model, exchange.policy = chosen.model.manifest.name, chosen.policy
-    exchange.r = chosen.variant.label
+    exchange.model, exchange.version = chosen.model.manifest.name, chosen.model.manifest.version
+    exchange.policy, exchange.r = chosen.policy, chosen.variant.label
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)
     started_at = time.perf_counter()
