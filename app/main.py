@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from app.api import classify, health, models
 from app.api.boundary import Boundary, translate_framework_errors
 from app.api.documents import Problem
+from app.drain import EndConnections
 from app.limits import BodyLimit
 from app.serving.service import Service
 
@@ -37,6 +38,7 @@ def create_app(service: Service) -> FastAPI:
     translate_framework_errors(app)
     app.add_middleware(Boundary, metrics=service.metrics)
     app.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
+    app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)
     _document_problems(app)
     return app
 

@@ -2,8 +2,9 @@
 the log and these collectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
@@ -12,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
+ReloadResult = Literal["loaded", "refused", "dropped"]
 VARIANT = ["model", "policy", "r"]  # r is empty where the policy adapts to the image
 
 
@@ -62,6 +64,11 @@ class Metrics:
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
+        self._reloads = Counter(
+            "dtem_reloads_total", "Model versions taken or refused since the start", ["result"], registry=registry
+        )
+        for result in get_args(ReloadResult):
+            self._reloads.labels(result)  # at 0 from the start, so that an alert sees the first one
         self._ready = Gauge("dtem_ready", "Whether the service takes requests", registry=registry)
         self._depth = Gauge("dtem_queue_depth_requests", "Requests waiting for the device", registry=registry)
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
@@ -72,8 +79,14 @@ class Metrics:
         self._depth.set_function(lambda: float(n_waiting()))
         self._in_flight.set_function(lambda: float(n_in_flight()))
 
-    def announce_model(self, model: str, version: str, graph_format: str, device: str) -> None:
-        self._info.labels(model, version, graph_format, device).set(1)
+    def announce_models(self, models: Iterable[tuple[str, str]], graph_format: str, device: str) -> None:
+        """Show these models (name and version), and no others any more."""
+        self._info.clear()
+        for model, version in models:
+            self._info.labels(model, version, graph_format, device).set(1)
+
+    def count_reload(self, result: ReloadResult) -> None:
+        self._reloads.labels(result).inc()
 
     def observe(self, exchange: Exchange, code: int) -> None:
         """Count an exchange that has ended."""

@@ -44,11 +44,21 @@ class Settings(BaseSettings):
         default=64, ge=1, description="most images inside the service (decoding, queued, running)"
     )
     max_batch_images: int = Field(default=8, ge=1, description="most images of one request in one run of the model")
-    stall_seconds: float = Field(default=60.0, gt=0, description="a run that takes longer makes the service not ready")
+    stall_seconds: float = Field(
+        default=10.0, gt=0, description="a run of a batch that takes longer makes the service neither live nor ready"
+    )
+    reload_seconds: float = Field(
+        default=5.0, ge=0, le=86400, description="between two looks at the model store; 0: at SIGHUP only"
+    )
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="idle connections are kept; above the usual balancer's 60"
     )
-    drain_seconds: int = Field(default=20, ge=1, description="what SIGTERM leaves to the requests in flight")
+    drain_seconds: int = Field(
+        default=20, ge=2, description="from SIGTERM to the end: what requests in flight have, the grace included"
+    )
+    drain_grace_seconds: float = Field(
+        default=0.0, ge=0, description="how long SIGTERM leaves the port open, not ready, for balancers to notice"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level that is logged"
     )
@@ -62,6 +72,11 @@ class Settings(BaseSettings):
             )
         if self.share_weights and (self.format, self.device) != ("onnx", "cpu"):
             raise ValueError("DTEM_SHARE_WEIGHTS is for DTEM_FORMAT=onnx on DTEM_DEVICE=cpu alone")
+        if self.drain_grace_seconds + 1 > self.drain_seconds:
+            raise ValueError(
+                f"DTEM_DRAIN_GRACE_SECONDS ({self.drain_grace_seconds:g}) leaves less than a second of"
+                f" DTEM_DRAIN_SECONDS ({self.drain_seconds}) to the requests in flight"
+            )
         return self
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from app.backends import Logits, Pixels
 from app.catalogue import Catalogue, ServedVariant
-from app.errors import NotReady, ServiceError, ShuttingDown, status_and_code
+from app.errors import EngineStalled, NotReady, ServiceError, ShuttingDown, status_and_code
 from app.images import decode_image
 from app.manifest import Input
 from app.metrics import Exchange, Metrics
@@ -19,7 +19,7 @@ from app.serving.admission import Admission
 from app.serving.engine import Engine, Inference
 from app.settings import Settings
 
-STOP_SECONDS = 5.0
+STOP_SECONDS = 1.0  # nothing runs any more, unless it hangs
 
 
 @dataclass(frozen=True)
@@ -66,34 +66,47 @@ class Service:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def publish(self, catalogue: Catalogue) -> None:
-        """Serve these models from now on."""
-        for model in catalogue.all_models():
-            name, version = model.manifest.name, model.manifest.version
-            self.metrics.announce_model(name, version, self.settings.format, self.settings.device)
+        """Serve these models from now on; requests inside keep the variants they have."""
         self._catalogue = catalogue
+        served = [(model.manifest.name, model.manifest.version) for model in catalogue.all_models()]
+        self.metrics.announce_models(served, self.settings.format, self.settings.device)
 
     def drain(self) -> None:
-        """Take no new requests; those inside are finished."""
+        """Say that no more requests are wanted. Those that come all the same are served, and end their connection."""
         self._is_draining = True
 
-    def is_ready(self) -> bool:
-        return not self._is_draining and self._catalogue is not None and self._is_responsive()
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
 
-    def _is_responsive(self) -> bool:
+    def is_ready(self) -> bool:
+        return not self._is_draining and self._catalogue is not None and self.is_alive()
+
+    def is_alive(self) -> bool:
+        """Tell whether the engine's thread lives and does not hang."""
         return self.engine.is_responsive(self.settings.stall_seconds)
 
-    def require_ready(self) -> Catalogue:
-        """Return what is served.
+    def require_alive(self) -> None:
+        """Raises: EngineStalled."""
+        if not self.is_alive():
+            detail = f"The engine has ended, or a run lasts longer than {self.settings.stall_seconds:g} s."
+            raise EngineStalled(detail, retry_after_seconds=self.admission.seconds_until_empty())
 
-        Raises: NotReady, ShuttingDown.
+    def require_ready(self) -> Catalogue:
+        """Return what is served, while draining too.
+
+        Raises: NotReady, EngineStalled.
         """
-        if self._is_draining:
-            raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
         if self._catalogue is None:
             raise NotReady("The models are still being loaded and verified.", retry_after_seconds=1)
-        if not self._is_responsive():
-            raise NotReady("The engine does not answer.", retry_after_seconds=self.admission.seconds_until_empty())
+        self.require_alive()
         return self._catalogue
+
+    def require_wanting_requests(self) -> None:
+        """Raises: ShuttingDown, NotReady, EngineStalled."""
+        if self._is_draining:
+            raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
+        self.require_ready()
 
     async def classify(self, chosen: Selection, files: Sequence[bytes], exchange: Exchange) -> list[Outcome]:
         """Decode and classify the images of one request, each with its own result or error.
