@@ -275,9 +275,7 @@ def test_classify_is_refused_until_the_models_are_loaded(make_client: ClientFact
     assert client.post("/classify", content=PNG).status_code == 200
 
 
-def test_draining_is_not_ready_but_answers_whatever_still_comes(
-    make_client: ClientFactory, catalogue: Catalogue
-) -> None:
+def test_draining_is_not_ready_but_answers_what_still_comes(make_client: ClientFactory, catalogue: Catalogue) -> None:
     gate = Gate()
     client = make_client(gate_all(catalogue, gate))
     with ThreadPoolExecutor(2) as pool:

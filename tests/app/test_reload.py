@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,8 @@ from app.backends import BackendOptions, open_backend
 from app.catalogue import ServedModel
 from app.reload import Reloader, Signature, Version, choose_default, decide, keep_last, scan
 from app.settings import Settings
-from app.store import load_catalogue, load_version
-from tests.app.conftest import ONNX, ClientFactory
+from app.store import StoreOptions, load_catalogue, load_version
+from tests.app.conftest import ClientFactory
 from tests.app.odd_images import encode, make_photo
 from tests.app.test_models import sample
 from tests.app.test_store import change_byte
@@ -98,7 +99,7 @@ class Stage:
         self.root = root
         backend = open_backend("onnx", SHARING)
         given = Settings.model_validate({"model_store": root, "reload_seconds": 0, "device": "cpu", **settings})
-        options = ONNX.__class__("onnx", "float32", given.default_model)
+        options = StoreOptions("onnx", "float32", given.default_model)
         self.client: Any = make_client(None, **settings)
         self.n_loads = 0
 
@@ -293,14 +294,8 @@ def test_requests_inside_keep_the_variant_they_have(stage: Stage) -> None:
     chosen = stage.client.service.require_ready().find("tiny", "2").variants["tome", 8]
     shutil.rmtree(folder)
     stage.reloader.look()
-    inference = stage.client.service.engine.submit(chosen, zeros()).result(SECONDS)
+    inference = stage.client.service.engine.submit(chosen, np.zeros((1, 8, 8, 3), np.uint8)).result(SECONDS)
     assert inference.answer.logits.shape == (1, 3)
-
-
-def zeros() -> Any:
-    import numpy as np
-
-    return np.zeros((1, 8, 8, 3), np.uint8)
 
 
 @pytest.fixture
