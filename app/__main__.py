@@ -40,6 +40,7 @@ def main() -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, _exit)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime reports to its maker as soon as imported
     return_large_blocks()
     try:
         settings = read_settings()
