@@ -37,7 +37,7 @@ class Running:
         self.service = Service(given, Metrics(CollectorRegistry()))
         self.service.publish(catalogue)
         config = configure(given, self.service)
-        config.http = parser  # type: ignore[assignment]
+        config.http = parser
         self.server = Server(config, self.service)
         self.listener = listen(given.host, given.port)
         self.port: int = self.listener.getsockname()[1]
@@ -88,7 +88,8 @@ def read_answer(wire: socket.socket) -> bytes:
 def start(request: pytest.FixtureRequest, catalogue: Catalogue) -> Any:
     @contextmanager
     def start(served: Catalogue = catalogue, **settings: object) -> Iterator[Running]:
-        running = Running(*request.param, served, **settings)
+        parser, loop = request.param
+        running = Running(parser, loop, served, **settings)
         running.thread.start()
         try:
             yield running

@@ -107,7 +107,7 @@ class Stage:
             self.n_loads += 1
             return load_version(folder, backend, options, n_threads=1)
 
-        service = self.client.service
+        service = self.client.service  # type: ignore[attr-defined]
         self.reloader = Reloader(given, service.metrics, load_catalogue(root, backend, options), load, service.publish)
         service.publish(self.reloader.catalogue)
         self.reloader.look()

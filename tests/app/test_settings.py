@@ -34,6 +34,8 @@ def test_read_settings_takes_an_empty_value_for_none(monkeypatch: pytest.MonkeyP
         ({"DTEM_MAX_FILES": "100"}, ["DTEM_MAX_FILES (100)", "DTEM_MAX_QUEUE_IMAGES (64)"]),
         ({"DTEM_SHARE_WEIGHTS": "1", "DTEM_FORMAT": "torchscript"}, ["DTEM_SHARE_WEIGHTS"]),
         ({"DTEM_MAX_PIXELS": "0"}, ["DTEM_MAX_PIXELS=0"]),
+        ({"DTEM_DRAIN_GRACE_SECONDS": "19.5"}, ["DTEM_DRAIN_GRACE_SECONDS (19.5)", "DTEM_DRAIN_SECONDS (20)"]),
+        ({"DTEM_RELOAD_SECONDS": "-1"}, ["DTEM_RELOAD_SECONDS=-1"]),
     ],
 )
 def test_read_settings_refuses_with_one_clear_line(

@@ -26,13 +26,16 @@ def make_hanging_graph(r: int) -> onnx.ModelProto:
     model = make_graph(r)
     product = next(node for node in model.graph.node if node.output[0] == "product")
     product.output[0] = "before"
-    passing = [("go", "go_on", TensorProto.BOOL, []), ("now", "then", TensorProto.FLOAT, ["batch", 3])]
+    describe = helper.make_tensor_value_info
     body = helper.make_graph(
-        [helper.make_node("Identity", [given], [answered]) for given, answered, _, _ in passing],
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Identity", ["now"], ["then"])],
         "body",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, [])]
-        + [helper.make_tensor_value_info(given, dtype, shape) for given, _, dtype, shape in passing],
-        [helper.make_tensor_value_info(answered, dtype, shape) for _, answered, dtype, shape in passing],
+        [
+            describe("i", TensorProto.INT64, []),
+            describe("go", TensorProto.BOOL, []),
+            describe("now", TensorProto.FLOAT, ["batch", 3]),
+        ],
+        [describe("go_on", TensorProto.BOOL, []), describe("then", TensorProto.FLOAT, ["batch", 3])],
     )
     nodes = [
         helper.make_node("ReduceMean", ["scaled"], ["brightness"], keepdims=0),
@@ -53,9 +56,8 @@ def test_a_run_that_hangs_turns_the_process_red_and_does_not_keep_it_from_ending
     folder = write_store(tmp_path)
     (folder / "tome-r8.onnx").write_bytes(make_hanging_graph(8).SerializeToString())
     renew_digests(folder)
-    settings = {"stall_seconds": 1, "drain_seconds": 2}
     with (
-        Server(tmp_path, tmp_path / "log", **settings) as server,
+        Server(tmp_path, tmp_path / "log", stall_seconds=1, drain_seconds=2) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as hung,
     ):
         assert server.ask("POST", "/classify", PNG)[0] == 200
