@@ -114,9 +114,9 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
             await serving
         raise
     service.publish(reloader.catalogue)
-    print(announce(reloader.catalogue, listener), flush=True)
-    reloader.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.look_soon)
+    reloader.start()
+    print(announce(reloader.catalogue, listener), flush=True)
     await serving
     if not reloader.stop(RELOAD_STOP_SECONDS) or service.engine.is_responsive(math.inf):
         os._exit(0)  # a thread in foreign code cannot be interrupted, and there is nothing left to lose

@@ -1,7 +1,5 @@
 import asyncio
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.api.boundary import Boundary
 from app.catalogue import Catalogue
 from app.metrics import Metrics
-from tests.app.conftest import ClientFactory
+from tests.app.conftest import ClientFactory, wait_until
 from tests.app.test_classify import PNG, SECONDS, Gate, assert_problem, gate_all
 from tests.app.test_models import sample
 
@@ -38,13 +36,6 @@ def test_a_run_that_hangs_is_neither_alive_nor_ready_until_it_ends(
         assert hung.result(SECONDS).status_code == 200
     wait_until(lambda: client.get("/health/live").status_code == 200)
     assert client.get("/health/ready").status_code == 200
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_an_engine_that_has_ended_is_neither_alive_nor_ready(client: TestClient) -> None:
