@@ -93,9 +93,11 @@ class Engine:
             self._busy_since = self._clock()
             try:
                 entry.future.set_result(self._infer(entry, self._busy_since))
-            except Exception:
+            except BaseException as error:
                 logger.exception("inference failed: %s", entry.variant.entry.id)
                 entry.future.set_exception(InferenceFailed())
+                if not isinstance(error, Exception):
+                    return  # the thread ends, and liveness tells
             finally:
                 self._busy_since = None
 

@@ -204,7 +204,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.started, self.opened, self.n_runs = threading.Event(), threading.Event(), 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self, pixels: Pixels) -> Answer:
         self.started.set()

@@ -38,6 +38,20 @@ def test_a_run_that_hangs_is_neither_alive_nor_ready_until_it_ends(
     assert client.get("/health/ready").status_code == 200
 
 
+def test_an_engine_whose_thread_dies_is_neither_alive_nor_ready(
+    make_client: ClientFactory, catalogue: Catalogue
+) -> None:
+    gate = Gate()
+    gate.opened.set()
+    gate.error = SystemExit()
+    client = make_client(gate_all(catalogue, gate))
+    assert_problem(client.post("/classify", content=PNG), 500, "inference_failed")
+    wait_until(lambda: client.get("/health/live").status_code == 503)
+    for path in PROBES:
+        assert_problem(client.get(path), 503, "engine_stalled")
+    assert_problem(client.post("/classify", content=PNG), 503, "engine_stalled")
+
+
 def test_an_engine_that_has_ended_is_neither_alive_nor_ready(client: TestClient) -> None:
     assert [client.get(path).status_code for path in PROBES] == [200, 200]
     client.service.engine.stop(SECONDS)  # type: ignore[attr-defined]
