@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,20 +20,23 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from app.api.headers import server_headers
 from app.backends import BackendOptions, open_backend
 from app.catalogue import Catalogue
+from app.drain import LAST_SECONDS, Server
 from app.errors import BackendError, SettingsError, StartupError
 from app.images import limit_pillow
 from app.logs import configure_logs
 from app.main import create_app
 from app.metrics import Metrics
+from app.reload import Reloader
 from app.serving.service import Service
 from app.settings import Settings, read_settings
-from app.store import StoreOptions, load_catalogue
+from app.store import StoreOptions, load_catalogue, load_version
 from app.tls import open_tls
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKLOG = 2048
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 1 << 20
+RELOAD_STOP_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,6 +44,8 @@ def main() -> int:
     """Run until a signal. Returns the exit status: 0 after a signal, 1 if it could not start."""
     for number in STOP_SIGNALS:
         signal.signal(number, _exit)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime reports to its maker as soon as imported
     return_large_blocks()
     try:
         settings = read_settings()
@@ -81,22 +87,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
-    """Uvicorn that tells the service of a signal at once, so that readiness fails before the listener closes."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.drain()
-        super().handle_exit(sig, frame)
-        self._captured_signals.clear()  # or it would raise them again when all is done, and the exit status were not 0
-
-
 async def serve(settings: Settings, listener: socket.socket) -> None:
     """Serve, not ready at first, and load the store meanwhile; a store that cannot be loaded ends the process.
 
+    From then on the store is looked at again from time to time, and at once at SIGHUP.
     Raises: StartupError.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
@@ -104,7 +98,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     limit_pillow(settings.max_pixels)
     server = Server(configure(settings, service, open_tls(settings)), service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    loading = asyncio.create_task(asyncio.to_thread(load, settings))
+    loading = asyncio.create_task(asyncio.to_thread(load, settings, service, asyncio.get_running_loop()))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():  # stopped while loading, which cannot be interrupted, and there is nothing to lose
         serving.result()
@@ -112,15 +106,19 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     if server.should_exit:  # a signal came first
         return await serving
     try:
-        catalogue = loading.result()
+        reloader = loading.result()
     except BaseException:
         server.should_exit = True
         with contextlib.suppress(asyncio.CancelledError):
             await serving
         raise
-    service.publish(catalogue)
-    print(announce(catalogue, listener, settings), flush=True)
+    service.publish(reloader.catalogue)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.look_soon)
+    reloader.start()
+    print(announce(reloader.catalogue, listener, settings), flush=True)
     await serving
+    if not reloader.stop(RELOAD_STOP_SECONDS) or service.engine.is_responsive(math.inf):
+        os._exit(0)  # a thread in foreign code cannot be interrupted, and there is nothing left to lose
 
 
 def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) -> uvicorn.Config:
@@ -139,12 +137,12 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
         ssl_context_factory=None if tls is None else lambda config, make_default: tls,
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_seconds,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_graceful_shutdown=LAST_SECONDS,  # our Server has waited before
     )
 
 
-def load(settings: Settings) -> Catalogue:
-    """Open the engine and load the store.
+def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) -> Reloader:
+    """Open the engine and load the store; the reloader has what was loaded, and publishes to the loop.
 
     Raises: StartupError.
     """
@@ -154,7 +152,13 @@ def load(settings: Settings) -> Catalogue:
     except BackendError as error:
         raise SettingsError(f"DTEM_FORMAT={settings.format} DTEM_DEVICE={settings.device}: {error}") from error
     wanted = StoreOptions(settings.format, settings.precision, settings.default_model, settings.max_batch_images)
-    return load_catalogue(settings.model_store, backend, wanted)
+    return Reloader(
+        settings,
+        service.metrics,
+        load_catalogue(settings.model_store, backend, wanted),
+        load=lambda folder: load_version(folder, backend, wanted, n_threads=1),  # requests come first
+        publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),
+    )
 
 
 def announce(catalogue: Catalogue, listener: socket.socket, settings: Settings) -> str:

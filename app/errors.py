@@ -167,7 +167,11 @@ class InternalError(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The models are still being loaded and verified, or the engine no longer answers."""
+    """The models are still being loaded and verified."""
+
+
+class EngineStalled(ServiceError):
+    """The thread that runs the models has ended, or its present run lasts too long: a restart is due."""
 
 
 class ShuttingDown(ServiceError):
@@ -202,6 +206,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     InferenceFailed: (500, "inference_failed"),
     InternalError: (500, "internal_error"),
     NotReady: (503, "not_ready"),
+    EngineStalled: (503, "engine_stalled"),
     ShuttingDown: (503, "shutting_down"),
     DeadlinePassed: (504, "deadline_passed"),
 }

@@ -12,6 +12,7 @@ from fastapi.telemetry import TelemetryConfig
 from app.api import classify, docs, health, models
 from app.api.boundary import Boundary, translate_framework_errors
 from app.api.documents import Problem
+from app.drain import EndConnections
 from app.errors import SettingsError
 from app.keys import Keys, is_open, read_keys
 from app.limits import BodyLimit
@@ -69,6 +70,7 @@ def create_app(service: Service) -> FastAPI:
     translate_framework_errors(app)
     app.add_middleware(Boundary, metrics=service.metrics, keys=keys, tracing=tracing)
     app.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
+    app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)
     _complete_document(app, keys)
     return app
 

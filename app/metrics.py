@@ -5,7 +5,7 @@ the log and these collectors.
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
 BUCKETS_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+ReloadResult = Literal["loaded", "refused", "dropped"]
 VARIANT = ["model", "policy", "r"]  # r is empty where the policy adapts to the image
 LATE = ("deadline_unmeetable", "deadline_passed")  # refusals that are deadlines missed
 
@@ -128,6 +129,11 @@ class Metrics:
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
+        self._reloads = Counter(
+            "dtem_reloads_total", "Model versions taken or refused since the start", ["result"], registry=registry
+        )
+        for result in get_args(ReloadResult):
+            self._reloads.labels(result)  # at 0 from the start, so that an alert sees the first one
         self._ready = Gauge("dtem_ready", "Whether the service takes requests", registry=registry)
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
 
@@ -143,8 +149,14 @@ class Metrics:
         self._in_flight.set_function(lambda: float(n_in_flight()))
         self.registry.register(_EngineCollector(engine))
 
-    def announce_model(self, model: str, version: str, graph_format: str, device: str) -> None:
-        self._info.labels(model, version, graph_format, device).set(1)
+    def announce_models(self, models: Iterable[tuple[str, str]], graph_format: str, device: str) -> None:
+        """Show these models (name and version), and no others any more."""
+        self._info.clear()
+        for model, version in models:
+            self._info.labels(model, version, graph_format, device).set(1)
+
+    def count_reload(self, result: ReloadResult) -> None:
+        self._reloads.labels(result).inc()
 
     def count_refusal(self, reason: str) -> None:
         self._refusals.labels(reason).inc()

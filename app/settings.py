@@ -50,9 +50,7 @@ class Settings(BaseSettings):
     max_queue_images: int = Field(default=64, ge=1, description="most images waiting for one variant")
     max_batch_images: int = Field(default=16, ge=1, description="most images in one run of the model")
     batch_wait_ms: float = Field(
-        default=0.0,
-        ge=0,
-        description="how long an incomplete batch waits for more, from its first image",
+        default=0.0, ge=0, description="how long an incomplete batch waits for more, from its first image"
     )
     patience_ms: float = Field(
         default=250.0,
@@ -60,11 +58,21 @@ class Settings(BaseSettings):
         description="requests without a deadline are ordered among those with one as if it were this; "
         "where it is not kept, requests that consent are degraded",
     )
-    stall_seconds: float = Field(default=10.0, gt=0, description="a run that takes longer counts as hung")
+    stall_seconds: float = Field(
+        default=10.0, gt=0, description="a run of a batch that takes longer makes the service neither live nor ready"
+    )
+    reload_seconds: float = Field(
+        default=5.0, ge=0, le=86400, description="between two looks at the model store; 0: at SIGHUP only"
+    )
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="idle connections are kept; above the usual balancer's 60"
     )
-    drain_seconds: int = Field(default=20, ge=1, description="what SIGTERM leaves to the requests in flight")
+    drain_seconds: int = Field(
+        default=20, ge=2, description="from SIGTERM to the end: what requests in flight have, the grace included"
+    )
+    drain_grace_seconds: float = Field(
+        default=0.0, ge=0, description="how long SIGTERM leaves the port open, not ready, for balancers to notice"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least level that is logged; debug: every request has its line"
     )
@@ -119,6 +127,11 @@ class Settings(BaseSettings):
             raise ValueError("DTEM_TLS_CERTIFICATE and DTEM_TLS_KEY need each other")
         if "trace_sample_ratio" in self.model_fields_set and self.trace_endpoint is None:
             raise ValueError("DTEM_TRACE_SAMPLE_RATIO needs DTEM_TRACE_ENDPOINT")
+        if self.drain_grace_seconds + 1 > self.drain_seconds:
+            raise ValueError(
+                f"DTEM_DRAIN_GRACE_SECONDS ({self.drain_grace_seconds:g}) leaves less than a second of"
+                f" DTEM_DRAIN_SECONDS ({self.drain_seconds}) to the requests in flight"
+            )
         return self
 
     @property

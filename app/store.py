@@ -20,6 +20,7 @@ from app.serving.costs import CostTable, batch_buckets
 
 logger = logging.getLogger(__name__)
 
+MODEL_FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")
 VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
 N_LOADING_THREADS = 4
 GMACS_RTOL = 1e-5
@@ -46,7 +47,7 @@ def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Cat
         models.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
     if not models:
         raise StoreError(folder, f"no model in it (no <model>/<version>/{MANIFEST_FILE})")
-    default_model = options.default_model or min(models)
+    default_model = options.default_model or min(models)  # `reload` keeps to the same rule
     if default_model not in models:
         raise StoreError(folder, f"DTEM_DEFAULT_MODEL={default_model} is not in it, only {', '.join(sorted(models))}")
     return Catalogue(models, default_model)
@@ -54,27 +55,39 @@ def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Cat
 
 def find_versions(folder: Path) -> list[Path]:
     """List the finished version folders. Unfinished and temporary ones are left out, with a log line."""
-    if not folder.is_dir():
-        raise StoreError(folder, "is not a folder")
-    finished = []
-    for version_folder in sorted(path for path in folder.glob("*/*") if path.is_dir()):
-        if VERSION_FOLDER.fullmatch(version_folder.name) and (version_folder / MANIFEST_FILE).exists():
-            finished.append(version_folder)
-        else:
-            logger.warning("ignored %s: not a version, or without %s (unfinished)", version_folder, MANIFEST_FILE)
+    finished = find_finished(folder)
+    for other in sorted(path for path in folder.glob("*/*") if path.is_dir() and path not in finished):
+        logger.warning("ignored %s: not a version, or without %s (unfinished)", other, MANIFEST_FILE)
     return finished
 
 
-def load_version(folder: Path, backend: Backend, options: StoreOptions) -> ServedModel:
+def find_finished(folder: Path) -> list[Path]:
+    """List the version folders that have their last file, the manifest, and no temporary name.
+
+    Raises: StoreError.
+    """
+    if not folder.is_dir():
+        raise StoreError(folder, "is not a folder")
+    try:
+        models = [path for path in folder.iterdir() if MODEL_FOLDER.fullmatch(path.name) and path.is_dir()]
+        versions = [path for model in models for path in model.iterdir() if VERSION_FOLDER.fullmatch(path.name)]
+        return sorted(version for version in versions if (version / MANIFEST_FILE).exists())
+    except OSError as error:
+        raise StoreError(error.filename or folder, error.strerror or str(error)) from error
+
+
+def load_version(
+    folder: Path, backend: Backend, options: StoreOptions, n_threads: int = N_LOADING_THREADS
+) -> ServedModel:
     """Load one version: manifest, digests, graphs, golden outputs, warm-up.
 
     Raises: StoreError.
     """
     manifest = read_manifest(folder)
-    verify_files(folder, manifest)
+    verify_files(folder, manifest, n_threads)
     entries = choose_variants(folder, manifest, options)
     golden = read_golden(folder, manifest, entries)
-    runners = load_runners(folder, manifest, entries, backend)
+    runners = load_runners(folder, manifest, entries, backend, n_threads)
     answers = {name: run(folder / name, runner, golden.pixels) for name, runner in runners.items()}
     for entry in entries:
         compare_golden(folder, entry, answers[entry.file], golden, manifest.golden.atol)
@@ -101,13 +114,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
+def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:
     """Check that the folder holds the files of the manifest, byte for byte, and no others."""
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
     unlisted = sorted(present - set(manifest.files))
     if unlisted:
         raise StoreError(folder / unlisted[0], f"is not listed in {MANIFEST_FILE}")
-    with ThreadPoolExecutor(N_LOADING_THREADS) as pool:
+    with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(lambda name: _verify_file(folder, name, manifest), sorted(manifest.files)))
 
 
@@ -194,7 +207,9 @@ def _require_array(path: Path, name: str, array: Any, dtype: Any, shape: tuple[i
         raise StoreError(path, f"{name} is {array.dtype} {array.shape} instead of {wanted}")
 
 
-def load_runners(folder: Path, manifest: Manifest, entries: list[Variant], backend: Backend) -> dict[str, Runner]:
+def load_runners(
+    folder: Path, manifest: Manifest, entries: list[Variant], backend: Backend, n_threads: int
+) -> dict[str, Runner]:
     """Load each graph file once, whatever number of variants share it."""
 
     def load(name: str) -> Runner:
@@ -211,7 +226,7 @@ def load_runners(folder: Path, manifest: Manifest, entries: list[Variant], backe
         for entry in entries
     }
     names = sorted(outputs)
-    with ThreadPoolExecutor(N_LOADING_THREADS) as pool:
+    with ThreadPoolExecutor(n_threads) as pool:
         return dict(zip(names, pool.map(load, names), strict=True))
 
 

@@ -2,6 +2,7 @@
 errors become problem documents; `/classify` is counted and logged; what was traced is sent.
 """
 
+import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,7 @@ from app.errors import (
     MalformedRequest,
     MethodNotAllowed,
     ServiceError,
+    ShuttingDown,
     Unauthorized,
     UnknownPath,
     echo,
@@ -74,15 +76,23 @@ class Boundary:
         try:
             self._keys.require(scope)
             await self._app(scope, receive, send_noting_status)
-        except Exception as error:
-            if not isinstance(error, ServiceError):
-                logger.exception("unexpected error")
+        except (Exception, asyncio.CancelledError) as error:
+            known = _translate(error)
             if status:  # half an answer is out: only a broken connection can tell
                 raise
-            known = error if isinstance(error, ServiceError) else InternalError()
             exchange.refusals.append(status_and_code(known)[1])
             await problem_response(known, request_id=exchange.request_id)(scope, receive, send_noting_status)
         return status
+
+
+def _translate(error: BaseException) -> ServiceError:
+    """Find the words for an error; a request is cancelled by the server alone, at the end of draining."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return ShuttingDown("The service ended before the answer was there.", retry_after_seconds=1)
+    logger.error("unexpected error", exc_info=error)
+    return InternalError()
 
 
 def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_id: str | None) -> None:

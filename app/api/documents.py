@@ -169,6 +169,6 @@ DESCRIPTIONS = {
     422: "A query parameter or a form part cannot be used; `accepted` lists what can",
     429: "The queue is full, or the deadline cannot be met; come back after Retry-After seconds",
     500: "The service failed; the reason is in its log",
-    503: "The models are still being loaded, or the service is draining",
+    503: "The models are still being loaded, the service is draining, or its engine has stalled",
     504: "The deadline is past",
 }

@@ -11,17 +11,22 @@ from app.serving.service import Service
 def make_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health/live", summary="The process runs")
+    @router.get(
+        "/health/live",
+        summary="The process runs, and its engine does not hang; otherwise it should be restarted",
+        responses=describe_problems(503),
+    )
     async def show_liveness() -> Health:
+        service.require_alive()
         return Health(status="alive")
 
     @router.get(
         "/health/ready",
-        summary="Every model is loaded, its golden outputs matched, and the engine answers",
+        summary="Requests are wanted: every model matched its golden outputs, the engine answers, nothing is draining",
         responses=describe_problems(503),
     )
     async def show_readiness() -> Health:
-        service.require_ready()
+        service.require_wanting_requests()
         return Health(status="ready")
 
     @router.get(

@@ -9,7 +9,7 @@ import numpy as np
 
 from app.backends import Answer, Pixels
 from app.catalogue import ServedVariant
-from app.errors import BackendError, DeadlinePassed, InferenceFailed, NotReady, ServiceError, ShuttingDown
+from app.errors import BackendError, DeadlinePassed, EngineStalled, InferenceFailed, ServiceError, ShuttingDown
 from app.logs import with_fields
 from app.serving.entry import Batch, Done, Entry
 from app.serving.scheduler import Limits, Scheduler, Turn
@@ -82,13 +82,13 @@ class Engine:
     def submit(self, entries: Sequence[Entry]) -> None:
         """Queue the entries of one request, all or none.
 
-        Raises: QueueFull, DeadlineUnmeetable, ShuttingDown, NotReady.
+        Raises: QueueFull, DeadlineUnmeetable, ShuttingDown, EngineStalled.
         """
         with self._changed:
             if self._is_stopping:
                 raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
             if not self._thread.is_alive():
-                raise NotReady("The engine does not answer.", retry_after_seconds=1)
+                raise EngineStalled("The engine has ended.", retry_after_seconds=1)
             now = self.clock()
             self._scheduler.submit(entries, now)
             self._owed.update(entries)
@@ -122,14 +122,22 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            while (turn := self._wait_for_turn()) is not None:
-                lost = DeadlinePassed("The deadline is past, or no run would end before it.")
-                self._answer([(entry, lost) for entry in turn.expired])
-                if turn.batch is not None:
-                    self._run(turn.batch)
+            while self._serve_turn():
+                pass
         except BaseException:
             logger.exception("the engine has stopped")
             self.abandon(InferenceFailed())
+
+    def _serve_turn(self) -> bool:
+        """Do what is next, and keep no reference to it: a version that was dropped must not stay in memory."""
+        turn = self._wait_for_turn()
+        if turn is None:
+            return False
+        lost = DeadlinePassed("The deadline is past, or no run would end before it.")
+        self._answer([(entry, lost) for entry in turn.expired])
+        if turn.batch is not None:
+            self._run(turn.batch)
+        return True
 
     def _wait_for_turn(self) -> Turn | None:
         """Return what to do, once there is something; None when it is time to stop."""

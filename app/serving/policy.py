@@ -17,6 +17,7 @@ Choice = Callable[[Entry], ServedVariant]
 
 PLANNED_SHARE = 0.5  # of the slack; the rest is for what has yet to come, and for estimates that are wrong
 LOWERING_SHARE = 0.35  # a lower floor must look this good before it is taken: hysteresis in load …
+WORTH_SPLITTING = 1.1  # a smaller batch must be this much cheaper per image: estimates are no better
 HOLD_SECONDS = 0.1  # … for this long: hysteresis in time
 REFUSED_SECONDS = 0.5  # for so long after a refusal the rate is the highest
 
@@ -122,15 +123,16 @@ def runnable(entry: Entry, floor: int, now: float, costs: Costs) -> ServedVarian
 def batch_size(
     members: Sequence[Entry], others: Iterable[Entry], variant: ServedVariant, now: float, costs: Costs
 ) -> int:
-    """Choose how many of the members run: the most images a second that neither a member's deadline forbids, nor one
-    of another entry that could still be met after a run of one image.
+    """Choose how many of the members run: the largest batch that gives about the most images a second, and that neither
+    a member's deadline forbids, nor one of another entry that could still be met after a run of one image.
     """
     latest = [entry.deadline for entry in members if entry.deadline is not None]
     latest += [entry.deadline - least_seconds(entry, costs) for entry in others if entry.deadline is not None]
     alone = now + costs(variant, 1)
     end = min((time for time in latest if time >= alone), default=None)
     sizes = [n for n in range(1, len(members) + 1) if end is None or n == 1 or now + costs(variant, n) <= end]
-    return min(sizes, key=lambda n: (costs(variant, n) / n, -n))
+    best = min(costs(variant, n) / n for n in sizes)
+    return max(n for n in sizes if costs(variant, n) / n <= WORTH_SPLITTING * best)
 
 
 def lateness(waiting: Sequence[Entry], new: Collection[Entry], start: float, costs: Costs, max_batch: int) -> float:

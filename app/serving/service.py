@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 
 from app.backends import Pixels
 from app.catalogue import Catalogue
-from app.errors import DeadlinePassed, InferenceFailed, NotReady, ServiceError, ShuttingDown, status_and_code
+from app.errors import DeadlinePassed, EngineStalled, NotReady, ServiceError, ShuttingDown, status_and_code
 from app.images import decode_image
 from app.manifest import Input
 from app.metrics import Exchange, Metrics, Run
@@ -24,7 +25,7 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-STOP_SECONDS = 5.0
+STOP_SECONDS = 1.0  # nothing runs any more, unless it hangs
 NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
@@ -78,34 +79,46 @@ class Service:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def publish(self, catalogue: Catalogue) -> None:
-        """Serve these models from now on."""
-        for model in catalogue.all_models():
-            name, version = model.manifest.name, model.manifest.version
-            self.metrics.announce_model(name, version, self.settings.format, self.settings.device)
+        """Serve these models from now on; requests inside keep the variants they have."""
         self._catalogue = catalogue
+        served = [(model.manifest.name, model.manifest.version) for model in catalogue.all_models()]
+        self.metrics.announce_models(served, self.settings.format, self.settings.device)
 
     def drain(self) -> None:
-        """Take no new requests; those inside are finished."""
+        """Say that no more requests are wanted. Those that come all the same are served, and end their connection."""
         self._is_draining = True
 
-    def is_ready(self) -> bool:
-        return not self._is_draining and self._catalogue is not None and self.is_responsive()
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
 
-    def is_responsive(self) -> bool:
+    def is_ready(self) -> bool:
+        return not self._is_draining and self._catalogue is not None and self.is_alive()
+
+    def is_alive(self) -> bool:
+        """Tell whether the engine's thread lives and does not hang."""
         return self.engine.is_responsive(self.settings.stall_seconds)
 
-    def require_ready(self) -> Catalogue:
-        """Return what is served.
+    def require_alive(self) -> None:
+        """Raises: EngineStalled."""
+        if not self.is_alive():
+            raise self._stalled()
 
-        Raises: NotReady, ShuttingDown.
+    def require_ready(self) -> Catalogue:
+        """Return what is served, while draining too.
+
+        Raises: NotReady, EngineStalled.
         """
-        if self._is_draining:
-            raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
         if self._catalogue is None:
             raise NotReady("The models are still being loaded and verified.", retry_after_seconds=1)
-        if not self.is_responsive():
-            raise NotReady("The engine does not answer.", retry_after_seconds=self.engine.seconds_until_drained())
+        self.require_alive()
         return self._catalogue
+
+    def require_wanting_requests(self) -> None:
+        """Raises: ShuttingDown, NotReady, EngineStalled."""
+        if self._is_draining:
+            raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
+        self.require_ready()
 
     async def classify(
         self, chosen: Selection, inputs: Sequence[bytes | Pixels], exchange: Exchange
@@ -113,7 +126,7 @@ class Service:
         """Decode and classify the images of one request, each with its own result or error.
 
         inputs: files, or pixels of the model's size.
-        Raises: QueueFull, DeadlineUnmeetable, DeadlinePassed, InferenceFailed, ShuttingDown, NotReady for all of them.
+        Raises: QueueFull, DeadlineUnmeetable, DeadlinePassed, EngineStalled, ShuttingDown for all of them.
         """
         arrived_at, deadline = exchange.started_at, None
         if chosen.deadline_seconds is not None:
@@ -196,12 +209,16 @@ class Service:
         name, _, policy = batch.entries[0].family
         self.metrics.observe_run((name, policy, batch.variant.label), len(batch.entries), seconds)
 
+    def _stalled(self) -> EngineStalled:
+        detail = f"The engine has ended, or a run lasts longer than {self.settings.stall_seconds:g} s."
+        return EngineStalled(detail, retry_after_seconds=math.ceil(self.settings.stall_seconds))
+
     async def _watch(self) -> None:
         """Give up on those inside once the engine hangs or is dead: they would wait in vain."""
         while True:
             await asyncio.sleep(self.settings.stall_seconds / 8)
-            if not self.is_responsive() and self.engine.abandon(InferenceFailed()):
-                logger.error("the engine does not answer; what was inside has been refused")
+            if not self.is_alive() and (n_images := self.engine.abandon(self._stalled())):
+                logger.error("the engine does not answer; %d images inside were refused", n_images)
 
 
 def _time_decoding(data: bytes, rule: Input, max_pixels: int) -> Decoded | ServiceError:

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from app.settings import Settings
 from app.store import StoreOptions, load_catalogue
 from tests.app.tiny_store import write_store
 
+SECONDS = 30  # more than any condition takes; a test that reaches it has failed
 OPTIONS = BackendOptions("cpu", 1, share_weights=False)
 ONNX = StoreOptions("onnx", "float32", None)
 
@@ -56,3 +58,10 @@ def make_client(catalogue: Catalogue) -> Iterator[ClientFactory]:
 @pytest.fixture
 def client(make_client: ClientFactory) -> TestClient:
     return make_client()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -208,7 +208,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.started, self.opened, self.n_runs = threading.Event(), threading.Event(), 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self, pixels: Pixels) -> Answer:
         self.started.set()
@@ -279,18 +279,29 @@ def test_classify_is_refused_until_the_models_are_loaded(make_client: ClientFact
     assert client.post("/classify", content=PNG).status_code == 200
 
 
-def test_draining_refuses_new_work_and_finishes_the_rest(make_client: ClientFactory, catalogue: Catalogue) -> None:
+def test_draining_is_not_ready_but_answers_what_still_comes(make_client: ClientFactory, catalogue: Catalogue) -> None:
     gate = Gate()
     client = make_client(gate_all(catalogue, gate))
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/classify", content=PNG)
         assert gate.started.wait(SECONDS)
         client.service.drain()  # type: ignore[attr-defined]
-        assert_problem(client.post("/classify", content=PNG), 503, "shutting_down")
-        assert_problem(client.get("/health/ready"), 503, "shutting_down")
+        second = pool.submit(client.post, "/classify", content=PNG)
+        refusal = client.get("/health/ready")
+        assert_problem(refusal, 503, "shutting_down")
         assert client.get("/health/live").status_code == 200
         gate.opened.set()
-        assert first.result(SECONDS).status_code == 200
+        for response in (first.result(SECONDS), second.result(SECONDS)):
+            assert response.status_code == 200
+            assert response.headers.get_list("connection") == ["close"]
+
+
+def test_an_answer_that_closes_by_itself_says_so_once_while_draining(make_client: ClientFactory) -> None:
+    client = make_client(max_body_bytes=10)
+    client.service.drain()  # type: ignore[attr-defined]
+    response = client.post("/classify", content=PNG)
+    assert_problem(response, 413, "body_too_large")
+    assert response.headers.get_list("connection") == ["close"]
 
 
 @pytest.mark.parametrize(

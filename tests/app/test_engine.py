@@ -6,7 +6,7 @@ import pytest
 
 from app.backends import Answer, Pixels
 from app.catalogue import Catalogue, ServedVariant
-from app.errors import BackendError, InferenceFailed, NotReady, ShuttingDown
+from app.errors import BackendError, EngineStalled, InferenceFailed, ShuttingDown
 from app.serving.costs import CostTable
 from app.serving.engine import Engine, Outcome
 from app.serving.entry import Done, Entry
@@ -266,7 +266,7 @@ def test_a_dead_thread_answers_all_and_takes_no_more(
     engine._thread.join(SECONDS)
     assert not engine.is_responsive(60)
     assert "a mistake of ours" in caplog.text
-    with pytest.raises(NotReady):
+    with pytest.raises(EngineStalled):
         engine.submit(make_entries(1))
 
 

@@ -45,6 +45,8 @@ def test_read_settings_takes_an_empty_value_for_none(monkeypatch: pytest.MonkeyP
         ({"DTEM_API_KEYS": "x", "DTEM_API_KEY_FILE": "y"}, ["DTEM_API_KEYS", "DTEM_API_KEY_FILE", "exclude"]),
         ({"DTEM_TLS_CERTIFICATE": "c.pem"}, ["DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY"]),
         ({"DTEM_TLS_KEY": "k.pem"}, ["DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY"]),
+        ({"DTEM_DRAIN_GRACE_SECONDS": "19.5"}, ["DTEM_DRAIN_GRACE_SECONDS (19.5)", "DTEM_DRAIN_SECONDS (20)"]),
+        ({"DTEM_RELOAD_SECONDS": "-1"}, ["DTEM_RELOAD_SECONDS=-1"]),
     ],
 )
 def test_read_settings_refuses_with_one_clear_line(

@@ -31,14 +31,15 @@ class Reply(NamedTuple):
 class Server:
     """`python -m app` on a free port, until the block is left."""
 
-    def __init__(self, model_store: Path, log: Path, **settings: object) -> None:
+    def __init__(self, model_store: Path, log: Path, tmpdir: Path | None = None, **settings: object) -> None:
         self._log = log
         self._certificate = settings.get("tls_certificate")
+        variables = environment(**{"port": 0, "model_store": model_store, **settings})
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "app"],
                 cwd=ROOT,
-                env=environment(port=0, model_store=model_store, **settings),
+                env=variables | ({"TMPDIR": str(tmpdir)} if tmpdir else {}),
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )
