@@ -2,6 +2,7 @@
 """Errors: what can go wrong, and the one table that says which HTTP answer each becomes.
 
 Answers are RFC 9457 problem documents: `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
+Under `/v2` they are what the Open Inference Protocol says: `{"error": "..."}`.
 """
 
 import json
@@ -62,6 +63,18 @@ class MethodNotAllowed(ServiceError):
 
 class MalformedBody(ServiceError):
     """The body is empty, or is not the multipart form it says it is."""
+
+
+class MalformedTensor(ServiceError):
+    """An inference request whose JSON or tensors are not what the protocol and the model say."""
+
+
+class UnsupportedEncoding(ServiceError):
+    """A Content-Encoding that is not read here."""
+
+    def __init__(self, detail: str, accepted: list[str]) -> None:
+        super().__init__(detail, accepted=accepted)
+        self.headers["Accept-Encoding"] = ", ".join(accepted)
 
 
 class MalformedImage(ServiceError):
@@ -155,6 +168,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     UnknownPath: (404, "unknown_path"),
     MethodNotAllowed: (405, "method_not_allowed"),
     MalformedBody: (400, "malformed_body"),
+    MalformedTensor: (400, "malformed_tensor"),
     MalformedImage: (400, "malformed_image"),
     UnknownModel: (404, "unknown_model"),
     UnknownVersion: (404, "unknown_version"),
@@ -162,6 +176,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     TooManyPixels: (413, "too_many_pixels"),
     TooManyFiles: (413, "too_many_files"),
     NotAnImage: (415, "not_an_image"),
+    UnsupportedEncoding: (415, "unsupported_encoding"),
     UnknownParameter: (422, "unknown_parameter"),
     DuplicateParameter: (422, "duplicate_parameter"),
     InvalidParameter: (422, "invalid_parameter"),
@@ -201,3 +216,12 @@ def problem_response(error: ServiceError) -> Response:
     # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
     content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
     return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)
+
+
+def protocol_error_response(error: ServiceError) -> Response:
+    """Render an error as the Open Inference Protocol does, which has one text and no members beside it."""
+    accepted = error.members.get("accepted")
+    text = f"{error.detail} Accepted: {', '.join(map(str, accepted))}." if accepted else error.detail
+    content = json.dumps({"error": text}, ensure_ascii=True).encode("ascii")
+    # To the letter "application/json": KServe's client looks into no other type for the reason.
+    return Response(content, status_and_code(error)[0], headers=error.headers, media_type="application/json")

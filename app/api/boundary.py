@@ -1,12 +1,16 @@
-"""Boundary: every answer leaves through here. Errors become problem documents; `/classify` is counted and logged."""
+"""Boundary: every answer leaves through here. Errors become problem documents, or under `/v2` what its protocol says;
+requests that classify are counted and logged.
+"""
 
 import logging
+import re
 from typing import NoReturn
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import (
@@ -18,6 +22,7 @@ from app.errors import (
     UnknownPath,
     echo,
     problem_response,
+    protocol_error_response,
     status_and_code,
 )
 from app.metrics import Exchange, Metrics
@@ -25,6 +30,8 @@ from app.metrics import Exchange, Metrics
 logger = logging.getLogger(__name__)
 
 CLASSIFY_PATH = "/classify"
+PROTOCOL_PREFIX = "/v2"
+CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")  # counted; `Exchange` tells of these
 EXCHANGE = "dtem.exchange"  # key in the ASGI scope
 
 
@@ -39,10 +46,13 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         exchange = scope[EXCHANGE] = Exchange()
+        path: str = scope["path"]
+        if scope["method"] == "HEAD":  # the server leaves the body out; it looks at its own scope, not at this copy
+            scope = {**scope, "method": "GET"}
         status = await self._answer(scope, receive, send, exchange)
-        if scope["path"] == CLASSIFY_PATH:
+        if CLASSIFYING.fullmatch(path):
             self._metrics.observe(exchange, status)
-            _log(exchange, status)
+            _log(path.rpartition("/")[2], exchange, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> int:
         """Let the application answer, or answer for it. Returns the status."""
@@ -62,15 +72,20 @@ class Boundary:
                 raise
             known = error if isinstance(error, ServiceError) else InternalError()
             exchange.refusals.append(status_and_code(known)[1])
-            await problem_response(known)(scope, receive, send_noting_status)
+            await _render(known, scope["path"])(scope, receive, send_noting_status)
         return status
 
 
-def _log(exchange: Exchange, status: int) -> None:
+def _render(error: ServiceError, path: str) -> Response:
+    is_protocol = path == PROTOCOL_PREFIX or path.startswith(PROTOCOL_PREFIX + "/")
+    return protocol_error_response(error) if is_protocol else problem_response(error)
+
+
+def _log(verb: str, exchange: Exchange, status: int) -> None:
     variant = f"model={exchange.model} policy={exchange.policy} r={exchange.r}"
     stages = " ".join(f"{name}_ms={value}" for name, value in exchange.durations_ms().items())
     reasons = f" refused={','.join(exchange.refusals)}" if exchange.refusals else ""
-    logger.info("classify %d %s images=%d %s%s", status, variant, exchange.n_images, stages, reasons)
+    logger.info("%s %d %s images=%d %s%s", verb, status, variant, exchange.n_images, stages, reasons)
 
 
 def translate_framework_errors(app: FastAPI) -> None:

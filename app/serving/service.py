@@ -95,14 +95,17 @@ class Service:
             raise NotReady("The engine does not answer.", retry_after_seconds=self.admission.seconds_until_empty())
         return self._catalogue
 
-    async def classify(self, chosen: Selection, files: Sequence[bytes], exchange: Exchange) -> list[Outcome]:
+    async def classify(
+        self, chosen: Selection, inputs: Sequence[bytes | Pixels], exchange: Exchange
+    ) -> list[Outcome]:
         """Decode and classify the images of one request, each with its own result or error.
 
+        Shapes: pixels (H, W, 3), as the model's input rule says.
         Raises: QueueFull, InferenceFailed, ShuttingDown for all of them together.
         """
-        with self.admission.admit(len(files)):
+        with self.admission.admit(len(inputs)):
             rule = chosen.model.manifest.input
-            decoded = await asyncio.gather(*(self._decode(data, rule) for data in files))
+            decoded = await asyncio.gather(*(self._decode(data, rule) for data in inputs))
             good = [item for item in decoded if isinstance(item, Decoded)]
             exchange.decode_seconds = [item.seconds for item in good]
             exchange.refusals += [status_and_code(item)[1] for item in decoded if isinstance(item, ServiceError)]
@@ -119,7 +122,7 @@ class Service:
         ]
         return outcomes
 
-    async def _decode(self, data: bytes, rule: Input) -> Decoded | ServiceError:
+    async def _decode(self, data: bytes | Pixels, rule: Input) -> Decoded | ServiceError:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, _time_decoding, data, rule, self.settings.max_pixels)
 
@@ -130,10 +133,11 @@ class Service:
         return inference
 
 
-def _time_decoding(data: bytes, rule: Input, max_pixels: int) -> Decoded | ServiceError:
+def _time_decoding(data: bytes | Pixels, rule: Input, max_pixels: int) -> Decoded | ServiceError:
+    """Pixels are decoded already, and pass."""
     started_at = time.perf_counter()
     try:
-        pixels = decode_image(data, rule, max_pixels)
+        pixels = data if isinstance(data, np.ndarray) else decode_image(data, rule, max_pixels)
     except ServiceError as error:
         return error
     return Decoded(pixels, time.perf_counter() - started_at)
