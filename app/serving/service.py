@@ -95,9 +95,7 @@ class Service:
             raise NotReady("The engine does not answer.", retry_after_seconds=self.admission.seconds_until_empty())
         return self._catalogue
 
-    async def classify(
-        self, chosen: Selection, inputs: Sequence[bytes | Pixels], exchange: Exchange
-    ) -> list[Outcome]:
+    async def classify(self, chosen: Selection, inputs: Sequence[bytes | Pixels], exchange: Exchange) -> list[Outcome]:
         """Decode and classify the images of one request, each with its own result or error.
 
         Shapes: pixels (H, W, 3), as the model's input rule says.
