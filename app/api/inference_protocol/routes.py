@@ -24,6 +24,7 @@ from app.api.inference_protocol.metadata import configure_model, describe_model,
 from app.api.inference_protocol.statistics import AllStatistics
 from app.api.parameters import accept_parameters
 from app.catalogue import ServedModel
+from app.errors import PROBLEMS
 from app.serving.service import Service
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -35,6 +36,8 @@ REQUEST_BODY = {
         "application/octet-stream": BINARY,
     },
 }
+UNDOCUMENTED = (405, 499)  # belongs to other methods; nobody is there to read it
+INFER_STATUSES = sorted({status for status, _ in PROBLEMS.values()} - set(UNDOCUMENTED))
 Find = Callable[..., Awaitable[ServedModel]]
 
 
@@ -129,7 +132,7 @@ def _add_inference_routes(router: APIRouter, service: Service, inferrer: Inferre
         response_model=InferResponse,
         responses={
             200: {"content": {"application/octet-stream": BINARY}},
-            **describe_errors(400, 404, 413, 415, 422, 429, 500, 503),
+            **describe_errors(*INFER_STATUSES),
         },
         openapi_extra={"requestBody": REQUEST_BODY},
     )

@@ -77,7 +77,8 @@ def test_a_raw_request_is_one_file(model: ServedModel) -> None:
 
 
 def test_without_outputs_all_are_wanted(model: ServedModel) -> None:
-    for outputs in ({}, {"outputs": []}, {"outputs": None}):
+    nothing: list[dict[str, Any]] = [{}, {"outputs": []}, {"outputs": None}]
+    for outputs in nothing:
         request = parse_json(model, {"inputs": [pixel_input(make_pixels())], **outputs})
         assert request.outputs == tuple(WantedOutput(name, is_binary=False) for name in EVERY)
     request = parse_json(
