@@ -128,7 +128,9 @@ class InferRequest(Envelope):
         description="what `/classify` takes as its query, and `binary_data_output`",
         examples=[{"r": 8}],
     )
-    inputs: list[RequestInput] = Field(description="one tensor: pixels, or encoded images")
+    inputs: list[RequestInput] = Field(
+        description="one tensor: pixels, or encoded images", json_schema_extra={"minItems": 1, "maxItems": 1}
+    )
     outputs: list[RequestOutput] | None = Field(default=None, description="default: all of them")
 
 

@@ -22,6 +22,7 @@ PIXELS_DATATYPE = "UINT8"
 IMAGE_DATATYPE = "BYTES"
 CHANNELS = 3
 BINARY_SIZE = "binary_data_size"
+PIECE = 100_000
 KINDS = {
     dict: "objects",
     list: "arrays",
@@ -117,9 +118,10 @@ def _require_count(tensor: RequestInput, limits: Limits) -> None:
 
 
 def _join_numbers(tensor: RequestInput) -> bytes:
-    """Turn numbers in JSON, flat or nested, into bytes."""
+    """Turn numbers in JSON, flat or nested, into bytes; in pieces, between which other threads have their turn."""
+    numbers = _flatten(tensor, int)
     try:
-        return bytes(_flatten(tensor, int))
+        return b"".join(bytes(numbers[start : start + PIECE]) for start in range(0, len(numbers), PIECE))
     except (ValueError, OverflowError) as error:
         raise MalformedTensor(f"{_name(tensor)}: data has numbers that are not from 0 to 255.") from error
 
@@ -144,7 +146,7 @@ def _flatten(tensor: RequestInput, kind: type) -> list[Any]:
         if any(type(part) is not list or extent not in (None, len(part)) for part in data):
             raise MalformedTensor(f"{_name(tensor)}: data is neither flat nor nested as shape {tensor.shape}.")
         data = list(chain.from_iterable(data))
-    wrong = set(map(type, data)) - {kind}
+    wrong = {type(element) for element in data} - {kind}
     if wrong:
         accepted = "whole numbers" if kind is int else "strings of base64"
         raise MalformedTensor(f"{_name(tensor)}: data has {KINDS[wrong.pop()]}, and not only {accepted}.")
