@@ -7,7 +7,7 @@ Under `/v2` they are what the Open Inference Protocol says: `{"error": "..."}`.
 
 import json
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 from starlette.responses import Response
 
@@ -47,6 +47,13 @@ class ServiceError(Exception):
         self.members = members
         headers = {"Retry-After": retry_after_seconds, "Allow": allow}
         self.headers = {name: str(value) for name, value in headers.items() if value is not None}
+
+    def about(self, subject: str) -> Self:
+        """Return this error with its subject before it; the error itself may be the answer to others too."""
+        named = type(self).__new__(type(self))
+        vars(named).update(vars(self))
+        named.detail = f"{subject}: {self.detail}"
+        return named
 
 
 class MalformedRequest(ServiceError):

@@ -1,5 +1,6 @@
 """The real `tritonclient` against a real server: what its users have written works as it is."""
 
+import asyncio
 import base64
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
@@ -143,6 +145,18 @@ def test_asynchronous_requests_get_their_own_answers(client: Any) -> None:
         result = request.get_result()
         assert result.get_response()["id"] == str(seed)
         assert_logits(result, pixels, RATES[seed % 3])
+
+
+@pytest.mark.parametrize("algorithm", [None, "gzip"])
+def test_the_client_for_asyncio(server: Server, algorithm: str | None) -> None:
+    pixels = make_pixels(2)
+
+    async def ask() -> Any:
+        async with triton_aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+            assert await client.is_model_ready("tiny")
+            return await client.infer("tiny", [pixel_input(pixels)], response_compression_algorithm=algorithm)
+
+    assert_logits(asyncio.run(ask()), pixels)
 
 
 def test_callers_at_once_get_their_own_answers(server: Server) -> None:

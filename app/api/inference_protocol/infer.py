@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -76,14 +76,9 @@ def _require_all(outcomes: Sequence[Outcome], exchange: Exchange) -> list[Classi
     """
     for place, outcome in enumerate(outcomes):
         if isinstance(outcome, ServiceError):
-            _refuse(outcome, place, exchange)
+            exchange.refusals.clear()  # the boundary counts it
+            raise outcome.about(f"Image {place}")
     return [outcome for outcome in outcomes if isinstance(outcome, Classified)]
-
-
-def _refuse(error: ServiceError, place: int, exchange: Exchange) -> NoReturn:
-    exchange.refusals.clear()  # the boundary counts it
-    error.detail = f"Image {place}: {error.detail}"
-    raise error
 
 
 async def _compress(rendered: Rendered, request: Request, exchange: Exchange) -> Response:
