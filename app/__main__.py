@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+import uvloop
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from app.backends import BackendOptions, open_backend
@@ -46,7 +47,7 @@ def main() -> int:
         for noisy in ("PIL", "python_multipart"):  # they describe to us what callers send
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         with listen(settings.host, settings.port) as listener:
-            asyncio.run(serve(settings, listener))
+            uvloop.run(serve(settings, listener))
     except StartupError as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
@@ -128,8 +129,8 @@ def configure(settings: Settings, service: Service) -> uvicorn.Config:
     """Choose everything that uvicorn would choose by what happens to be installed."""
     return uvicorn.Config(
         create_app(service),
-        http="h11",
-        loop="asyncio",
+        http="httptools",
+        loop="none",
         ws="none",
         lifespan="on",
         log_config=None,
@@ -152,9 +153,8 @@ def load(settings: Settings) -> Catalogue:
         backend = open_backend(settings.format, options)
     except BackendError as error:
         raise SettingsError(f"DTEM_FORMAT={settings.format} DTEM_DEVICE={settings.device}: {error}") from error
-    return load_catalogue(
-        settings.model_store, backend, StoreOptions(settings.format, settings.precision, settings.default_model)
-    )
+    wanted = StoreOptions(settings.format, settings.precision, settings.default_model, settings.max_batch_images)
+    return load_catalogue(settings.model_store, backend, wanted)
 
 
 def announce(catalogue: Catalogue, listener: socket.socket) -> str:

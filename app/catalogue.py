@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from app.backends import Runner
 from app.errors import UnknownModel, UnknownVersion, echo
 from app.manifest import Manifest, Variant
+from app.serving.costs import CostTable
 
 N_LATENCIES = 100
 
@@ -27,17 +28,30 @@ class LatencyLog:
         return (seconds[-1] * 1e3, statistics.median(seconds) * 1e3, len(seconds)) if seconds else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServedVariant:
+    """A loaded graph, and what its runs have taken on this host."""
+
     entry: Variant
     runner: Runner
     latency: LatencyLog = field(default_factory=LatencyLog)
+    costs: CostTable = field(default_factory=CostTable)
+
+    @property
+    def label(self) -> str:
+        """The rate as text; empty where the policy adapts to the image."""
+        return "" if self.entry.r is None else str(self.entry.r)
 
 
 @dataclass(frozen=True)
 class ServedModel:
     manifest: Manifest
     variants: Mapping[tuple[str, int | None], ServedVariant]  # by (policy, r), r None where it adapts to the image
+
+    @property
+    def unmerged_gmacs(self) -> float:
+        """Units: GMACs of an image with all its tokens."""
+        return max(variant.entry.gmacs for variant in self.variants.values())
 
     @property
     def policies(self) -> list[str]:

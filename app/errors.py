@@ -124,6 +124,14 @@ class InvalidParameter(ServiceError):
     """A query parameter whose value cannot be used."""
 
 
+class ConflictingParameters(ServiceError):
+    """Query parameters that exclude each other."""
+
+
+class BudgetNotMet(ServiceError):
+    """No variant is as cheap, or as accurate, as was asked for."""
+
+
 class RateNotExported(ServiceError):
     """A reduction rate for which the policy has no graph."""
 
@@ -142,6 +150,14 @@ class MissingFile(ServiceError):
 
 class QueueFull(ServiceError):
     """As many images inside as the service admits."""
+
+
+class DeadlineUnmeetable(ServiceError):
+    """At the present load, not even the cheapest variant would answer in time."""
+
+
+class DeadlinePassed(ServiceError):
+    """The deadline is past, or so near that no run would end before it."""
 
 
 class ClientGone(ServiceError):
@@ -187,16 +203,20 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     UnknownParameter: (422, "unknown_parameter"),
     DuplicateParameter: (422, "duplicate_parameter"),
     InvalidParameter: (422, "invalid_parameter"),
+    ConflictingParameters: (422, "conflicting_parameters"),
+    BudgetNotMet: (422, "budget_not_met"),
     RateNotExported: (422, "rate_not_exported"),
     UnknownPolicy: (422, "unknown_policy"),
     UnknownPart: (422, "unknown_part"),
     MissingFile: (422, "missing_file"),
     QueueFull: (429, "queue_full"),
+    DeadlineUnmeetable: (429, "deadline_unmeetable"),
     ClientGone: (499, "client_gone"),
     InferenceFailed: (500, "inference_failed"),
     InternalError: (500, "internal_error"),
     NotReady: (503, "not_ready"),
     ShuttingDown: (503, "shutting_down"),
+    DeadlinePassed: (504, "deadline_passed"),
 }
 
 
@@ -227,8 +247,10 @@ def problem_response(error: ServiceError) -> Response:
 
 def protocol_error_response(error: ServiceError) -> Response:
     """Render an error as the Open Inference Protocol does, which has one text and no members beside it."""
-    accepted = error.members.get("accepted")
-    text = f"{error.detail} Accepted: {', '.join(map(str, accepted))}." if accepted else error.detail
+    known = {name: error.members.get(name) for name in ("accepted", "minimum", "maximum")}
+    if isinstance(known["accepted"], list):
+        known["accepted"] = ", ".join(map(str, known["accepted"]))
+    text = " ".join([error.detail, *(f"{name.capitalize()}: {value}." for name, value in known.items() if value)])
     content = json.dumps({"error": text}, ensure_ascii=True).encode("ascii")
     # To the letter "application/json": KServe's client looks into no other type for the reason.
     return Response(content, status_and_code(error)[0], headers=error.headers, media_type="application/json")

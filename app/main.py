@@ -24,7 +24,7 @@ def create_app(service: Service) -> FastAPI:
     async def run_service(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        service.stop()
+        await service.stop()
 
     app = FastAPI(
         title="dtem-serve",

@@ -2,89 +2,172 @@
 the log and these collectors.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
+BUCKETS_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 VARIANT = ["model", "policy", "r"]  # r is empty where the policy adapts to the image
+LATE = ("deadline_unmeetable", "deadline_passed")  # refusals that are deadlines missed
+
+Labels = tuple[str, str, str]  # of a variant
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One image that was classified: as which variant, and what it took. Units: seconds, GMACs."""
+
+    variant: Labels
+    started_at: float
+    queue_seconds: float
+    inference_seconds: float
+    kept_tokens: int
+    gmacs_saved: float
+    is_degraded: bool
 
 
 @dataclass
 class Exchange:
-    """One `/classify` request as it goes: which variant, how long each stage took, what was refused."""
+    """One request to classify as it goes: which variant, how long each stage took, what was refused.
 
+    arrived_at is of the request's head; `*_at` are of time.perf_counter. Units: seconds.
+    """
+
+    arrived_at: float = field(default_factory=time.perf_counter)
+    request_id: str = ""
     model: str = ""
     policy: str = ""
     r: str = ""
-    decode_seconds: list[float] = field(default_factory=list)  # one per image
-    queue_seconds: float | None = None
-    inference_seconds: float | None = None
+    decodes: list[tuple[float, float]] = field(default_factory=list)  # began at, took; one per image
+    runs: list[Run] = field(default_factory=list)  # one per image classified
     total_seconds: float | None = None
-    n_images: int = 0  # classified
-    kept_tokens: list[int] = field(default_factory=list)  # one per image classified
     refusals: list[str] = field(default_factory=list)  # codes
 
     @property
+    def n_images(self) -> int:
+        return len(self.runs)
+
+    @property
+    def variant(self) -> Labels:
+        """Of the first image that was classified; of what was asked for if none was."""
+        return self.runs[0].variant if self.runs else (self.model, self.policy, self.r)
+
+    @property
     def stages(self) -> dict[str, list[float]]:
-        single = {"queue": self.queue_seconds, "inference": self.inference_seconds, "total": self.total_seconds}
-        return {"decode": self.decode_seconds, **{name: [s] for name, s in single.items() if s is not None}}
+        """Units: seconds, one number per image, but one for the request in total."""
+        return {
+            "decode": [seconds for _, seconds in self.decodes],
+            "queue": [run.queue_seconds for run in self.runs],
+            "inference": [run.inference_seconds for run in self.runs],
+            "total": [] if self.total_seconds is None else [self.total_seconds],
+        }
 
     def durations_ms(self) -> dict[str, float]:
-        """Units: ms per stage, of all images together."""
-        return {name: round(sum(seconds) * 1e3, 3) for name, seconds in self.stages.items()}
+        """Units: ms per stage, of the image that it took longest for."""
+        return {name: round(max(seconds) * 1e3, 3) for name, seconds in self.stages.items() if seconds}
+
+
+class EngineState(Protocol):
+    """What the gauges read."""
+
+    def depths_by_label(self) -> Mapping[Labels, int]: ...
+    def floors(self) -> Mapping[Labels, int]: ...
 
 
 class Metrics:
+    """All labels are few: models, policies, rates and codes; never a path or an id."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        self._requests = Counter("dtem_requests_total", "Answers to /classify", [*VARIANT, "code"], registry=registry)
-        self._images = Counter("dtem_images_total", "Images classified", VARIANT, registry=registry)
-        self._refusals = Counter("dtem_refusals_total", "Requests and files refused", ["reason"], registry=registry)
-        self._stages = Histogram(
-            "dtem_stage_seconds", "Time in each stage", ["stage", *VARIANT], buckets=BUCKETS_SECONDS, registry=registry
-        )
-        self._kept = Histogram(
-            "dtem_kept_tokens",
-            "Tokens that an image has left at the end",
-            VARIANT,
-            buckets=BUCKETS_TOKENS,
-            registry=registry,
-        )
+        self._requests = self._counter("dtem_requests_total", "Answers to requests to classify", [*VARIANT, "code"])
+        self._images = self._counter("dtem_images_total", "Images classified", VARIANT)
+        self._saved = self._counter("dtem_gmacs_saved_total", "GMACs that images took less than unmerged", VARIANT)
+        self._degraded = self._counter("dtem_degraded_total", "Images that ran cheaper than preferred", VARIANT)
+        self._refusals = self._counter("dtem_refusals_total", "Requests and files refused", ["reason"])
+        self._misses = self._counter("dtem_deadline_misses_total", "Requests and files too late", ["reason"])
+        self._cancelled = self._counter("dtem_cancelled_total", "Images whose caller had left", ["reason"])
+        self._busy = self._counter("dtem_busy_seconds_total", "Time that the device ran", VARIANT)
+        self._stages = self._histogram("dtem_stage_seconds", "Time in each stage", ["stage", *VARIANT], BUCKETS_SECONDS)
+        self._kept = self._histogram("dtem_kept_tokens", "Tokens an image has left at the end", VARIANT, BUCKETS_TOKENS)
+        self._sizes = self._histogram("dtem_batch_images", "Images that ran together", VARIANT, BUCKETS_IMAGES)
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
         self._ready = Gauge("dtem_ready", "Whether the service takes requests", registry=registry)
-        self._depth = Gauge("dtem_queue_depth_requests", "Requests waiting for the device", registry=registry)
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
 
-    def watch(self, is_ready: Callable[[], bool], n_waiting: Callable[[], int], n_in_flight: Callable[[], int]) -> None:
+    def _counter(self, name: str, documentation: str, labels: list[str]) -> Counter:
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def _histogram(self, name: str, documentation: str, labels: list[str], buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=tuple(buckets), registry=self.registry)
+
+    def watch(self, is_ready: Callable[[], bool], engine: EngineState, n_in_flight: Callable[[], int]) -> None:
         """Read the gauges from where the state is, at each scrape."""
         self._ready.set_function(lambda: float(is_ready()))
-        self._depth.set_function(lambda: float(n_waiting()))
         self._in_flight.set_function(lambda: float(n_in_flight()))
+        self.registry.register(_EngineCollector(engine))
 
     def announce_model(self, model: str, version: str, graph_format: str, device: str) -> None:
         self._info.labels(model, version, graph_format, device).set(1)
 
     def observe(self, exchange: Exchange, code: int) -> None:
         """Count an exchange that has ended."""
-        variant = (exchange.model, exchange.policy, exchange.r)
+        variant = exchange.variant
         self._requests.labels(*variant, str(code)).inc()
         for reason in exchange.refusals:
             self._refusals.labels(reason).inc()
-        if exchange.n_images:
-            self._images.labels(*variant).inc(exchange.n_images)
-        for n_tokens in exchange.kept_tokens:
-            self._kept.labels(*variant).observe(n_tokens)
+            if reason in LATE:
+                self._misses.labels(reason).inc()
+        for run in exchange.runs:
+            self._images.labels(*run.variant).inc()
+            self._saved.labels(*run.variant).inc(run.gmacs_saved)
+            self._kept.labels(*run.variant).observe(run.kept_tokens)
+            if run.is_degraded:
+                self._degraded.labels(*run.variant).inc()
         for stage, seconds in exchange.stages.items():
             for value in seconds:
                 self._stages.labels(stage, *variant).observe(value)
+
+    def observe_run(self, variant: Labels, n_images: int, seconds: float) -> None:
+        """Count a batch that has run."""
+        self._sizes.labels(*variant).observe(n_images)
+        self._busy.labels(*variant).inc(seconds)
+
+    def count_cancelled(self, n_waiting: int, n_running: int) -> None:
+        """Count images whose caller left while they waited, or ran."""
+        for reason, n in (("waiting", n_waiting), ("running", n_running)):
+            if n:
+                self._cancelled.labels(reason).inc(n)
+
+
+class _EngineCollector(Collector):
+    """Gauges whose labels come and go with what waits."""
+
+    def __init__(self, engine: EngineState) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        depth = GaugeMetricFamily("dtem_queue_depth_images", "Images waiting for the device", labels=VARIANT)
+        for labels, n_images in self._engine.depths_by_label().items():
+            depth.add_metric(list(labels), n_images)
+        floor = GaugeMetricFamily(
+            "dtem_rate_floor", "Least rate of requests that consent, while it is raised", labels=VARIANT[:2]
+        )
+        for (model, _, policy), r in self._engine.floors().items():
+            floor.add_metric([model, policy], r)
+        yield depth
+        yield floor

@@ -40,11 +40,23 @@ class Settings(BaseSettings):
     )
     max_files: int = Field(default=32, ge=1, description="most files in one multipart request")
     n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded at the same time")
-    max_queue_images: int = Field(
-        default=64, ge=1, description="most images inside the service (decoding, queued, running)"
+    max_inside_images: int = Field(
+        default=256, ge=1, description="most images inside the service (decoding, queued, running)"
     )
-    max_batch_images: int = Field(default=8, ge=1, description="most images of one request in one run of the model")
-    stall_seconds: float = Field(default=60.0, gt=0, description="a run that takes longer makes the service not ready")
+    max_queue_images: int = Field(default=64, ge=1, description="most images waiting for one variant")
+    max_batch_images: int = Field(default=16, ge=1, description="most images in one run of the model")
+    batch_wait_ms: float = Field(
+        default=0.0,
+        ge=0,
+        description="how long an incomplete batch waits for more, from its first image",
+    )
+    patience_ms: float = Field(
+        default=250.0,
+        gt=0,
+        description="requests without a deadline are ordered among those with one as if it were this; "
+        "where it is not kept, requests that consent are degraded",
+    )
+    stall_seconds: float = Field(default=10.0, gt=0, description="a run that takes longer counts as hung")
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="idle connections are kept; above the usual balancer's 60"
     )
@@ -60,9 +72,19 @@ class Settings(BaseSettings):
                 f"DTEM_MAX_FILES ({self.max_files}) exceeds DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}):"
                 " such a request could never be admitted"
             )
+        if self.max_queue_images > self.max_inside_images:
+            raise ValueError(
+                f"DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}) exceeds DTEM_MAX_INSIDE_IMAGES"
+                f" ({self.max_inside_images}): such a queue could never be full"
+            )
         if self.share_weights and (self.format, self.device) != ("onnx", "cpu"):
             raise ValueError("DTEM_SHARE_WEIGHTS is for DTEM_FORMAT=onnx on DTEM_DEVICE=cpu alone")
         return self
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether batches are filled up to a few sizes: a GPU plans, and keeps memory, for each size that it meets."""
+        return self.device == "cuda"
 
     @property
     def n_inference_threads(self) -> int:

@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from app.backends import Answer, Backend, Pixels, Runner
-from app.catalogue import Catalogue, ServedModel, ServedVariant
+from app.catalogue import Catalogue, LatencyLog, ServedModel, ServedVariant
 from app.errors import BackendError, StoreError
 from app.manifest import MANIFEST_FILE, Manifest, Variant
+from app.serving.costs import CostTable, batch_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class StoreOptions:
     format: str
     precision: str
     default_model: str | None
+    max_batch_images: int = 1
 
 
 def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Catalogue:
@@ -76,8 +78,10 @@ def load_version(folder: Path, backend: Backend, options: StoreOptions) -> Serve
     answers = {name: run(folder / name, runner, golden.pixels) for name, runner in runners.items()}
     for entry in entries:
         compare_golden(folder, entry, answers[entry.file], golden, manifest.golden.atol)
-    variants = {(entry.policy, entry.r): ServedVariant(entry, runners[entry.file]) for entry in entries}
-    warm_up(folder, variants, golden.pixels[:1])
+    variants = {
+        (entry.policy, entry.r): measure(folder, entry, runners[entry.file], golden.pixels, options.max_batch_images)
+        for entry in entries
+    }
     logger.info("loaded %s version %s: %d variants", manifest.name, manifest.version, len(variants))
     return ServedModel(manifest, variants)
 
@@ -232,12 +236,21 @@ def compare_golden(folder: Path, entry: Variant, answer: Answer, golden: Golden,
         raise StoreError(path, f"{entry.id}: the golden inputs cost other GMACs than when it was exported")
 
 
-def warm_up(folder: Path, variants: dict[tuple[str, int | None], ServedVariant], pixels: Pixels) -> None:
-    """Run each variant on one image alone, for the latency that `/models` shows before the first request."""
-    for variant in variants.values():
+def measure(folder: Path, entry: Variant, runner: Runner, pixels: Pixels, max_batch_images: int) -> ServedVariant:
+    """Warm a variant up and time it, for the latency of `/models` and the engine's plans before the first request.
+
+    One image and the largest batch: the sizes between lie close to the line through both.
+    """
+    seconds = {}
+    for size in sorted({1, max_batch_images}):
+        batch = np.resize(pixels, (size, *pixels.shape[1:]))
         started_at = time.perf_counter()
-        run(folder / variant.entry.file, variant.runner, pixels)
-        variant.latency.add(time.perf_counter() - started_at)
+        run(folder / entry.file, runner, batch)
+        seconds[size] = time.perf_counter() - started_at
+    buckets = batch_buckets(max_batch_images)
+    variant = ServedVariant(entry, runner, LatencyLog(), CostTable(CostTable(seconds).by_size(buckets)))
+    variant.latency.add(seconds[1])
+    return variant
 
 
 def _describe(error: ValidationError) -> str:

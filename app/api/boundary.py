@@ -82,7 +82,8 @@ def _render(error: ServiceError, path: str) -> Response:
 
 
 def _log(verb: str, exchange: Exchange, status: int) -> None:
-    variant = f"model={exchange.model} policy={exchange.policy} r={exchange.r}"
+    model, policy, r = exchange.variant
+    variant = f"model={model} policy={policy} r={r}"
     stages = " ".join(f"{name}_ms={value}" for name, value in exchange.durations_ms().items())
     reasons = f" refused={','.join(exchange.refusals)}" if exchange.refusals else ""
     logger.info("%s %d %s images=%d %s%s", verb, status, variant, exchange.n_images, stages, reasons)

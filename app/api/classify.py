@@ -10,22 +10,15 @@ from starlette.requests import ClientDisconnect
 
 from app import selection
 from app.api.boundary import CLASSIFY_PATH, EXCHANGE
-from app.api.documents import (
-    Classification,
-    MeasuredAccuracy,
-    ModelName,
-    Prediction,
-    Results,
-    TimingsMs,
-    describe_problems,
-)
+from app.api.documents import Classification, Results, describe_problems
 from app.api.exchanges import note_variant, server_timing, softmax, while_connected
 from app.api.parameters import accept_parameters
 from app.api.uploads import Upload, form_boundary, read_form, read_image
+from app.backends import Logits
 from app.errors import ClientGone, ServiceError, problem_document
 from app.metrics import Exchange
 from app.selection import Selection, select
-from app.serving.service import Classified, Outcome, Service
+from app.serving.service import Classified, Service
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
@@ -57,13 +50,14 @@ def make_router(service: Service) -> APIRouter:
         CLASSIFY_PATH,
         summary="Classify one image, or several",
         response_model=Classification | Results,
-        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503)},
+        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503, 504)},
         openapi_extra={"requestBody": BODY},
         dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
     )
     async def classify(request: Request, query: Annotated[selection.Query, Query()]) -> JSONResponse:
         """The body is the image, or a multipart form with one or more parts named `file`: then a list comes back, in
-        which each file has its own result or its own problem. The rate `r` is used exactly as asked, or refused.
+        which each file has its own result or its own problem. A rate `r` is used exactly as asked, or refused, unless
+        `allow_degrade` or `max_r` consents to a higher one under load.
         """
         return await _classify(service, request, query)
 
@@ -93,37 +87,44 @@ async def _read_uploads(request: Request, boundary: bytes | None, max_files: int
         raise ClientGone("The caller left before the body was complete.") from error
 
 
-def _describe(outcome: Outcome, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+def _describe(outcome: Classified | ServiceError, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
     """Raises: the outcome, if it is an error."""
     if isinstance(outcome, ServiceError):
         exchange.refusals.clear()  # the boundary counts it
         raise outcome
-    manifest, entry = chosen.model.manifest, chosen.variant.entry
-    accuracy = None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump())
-    return Classification(
-        predictions=_rank(outcome, manifest.labels, chosen.top_k),
-        model=ModelName(name=manifest.name, version=manifest.version),
-        policy=entry.policy,
-        r=entry.r,
-        gmacs=entry.gmacs if outcome.gmacs is None else outcome.gmacs,
-        accuracy=accuracy,
-        tokens=list(entry.tokens) if outcome.tokens is None else outcome.tokens,
-        batch_size=outcome.batch_size,
-        degraded=False,
-        timings_ms=TimingsMs(**{**exchange.durations_ms(), "decode": round(outcome.decode_seconds * 1e3, 3)}),
-    ).model_dump(mode="json")
+    manifest, done = chosen.model.manifest, outcome.done
+    entry = done.variant.entry
+    return {
+        "predictions": _rank(done.logits, manifest.labels, chosen.top_k),
+        "model": {"name": manifest.name, "version": manifest.version},
+        "policy": entry.policy,
+        "r": entry.r,
+        "gmacs": entry.gmacs if done.gmacs is None else done.gmacs,
+        "accuracy": None if entry.accuracy is None else entry.accuracy.model_dump(mode="json"),
+        "tokens": entry.tokens if done.tokens is None else done.tokens,
+        "batch_size": done.batch_size,
+        "degraded": done.is_degraded,
+        "timings_ms": {
+            "decode": round(outcome.decode_seconds * 1e3, 3),
+            "queue": round(done.queue_seconds * 1e3, 3),
+            "inference": round(done.inference_seconds * 1e3, 3),
+            "total": round((exchange.total_seconds or 0.0) * 1e3, 3),
+        },
+    }
 
 
-def _describe_file(outcome: Outcome, name: str | None, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+def _describe_file(
+    outcome: Classified | ServiceError, name: str | None, chosen: Selection, exchange: Exchange
+) -> dict[str, Any]:
     if isinstance(outcome, ServiceError):
         return {**problem_document(outcome), "filename": name}
     return {**_describe(outcome, chosen, exchange), "filename": name}
 
 
-def _rank(outcome: Classified, labels: tuple[str, ...], top_k: int) -> list[Prediction]:
-    probabilities = softmax(outcome.logits)
+def _rank(logits: Logits, labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+    probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [Prediction(label=labels[i], index=int(i), probability=float(probabilities[i])) for i in best]
+    return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
 
 
 def _render(document: dict[str, Any], exchange: Exchange) -> JSONResponse:

@@ -43,7 +43,7 @@ class MeasuredAccuracy(BaseModel):
 
 
 class TimingsMs(BaseModel):
-    """Units: ms. `total` runs from the last byte of the body to the answer."""
+    """Units: ms. `total` runs from the last byte of the body to the answer; the others are this image's own."""
 
     decode: float
     queue: float
@@ -61,8 +61,8 @@ class Classification(BaseModel):
     gmacs: float = Field(description="what this image took")
     accuracy: MeasuredAccuracy | None
     tokens: list[int] = Field(description="of this image: entering each block, and how many are left at the end")
-    batch_size: int
-    degraded: Literal[False]
+    batch_size: int = Field(description="images that ran together, of however many requests")
+    degraded: bool = Field(description="whether the load made it cheaper than it would have been on an idle device")
     timings_ms: TimingsMs
 
 
@@ -88,6 +88,13 @@ class LatencyMs(BaseModel):
     n: int
 
 
+class RunMs(BaseModel):
+    """Units: ms that a run of so many images is expected to take on this host, at the present load."""
+
+    batch_size: int
+    expected: float
+
+
 class GmacsSpread(BaseModel):
     """Percentiles over the images that accuracy was measured on."""
 
@@ -111,6 +118,7 @@ class VariantDocument(BaseModel):
     promise: str | None = Field(description="what an image's answer owes to the others of its batch")
     accuracy: MeasuredAccuracy | None
     latency_ms: LatencyMs | None
+    run_ms: list[RunMs]
 
 
 class DefaultDocument(BaseModel):
@@ -157,7 +165,8 @@ DESCRIPTIONS = {
     413: "Too many bytes, pixels or files",
     415: "Not an image that is read here",
     422: "A query parameter or a form part cannot be used; `accepted` lists what can",
-    429: "The queue is full; come back after Retry-After seconds",
+    429: "The queue is full, or the deadline cannot be met; come back after Retry-After seconds",
     500: "The service failed; the reason is in its log",
     503: "The models are still being loaded, or the service is draining",
+    504: "The deadline is past",
 }

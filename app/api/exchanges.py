@@ -19,9 +19,8 @@ T = TypeVar("T")
 
 def note_variant(exchange: Exchange, chosen: Selection) -> None:
     """Write down what was chosen, for the metrics and the log."""
-    entry = chosen.variant.entry
-    exchange.model, exchange.policy = chosen.model.manifest.name, entry.policy
-    exchange.r = "" if entry.r is None else str(entry.r)
+    exchange.model, exchange.policy = chosen.model.manifest.name, chosen.policy
+    exchange.r = chosen.variant.label
 
 
 async def read_body(request: Request) -> bytes:

@@ -10,11 +10,13 @@ from app.api.documents import (
     ModelDocument,
     ModelName,
     ModelsDocument,
+    RunMs,
     VariantDocument,
     describe_problems,
 )
 from app.api.parameters import accept_parameters
 from app.catalogue import LatencyLog, ServedModel, ServedVariant
+from app.serving.costs import batch_buckets
 from app.serving.service import Service
 
 
@@ -30,7 +32,7 @@ def make_router(service: Service) -> APIRouter:
     async def list_models() -> ModelsDocument:
         catalogue = service.require_ready()
         default = catalogue.find(None, None).manifest
-        models = [_describe_model(model, service.settings.device) for model in catalogue.all_models()]
+        models = [_describe_model(model, service) for model in catalogue.all_models()]
         return ModelsDocument(default=ModelName(name=default.name, version=default.version), models=models)
 
     @router.get(
@@ -40,12 +42,12 @@ def make_router(service: Service) -> APIRouter:
         dependencies=[Depends(accept_parameters("version"))],
     )
     async def show_model(name: str, version: str | None = None) -> ModelDocument:
-        return _describe_model(service.require_ready().find(name, version), service.settings.device)
+        return _describe_model(service.require_ready().find(name, version), service)
 
     return router
 
 
-def _describe_model(model: ServedModel, device: str) -> ModelDocument:
+def _describe_model(model: ServedModel, service: Service) -> ModelDocument:
     manifest = model.manifest
     return ModelDocument(
         name=manifest.name,
@@ -58,9 +60,9 @@ def _describe_model(model: ServedModel, device: str) -> ModelDocument:
         credits=list(manifest.training.credits),
         git_commit=manifest.git_commit,
         created=manifest.created,
-        device=device,
+        device=service.settings.device,
         default=DefaultDocument(policy=manifest.default.policy, r=manifest.default.r),
-        variants=[_describe_variant(model.variants[key]) for key in sorted(model.variants, key=_place)],
+        variants=[_describe_variant(model.variants[key], service) for key in sorted(model.variants, key=_place)],
     )
 
 
@@ -69,8 +71,9 @@ def _place(key: tuple[str, int | None]) -> tuple[str, int]:
     return policy, -1 if r is None else r
 
 
-def _describe_variant(variant: ServedVariant) -> VariantDocument:
+def _describe_variant(variant: ServedVariant, service: Service) -> VariantDocument:
     entry = variant.entry
+    runs = {n: service.engine.expected_seconds(variant, n) for n in batch_buckets(service.settings.max_batch_images)}
     return VariantDocument(
         id=entry.id,
         policy=entry.policy,
@@ -85,6 +88,7 @@ def _describe_variant(variant: ServedVariant) -> VariantDocument:
         promise=entry.promise,
         accuracy=None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump()),
         latency_ms=_describe_latency(variant.latency),
+        run_ms=[RunMs(batch_size=n, expected=round(seconds * 1e3, 3)) for n, seconds in runs.items()],
     )
 
 

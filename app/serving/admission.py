@@ -1,22 +1,17 @@
-"""Admission: how many images are inside, and when to come back if there is no room."""
+"""Admission: how many images are inside, decoding, waiting or running, whatever they wait for."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from app.errors import QueueFull
-
-FIRST_GUESS_SECONDS = 0.05  # per image, until one was measured
-SMOOTHING = 0.2
 
 
 class Admission:
     """Counts images from admission to answer. For the event loop alone: it takes no lock."""
 
-    def __init__(self, max_images: int) -> None:
-        self._max_images = max_images
+    def __init__(self, max_images: int, retry_after_seconds: Callable[[], int]) -> None:
+        self._max_images, self._retry_after_seconds = max_images, retry_after_seconds
         self.n_images = 0
-        self._seconds_per_image = FIRST_GUESS_SECONDS
 
     @contextmanager
     def admit(self, n_images: int) -> Iterator[None]:
@@ -26,16 +21,9 @@ class Admission:
         """
         if self.n_images + n_images > self._max_images:
             detail = f"{self.n_images} images are inside, of at most {self._max_images}."
-            raise QueueFull(detail, retry_after_seconds=self.seconds_until_empty())
+            raise QueueFull(detail, retry_after_seconds=self._retry_after_seconds())
         self.n_images += n_images
         try:
             yield
         finally:
             self.n_images -= n_images
-
-    def seconds_until_empty(self) -> int:
-        return max(1, math.ceil(self.n_images * self._seconds_per_image))
-
-    def learn(self, seconds: float, n_images: int) -> None:
-        """Take in what some images have just cost."""
-        self._seconds_per_image += SMOOTHING * (seconds / n_images - self._seconds_per_image)

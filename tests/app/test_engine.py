@@ -1,36 +1,64 @@
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from app.backends import Answer, Pixels
 from app.catalogue import Catalogue, ServedVariant
-from app.errors import BackendError, InferenceFailed, ShuttingDown
-from app.serving.engine import Engine, Inference
+from app.errors import BackendError, InferenceFailed, NotReady, ShuttingDown
+from app.serving.costs import CostTable
+from app.serving.engine import Engine, Outcome
+from app.serving.entry import Done, Entry
+from app.serving.scheduler import Limits
 
 SECONDS = 10  # more than any of this takes; a test that reaches it has failed
 
 
 class GatedRunner:
-    """Runs when it is let, and remembers the sizes of its batches."""
+    """Runs when it is let, and remembers the sizes of its batches; images whose first channel is a culprit's fail."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.started = threading.Event()
         self.sizes: list[int] = []
-        self.error: Exception | None = None
+        self.culprits: set[int] = set()
+        self.error: BaseException = BackendError("broken")
         self.value = 0.0
 
     def run(self, pixels: Pixels) -> Answer:
         self.started.set()
         assert self.gate.wait(SECONDS)
         self.sizes.append(len(pixels))
-        if self.error is not None:
+        marks = pixels[:, 0, 0, 0]
+        if self.culprits & set(marks.tolist()):
             raise self.error
-        return Answer(np.full((len(pixels), 3), self.value, np.float32))
+        return Answer(np.repeat(marks[:, None].astype(np.float32) + np.float32(self.value), 3, axis=1))
+
+
+class Box:
+    """What was delivered, and that nothing was delivered twice."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[Entry, Outcome] = {}
+        self._changed = threading.Condition()
+
+    def put(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+        with self._changed:
+            for entry, outcome in outcomes:
+                assert entry not in self.outcomes
+                self.outcomes[entry] = outcome
+            self._changed.notify_all()
+
+    def get(self, entry: Entry) -> Outcome:
+        with self._changed:
+            assert self._changed.wait_for(lambda: entry in self.outcomes, SECONDS)
+            return self.outcomes[entry]
+
+    def done(self, entry: Entry) -> Done:
+        outcome = self.get(entry)
+        assert isinstance(outcome, Done)
+        return outcome
 
 
 @pytest.fixture
@@ -39,106 +67,225 @@ def runner() -> GatedRunner:
 
 
 @pytest.fixture
+def box() -> Box:
+    return Box()
+
+
+@pytest.fixture
 def variant(catalogue: Catalogue, runner: GatedRunner) -> ServedVariant:
     return ServedVariant(catalogue.find(None, None).variants["tome", 8].entry, runner)
 
 
+MakeEntries = Callable[[int], list[Entry]]
+
+
 @pytest.fixture
-def engine(runner: GatedRunner) -> Iterator[Engine]:
-    engine = Engine(max_batch_images=4)
+def make_entries(variant: ServedVariant, engine: Engine) -> MakeEntries:
+    def make(n: int) -> list[Entry]:
+        now = engine.clock()
+        images = [np.full((8, 8, 3), i, np.uint8) for i in range(n)]
+        return [Entry(image, (variant,), ("tiny", "1", "tome"), now, now + 1) for image in images]
+
+    return make
+
+
+@pytest.fixture
+def engine(runner: GatedRunner, box: Box) -> Iterator[Engine]:
+    engine = Engine(Limits(max_queue_images=64, max_batch_images=4), box.put)
     engine.start()
     yield engine
     runner.gate.set()
     engine.stop(SECONDS)
 
 
-def images(n: int) -> NDArray[np.uint8]:
-    return np.zeros((n, 8, 8, 3), np.uint8)
-
-
-def test_engine_runs_a_request_in_bounded_batches(engine: Engine, variant: ServedVariant, runner: GatedRunner) -> None:
-    runner.gate.set()
-    inference = engine.submit(variant, images(10)).result(SECONDS)
-    assert runner.sizes == [4, 4, 2]
-    assert inference.batch_sizes == [4] * 8 + [2] * 2
-    assert inference.answer.logits.shape == (10, 3)
-    assert inference.inference_seconds > 0
-
-
-def test_engine_times_single_images_for_the_latency_log(
-    engine: Engine, variant: ServedVariant, runner: GatedRunner
+def test_engine_batches_what_queued_while_it_was_busy(
+    engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
 ) -> None:
-    runner.gate.set()
-    engine.submit(variant, images(2)).result(SECONDS)
-    assert variant.latency.summary_ms() is None
-    inference = engine.submit(variant, images(1)).result(SECONDS)
-    ms = inference.inference_seconds * 1e3
-    assert variant.latency.summary_ms() == (ms, ms, 1)
-
-
-def test_engine_drops_cancelled_entries_at_dequeue(engine: Engine, variant: ServedVariant, runner: GatedRunner) -> None:
-    first, second, third = (engine.submit(variant, images(n)) for n in (1, 2, 3))
+    (first,) = make_entries(1)
+    engine.submit([first])
     assert runner.started.wait(SECONDS)
-    assert second.cancel()
-    assert not first.cancel()
+    others = [make_entries(2)[1], *make_entries(3)]
+    for entry in others:
+        engine.submit([entry])
     runner.gate.set()
-    wait([first, third], SECONDS)
-    assert runner.sizes == [1, 3]
+    assert [box.done(entry).batch_size for entry in (first, *others)] == [1, 4, 4, 4, 4]
+    assert runner.sizes == [1, 4]
+    assert [int(box.done(entry).logits[0]) for entry in others] == [1, 0, 1, 2]
+    done = box.done(others[0])
+    assert done.queue_seconds > 0
+    assert done.inference_seconds > 0
+    assert not done.is_degraded
+
+
+def test_engine_observes_each_batch(variant: ServedVariant, runner: GatedRunner, box: Box) -> None:
+    seen: list[tuple[int, float]] = []
+    engine = Engine(Limits(64, 4), box.put, lambda batch, seconds: seen.append((len(batch.entries), seconds)))
+    engine.start()
+    runner.gate.set()
+    entry = Entry(np.zeros((8, 8, 3), np.uint8), (variant,), ("tiny", "1", "tome"), engine.clock(), engine.clock() + 1)
+    engine.submit([entry])
+    done = box.done(entry)
+    ((n_images, seconds),) = seen
+    assert n_images == 1
+    assert seconds == pytest.approx(done.inference_seconds, abs=0.05)
+    summary = variant.latency.summary_ms()
+    assert summary is not None
+    assert summary[2] == 1
+    engine.stop(SECONDS)
+
+
+def test_engine_drops_those_who_left(engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box) -> None:
+    first, second, third = make_entries(1) + make_entries(1) + make_entries(1)
+    for entry in (first, second, third):
+        engine.submit([entry])
+        assert runner.started.wait(SECONDS)
+    assert engine.withdraw([first, second]) == 1  # the first runs already
+    runner.gate.set()
+    box.get(third)
+    assert runner.sizes == [1, 1]
+    assert set(box.outcomes) == {third}
 
 
 @pytest.mark.parametrize("error", [BackendError("broken"), ValueError("unexpected"), MemoryError()])
-def test_engine_survives_a_failing_backend(
-    engine: Engine, variant: ServedVariant, runner: GatedRunner, error: Exception, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("culprits", [{0}, {3}, {1, 2}, {0, 1, 2, 3}])
+def test_only_the_culprits_of_a_failing_batch_fail(
+    engine: Engine,
+    make_entries: MakeEntries,
+    runner: GatedRunner,
+    box: Box,
+    error: Exception,
+    culprits: set[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     runner.gate.set()
-    runner.error = error
-    with pytest.raises(InferenceFailed):
-        engine.submit(variant, images(1)).result(SECONDS)
+    runner.culprits, runner.error = culprits, error
+    entries = make_entries(4)
+    engine.submit(entries)
+    for i, entry in enumerate(entries):
+        if i in culprits:
+            assert isinstance(box.get(entry), InferenceFailed)
+        else:
+            assert int(box.done(entry).logits[0]) == i
     assert "Traceback" in caplog.text
-    runner.error = None
-    assert engine.submit(variant, images(1)).result(SECONDS).answer.logits.shape == (1, 3)
+    runner.culprits = set()
+    (entry,) = make_entries(1)
+    engine.submit([entry])
+    assert box.done(entry).batch_size == 1
 
 
-def test_engine_refuses_logits_that_are_not_finite(engine: Engine, variant: ServedVariant, runner: GatedRunner) -> None:
+def test_engine_refuses_logits_that_are_not_finite(
+    engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
+) -> None:
     runner.gate.set()
     runner.value = float("nan")
-    with pytest.raises(InferenceFailed):
-        engine.submit(variant, images(1)).result(SECONDS)
+    (entry,) = make_entries(1)
+    engine.submit([entry])
+    assert isinstance(box.get(entry), InferenceFailed)
 
 
-def test_engine_stop_resolves_every_future_once(variant: ServedVariant, runner: GatedRunner) -> None:
-    engine = Engine(max_batch_images=4)
+def test_engine_pads_batches_where_the_device_wants_that(variant: ServedVariant, runner: GatedRunner, box: Box) -> None:
+    variant = ServedVariant(variant.entry, runner, costs=CostTable({1: 1.0, 8: 1.1}))
+    engine = Engine(Limits(64, 8, is_padded=True), box.put)
     engine.start()
-    running = engine.submit(variant, images(1))
+    runner.gate.set()
+    now = engine.clock()
+    entries = [
+        Entry(np.full((8, 8, 3), i, np.uint8), (variant,), ("tiny", "1", "tome"), now, now + 1) for i in range(5)
+    ]
+    engine.submit(entries)
+    assert [int(box.done(entry).logits[0]) for entry in entries] == [0, 1, 2, 3, 4]
+    assert [box.done(entry).batch_size for entry in entries] == [5] * 5
+    assert runner.sizes == [8]
+    engine.stop(SECONDS)
+
+
+def test_stop_finishes_what_runs_and_refuses_what_waits(
+    engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
+) -> None:
+    (running,) = make_entries(1)
+    engine.submit([running])
     assert runner.started.wait(SECONDS)
-    waiting: list[Future[Inference]] = [engine.submit(variant, images(1)) for _ in range(5)]
+    waiting = make_entries(3)
+    engine.submit(waiting)
     stopping = threading.Thread(target=engine.stop, args=(SECONDS,))
     stopping.start()
-    while not engine._is_stopping:
-        pass
+    for entry in waiting:
+        assert isinstance(box.get(entry), ShuttingDown)
     runner.gate.set()
     stopping.join(SECONDS)
-    assert running.result(SECONDS).answer.logits.shape == (1, 3)
-    for future in waiting:
-        with pytest.raises(ShuttingDown):
-            future.result(SECONDS)
+    assert box.done(running).batch_size == 1
     with pytest.raises(ShuttingDown):
-        engine.submit(variant, images(1))
+        engine.submit(make_entries(1))
 
 
-def test_engine_is_not_responsive_while_a_run_lasts_too_long(variant: ServedVariant, runner: GatedRunner) -> None:
+def test_stop_refuses_what_a_hanging_run_will_never_answer(
+    engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
+) -> None:
+    (hanging,) = make_entries(1)
+    engine.submit([hanging])
+    assert runner.started.wait(SECONDS)
+    engine.stop(timeout_seconds=0)
+    assert isinstance(box.get(hanging), ShuttingDown)
+    runner.gate.set()  # what comes now comes too late, and is not delivered again
+
+
+def test_abandon_answers_all_that_is_inside(
+    engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
+) -> None:
+    running, waiting = make_entries(1), make_entries(3)
+    engine.submit(running)
+    assert runner.started.wait(SECONDS)
+    engine.submit(waiting)
+    assert engine.abandon(InferenceFailed()) == 4
+    assert all(isinstance(box.get(entry), InferenceFailed) for entry in (*running, *waiting))
+    runner.gate.set()
+    (entry,) = make_entries(1)
+    engine.submit([entry])
+    assert box.done(entry).batch_size == 1
+
+
+def test_a_dead_thread_answers_all_and_takes_no_more(
+    engine: Engine,
+    make_entries: MakeEntries,
+    runner: GatedRunner,
+    box: Box,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*arguments: object, **words: object) -> None:
+        raise KeyError("a mistake of ours")
+
+    (running,) = make_entries(1)
+    engine.submit([running])
+    assert runner.started.wait(SECONDS)
+    waiting = make_entries(2)
+    engine.submit(waiting)
+    monkeypatch.setattr(engine._scheduler, "finish", fail)
+    runner.gate.set()
+    assert all(isinstance(box.get(entry), InferenceFailed) for entry in (running, *waiting))
+    engine._thread.join(SECONDS)
+    assert not engine.is_responsive(60)
+    assert "a mistake of ours" in caplog.text
+    with pytest.raises(NotReady):
+        engine.submit(make_entries(1))
+
+
+def test_engine_is_not_responsive_while_a_run_lasts_too_long(
+    variant: ServedVariant, runner: GatedRunner, box: Box
+) -> None:
     now = 0.0
-    engine = Engine(max_batch_images=4, clock=lambda: now)
+    engine = Engine(Limits(64, 4), box.put, clock=lambda: now)
     assert not engine.is_responsive(60)
     engine.start()
     assert engine.is_responsive(60)
-    future = engine.submit(variant, images(1))
+    entry = Entry(np.zeros((8, 8, 3), np.uint8), (variant,), ("tiny", "1", "tome"), 0.0, 1.0)
+    engine.submit([entry])
     assert runner.started.wait(SECONDS)
     now = 59.0
     assert engine.is_responsive(60)
     now = 61.0
     assert not engine.is_responsive(60)
     runner.gate.set()
-    future.result(SECONDS)
+    box.get(entry)
     engine.stop(SECONDS)
     assert not engine.is_responsive(60)

@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from app.errors import InferenceFailed, NotAnImage, QueueFull, ServiceError, problem_document, protocol_error_response
+from app.errors import (
+    BudgetNotMet,
+    InferenceFailed,
+    NotAnImage,
+    QueueFull,
+    ServiceError,
+    problem_document,
+    protocol_error_response,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,3 +31,7 @@ def test_an_error_of_the_protocol_is_one_text_with_what_is_accepted() -> None:
     response = protocol_error_response(QueueFull("Full.", retry_after_seconds=3))
     assert (response.status_code, response.headers["retry-after"]) == (429, "3")
     assert json.loads(bytes(response.body)) == {"error": "Full."}
+    far = BudgetNotMet("Too little.", accepted="a number", minimum=0.5, maximum=None)
+    assert json.loads(bytes(protocol_error_response(far).body)) == {
+        "error": "Too little. Accepted: a number. Minimum: 0.5."
+    }

@@ -1,3 +1,4 @@
+import pytest
 from starlette.testclient import TestClient
 
 from tests.app.conftest import ClientFactory
@@ -39,6 +40,12 @@ def test_models_shows_the_latency_seen_on_this_host(client: TestClient) -> None:
     assert n_seen() == min(before + 1, 100)
 
 
+def test_models_shows_what_runs_are_expected_to_take(make_client: ClientFactory) -> None:
+    variant = make_client(max_batch_images=4).get("/models/tiny").json()["variants"][-1]
+    assert [item["batch_size"] for item in variant["run_ms"]] == [1, 2, 4]
+    assert all(item["expected"] > 0 for item in variant["run_ms"])
+
+
 def test_models_by_name_takes_a_version(client: TestClient) -> None:
     assert client.get("/models/tiny?version=1").json() == client.get("/models/tiny").json()
 
@@ -61,7 +68,10 @@ def test_metrics_count_requests_images_and_refusals(make_client: ClientFactory) 
     assert sample(client, f"dtem_images_total{{{r16}}}") == 3
     assert sample(client, 'dtem_refusals_total{reason="not_an_image"}') == 2
     assert sample(client, 'dtem_refusals_total{reason="rate_not_exported"}') == 1
-    for stage, n in {"decode": 3, "queue": 2, "inference": 2, "total": 3}.items():
+    assert sample(client, f"dtem_gmacs_saved_total{{{r16}}}") == pytest.approx(3 * 16 / 50)
+    assert sample(client, f"dtem_batch_images_sum{{{r16}}}") == 3
+    assert sample(client, f"dtem_busy_seconds_total{{{r16}}}") > 0
+    for stage, n in {"decode": 3, "queue": 3, "inference": 3, "total": 3}.items():
         assert sample(client, f'dtem_stage_seconds_count{{{r16},stage="{stage}"}}') == n, stage
 
 
@@ -70,7 +80,7 @@ def test_metrics_show_state(make_client: ClientFactory) -> None:
     text = client.get("/metrics").text
     assert sample(client, "dtem_ready") == 1
     assert sample(client, "dtem_in_flight_images") == 0
-    assert sample(client, "dtem_queue_depth_requests") == 0
+    assert "dtem_queue_depth_images{" not in text  # nothing waits
     assert sample(client, 'dtem_model_info{device="cpu",format="onnx",model="tiny",version="1"}') == 1
     assert "process_resident_memory_bytes" in text
     assert 'le="0.0005"' not in text  # no series before the first request

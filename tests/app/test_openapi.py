@@ -5,6 +5,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.errors import PROBLEMS
+from app.selection import Query
 from tests.app.odd_images import encode, make_photo
 
 PNG = encode(make_photo(8, 8), "PNG")
@@ -111,7 +112,7 @@ def test_classify_documents_binary_bodies_and_the_form(document: dict[str, Any])
 
 def test_classify_documents_its_parameters(document: dict[str, Any]) -> None:
     parameters = {item["name"]: item for item in document["paths"]["/classify"]["post"]["parameters"]}
-    assert list(parameters) == ["model", "version", "policy", "r", "top_k"]
+    assert list(parameters) == list(Query.model_fields)
     assert parameters["r"]["schema"]["type"] == "integer"
     assert all(item["description"] for item in parameters.values())
 

@@ -18,7 +18,8 @@ from app.catalogue import ServedModel
 from app.errors import ServiceError
 from app.metrics import Exchange
 from app.selection import select
-from app.serving.service import Classified, Outcome, Service
+from app.serving.entry import Done
+from app.serving.service import Classified, Service
 
 T = TypeVar("T")
 # What takes longer than about a millisecond is done in a thread: the event loop serves everyone.
@@ -39,16 +40,14 @@ class Inferrer:
         exchange: Exchange = request.scope[EXCHANGE]
         started_at = time.perf_counter()
         try:
-            rendered, classified = await self._infer(request, model, exchange)
+            rendered, done = await self._infer(request, model, exchange)
         except ServiceError:
             self.statistics.add_failure(model.manifest, time.perf_counter() - started_at)
             raise
-        self.statistics.add_success(model.manifest, classified, exchange)
+        self.statistics.add_success(model.manifest, done, exchange)
         return await _compress(rendered, request, exchange)
 
-    async def _infer(
-        self, request: Request, model: ServedModel, exchange: Exchange
-    ) -> tuple[Rendered, Sequence[Classified]]:
+    async def _infer(self, request: Request, model: ServedModel, exchange: Exchange) -> tuple[Rendered, Sequence[Done]]:
         encoding = read_encoding(request.headers.get("content-encoding"))
         body = await read_body(request)
         started_at = time.perf_counter()
@@ -57,10 +56,10 @@ class Inferrer:
         note_variant(exchange, chosen)
         outcomes = await while_connected(request, self._service.classify(chosen, asked.images, exchange))
         exchange.total_seconds = time.perf_counter() - started_at
-        classified = _require_all(outcomes, exchange)
+        done = _require_all(outcomes, exchange)
         is_slow = count_json_numbers(asked, len(model.manifest.labels)) > LARGE_NUMBERS
-        rendered = await _run(is_slow, lambda: render_response(asked, classified, chosen, exchange))
-        return rendered, classified
+        rendered = await _run(is_slow, lambda: render_response(asked, done, model.manifest, exchange))
+        return rendered, done
 
     async def _parse(self, body: bytes, encoding: str, header: str | None, model: ServedModel) -> InferenceRequest:
         limit, max_images = self._service.settings.max_body_bytes, self._service.settings.max_files
@@ -69,7 +68,7 @@ class Inferrer:
         return await _run(is_slow, lambda: parse_request(plain, header, model, max_images))
 
 
-def _require_all(outcomes: Sequence[Outcome], exchange: Exchange) -> list[Classified]:
+def _require_all(outcomes: Sequence[Classified | ServiceError], exchange: Exchange) -> list[Done]:
     """Return the results, if every image has one: the protocol has no room for one image's own error.
 
     Raises: the first error, with the place of its image.
@@ -78,7 +77,7 @@ def _require_all(outcomes: Sequence[Outcome], exchange: Exchange) -> list[Classi
         if isinstance(outcome, ServiceError):
             exchange.refusals.clear()  # the boundary counts it
             raise outcome.about(f"Image {place}")
-    return [outcome for outcome in outcomes if isinstance(outcome, Classified)]
+    return [outcome.done for outcome in outcomes if isinstance(outcome, Classified)]
 
 
 async def _compress(rendered: Rendered, request: Request, exchange: Exchange) -> Response:

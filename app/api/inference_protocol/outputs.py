@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from app.api.exchanges import softmax
 from app.backends import Logits
-from app.catalogue import ServedVariant
 from app.manifest import Manifest
-from app.serving.service import Classified
+from app.serving.entry import Done
 
 PROBABILITIES, LABEL, TOKENS, GMACS = "probabilities", "label", "tokens", "gmacs"
 CLASSIFIABLE = (PROBABILITIES,)  # besides the logits, whose name is the manifest's
@@ -24,22 +23,25 @@ def list_outputs(manifest: Manifest) -> list[str]:
     return [manifest.output.name, PROBABILITIES, LABEL, TOKENS, GMACS]
 
 
-def make_output(
-    name: str, classified: Sequence[Classified], variant: ServedVariant, labels: Sequence[str]
-) -> NDArray[Any]:
+def make_output(name: str, done: Sequence[Done], labels: Sequence[str]) -> NDArray[Any]:
     """Compute one output of a request; a name that is none of ours is that of the logits."""
-    logits = np.stack([item.logits for item in classified])
-    entry = variant.entry
+    logits = np.stack([item.logits for item in done])
     match name:
         case "probabilities":
             return softmax(logits).astype(np.float32)
         case "label":
             return np.array([labels[place] for place in logits.argmax(axis=1)], dtype=object)
         case "tokens":
-            return np.array([entry.tokens if item.tokens is None else item.tokens for item in classified], np.int64)
+            kept = [item.variant.entry.tokens if item.tokens is None else item.tokens for item in done]
+            return np.array(kept, np.int64)
         case "gmacs":
-            return np.array([entry.gmacs if item.gmacs is None else item.gmacs for item in classified], np.float32)
+            return np.array(list_gmacs(done), np.float32)
     return logits
+
+
+def list_gmacs(done: Sequence[Done]) -> list[float]:
+    """List what each image took."""
+    return [item.variant.entry.gmacs if item.gmacs is None else item.gmacs for item in done]
 
 
 def classify_rows(values: Logits, n_classes: int, labels: Sequence[str]) -> NDArray[Any]:

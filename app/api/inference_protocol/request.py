@@ -159,4 +159,4 @@ def _require_classes(name: str, n_classes: Any, manifest: Manifest) -> None:
     most = len(manifest.labels)
     if type(n_classes) is not int or not 1 <= n_classes <= most:
         detail = f"Output {name!r}: classification={echo(repr(n_classes))} is not a whole number from 1 to {most}."
-        raise InvalidParameter(detail, field=CLASSIFICATION, value=echo(repr(n_classes)), minimum=1, maximum=most)
+        raise InvalidParameter(detail, field=CLASSIFICATION, value=echo(repr(n_classes)))

@@ -8,12 +8,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from app.api.inference_protocol.outputs import DATATYPES, classify_rows, make_output
+from app.api.inference_protocol.outputs import DATATYPES, classify_rows, list_gmacs, make_output
 from app.api.inference_protocol.request import HEADER_LENGTH, InferenceRequest, WantedOutput
 from app.api.inference_protocol.tensors import BINARY_SIZE, LENGTH
+from app.manifest import Manifest
 from app.metrics import Exchange
-from app.selection import Selection
-from app.serving.service import Classified
+from app.serving.entry import Done
 
 JSON, BINARY = "application/json", "application/octet-stream"
 
@@ -38,16 +38,15 @@ def count_json_numbers(request: InferenceRequest, n_classes: int) -> int:
 
 
 def render_response(
-    request: InferenceRequest, classified: Sequence[Classified], chosen: Selection, exchange: Exchange
+    request: InferenceRequest, done: Sequence[Done], manifest: Manifest, exchange: Exchange
 ) -> Rendered:
-    manifest = chosen.model.manifest
-    tensors = [_make_tensor(wanted, classified, chosen) for wanted in request.outputs]
+    tensors = [_make_tensor(wanted, done, manifest.labels) for wanted in request.outputs]
     binaries = [_write_binary(tensor.values) if tensor.is_binary else None for tensor in tensors]
     document = {
         **({} if request.id is None else {"id": request.id}),
         "model_name": manifest.name,
         "model_version": manifest.version,
-        "parameters": describe_run(classified, chosen, exchange),
+        "parameters": describe_run(done, exchange),
         "outputs": [_describe(tensor, binary) for tensor, binary in zip(tensors, binaries, strict=True)],
     }
     # Piece by piece in Python, so that a thread that writes thousands of numbers lets the others run.
@@ -58,29 +57,27 @@ def render_response(
     return Rendered(body, {"Content-Type": BINARY, HEADER_LENGTH: str(len(head))})
 
 
-def describe_run(classified: Sequence[Classified], chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+def describe_run(done: Sequence[Done], exchange: Exchange) -> dict[str, Any]:
     """Say what ran, in the numbers and strings that the protocol has room for; what does not apply is left out.
 
-    gmacs is the mean over the images, batch_size that of the largest run that one of them was in.
+    The load may spread the images of a request over variants: then `r` and accuracy are those of the cheapest.
     """
-    entry = chosen.variant.entry
-    gmacs = [entry.gmacs if item.gmacs is None else item.gmacs for item in classified]
+    entry = min((item.variant.entry for item in done), key=lambda entry: entry.gmacs)
     described = {
         "policy": entry.policy,
         "r": entry.r,
-        "gmacs": fmean(gmacs),
+        "gmacs": fmean(list_gmacs(done)),
         "accuracy_top1": None if entry.accuracy is None else entry.accuracy.top1,
         "accuracy_dataset": None if entry.accuracy is None else entry.accuracy.dataset,
-        "batch_size": max(item.batch_size for item in classified),
-        "degraded": False,
+        "batch_size": max(item.batch_size for item in done),
+        "degraded": any(item.is_degraded for item in done),
         **{f"{stage}_ms": duration for stage, duration in exchange.durations_ms().items()},
     }
     return {name: value for name, value in described.items() if value is not None}
 
 
-def _make_tensor(wanted: WantedOutput, classified: Sequence[Classified], chosen: Selection) -> Tensor:
-    labels = chosen.model.manifest.labels
-    values = make_output(wanted.name, classified, chosen.variant, labels)
+def _make_tensor(wanted: WantedOutput, done: Sequence[Done], labels: Sequence[str]) -> Tensor:
+    values = make_output(wanted.name, done, labels)
     if wanted.n_classes is not None:
         values = classify_rows(values, wanted.n_classes, labels)
     return Tensor(wanted.name, values, wanted.is_binary)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from app.manifest import Manifest
 from app.metrics import Exchange
-from app.serving.service import Classified
+from app.serving.entry import Done
 
 NS_PER_SECOND, NS_PER_MS, MS_PER_SECOND = 1_000_000_000, 1_000_000, 1000
 STAGES = {"queue": "queue", "compute_input": "decode", "compute_infer": "inference"}  # theirs: ours
@@ -63,11 +63,11 @@ class Statistics:
     def __init__(self) -> None:
         self._tallies: defaultdict[tuple[str, str], Tally] = defaultdict(Tally)
 
-    def add_success(self, manifest: Manifest, classified: Sequence[Classified], exchange: Exchange) -> None:
+    def add_success(self, manifest: Manifest, done: Sequence[Done], exchange: Exchange) -> None:
         tally = self._tallies[manifest.name, manifest.version]
         tally.last_ms = int(time.time() * MS_PER_SECOND)
-        tally.n_images += len(classified)
-        tally.n_runs += sum(1 / item.batch_size for item in classified)
+        tally.n_images += len(done)
+        tally.n_runs += sum(1 / item.batch_size for item in done)
         durations = exchange.durations_ms()
         tally.add("success", int(durations["total"] * NS_PER_MS))
         for theirs, ours in STAGES.items():

@@ -252,7 +252,7 @@ def test_errors_of_a_busy_or_failing_engine_are_the_protocols(
     make_client: ClientFactory, catalogue: Catalogue, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
-    client = make_client(gate_all(catalogue, gate), max_queue_images=2, max_files=2)
+    client = make_client(gate_all(catalogue, gate), max_inside_images=2, max_queue_images=2, max_files=2)
     gate.error = RuntimeError("secret")
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(infer, client, pixel_input(make_pixels(2)))
@@ -263,6 +263,57 @@ def test_errors_of_a_busy_or_failing_engine_are_the_protocols(
         gate.opened.set()
         assert_error(first.result(SECONDS), 500, "could not be run")
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "r"),
+    [
+        ({"max_gmacs": 0.9}, 16),  # of the tiny rates, which are equally accurate, the cheapest
+        ({"max_gmacs": "0.7"}, 16),
+        ({"min_accuracy": 0.9}, 16),
+        ({"deadline_ms": 30_000}, 16),
+        ({"timeout": 30_000_000}, 16),
+        ({"r": 8, "allow_degrade": True}, 8),
+        ({"r": 8, "max_r": 16}, 8),
+    ],
+)
+def test_each_request_chooses_as_classify_does(client: TestClient, parameters: dict[str, Any], r: int) -> None:
+    pixels = make_pixels(2)
+    response = infer(client, pixel_input(pixels), parameters=parameters)
+    query = {name: value for name, value in parameters.items() if name != "timeout"} or {"deadline_ms": 30_000}
+    assert client.post("/classify", params=query, content=PNG).json()["r"] == r
+    np.testing.assert_allclose(outputs_of(response)["logits"], expected_logits(pixels, r), rtol=1e-5)
+    assert (response.json()["parameters"]["r"], response.json()["parameters"]["degraded"]) == (r, False)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status", "words"),
+    [
+        ({"max_gmacs": 0.1}, 422, ["at most 0.1 GMACs", "Minimum: 0.6"]),
+        ({"r": 8, "max_gmacs": 1}, 422, ["r and max_gmacs exclude each other"]),
+        ({"r": 8, "timeout": 5}, 422, ["r and deadline_ms exclude each other"]),
+        ({"min_accuracy": 7}, 422, ["min_accuracy=7 is not"]),
+        ({"deadline_ms": "soon"}, 422, ["deadline_ms=soon is not"]),
+        ({"allow_degrade": "perhaps"}, 422, ["neither true nor false"]),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused(
+    client: TestClient, parameters: dict[str, Any], status: int, words: list[str]
+) -> None:
+    assert_error(infer(client, pixel_input(make_pixels()), parameters=parameters), status, *words)
+
+
+def test_a_deadline_that_passes_is_answered_in_time(make_client: ClientFactory, catalogue: Catalogue) -> None:
+    gate = Gate()
+    client = make_client(gate_all(catalogue, gate))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(infer, client, pixel_input(make_pixels()))
+        assert gate.started.wait(SECONDS)
+        late = infer(client, pixel_input(make_pixels()), parameters={"timeout": 200_000})
+        assert late.status_code in (429, 504)  # refused at once, or when it is past, as the costs learned say
+        assert list(late.json()) == ["error"]
+        gate.opened.set()
+        assert first.result(SECONDS).status_code == 200
 
 
 def test_nothing_is_served_before_the_models_are_loaded(make_client: ClientFactory, catalogue: Catalogue) -> None:

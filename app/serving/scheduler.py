@@ -1,0 +1,223 @@
+"""Scheduler: the state of one device's queues, changed by the functions of `policy`. No thread, no clock, no device."""
+
+import math
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from app.catalogue import ServedVariant
+from app.errors import DeadlineUnmeetable, QueueFull, ServiceError
+from app.serving import policy
+from app.serving.costs import Pace, batch_buckets
+from app.serving.entry import Batch, Entry, Family
+from app.serving.policy import Level
+
+MAX_RETRY_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Limits:
+    """wait_seconds: how long an incomplete batch waits for more, from the first of its entries.
+
+    is_padded: whether batches are filled up to a bucket, on devices that plan anew for every size.
+    """
+
+    max_queue_images: int
+    max_batch_images: int
+    wait_seconds: float = 0.0
+    is_padded: bool = False
+
+    def run_size(self, n_images: int) -> int:
+        """Return of how many images a run of these is."""
+        if not self.is_padded:
+            return n_images
+        return next(size for size in batch_buckets(self.max_batch_images) if size >= n_images)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What to do now that the device is free: answer those whose deadline is lost, and run a batch or wait.
+
+    wake_at: when to look again although nothing came; None with nothing to wait for. Units: seconds.
+    """
+
+    expired: Sequence[Entry] = ()
+    batch: Batch | None = None
+    wake_at: float | None = None
+
+
+@dataclass
+class Scheduler:
+    """An entry is waiting, then running, then gone; or leaves early, expired or withdrawn. Never twice anywhere."""
+
+    limits: Limits
+    waiting: list[Entry] = field(default_factory=list)  # by due time
+    running: Batch | None = None
+    levels: dict[Family, Level] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
+    refused_at: dict[Family, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        running = 0 if self.running is None else len(self.running.entries)
+        return f"<Scheduler waiting={len(self.waiting)} running={running} levels={self.levels}>"
+
+    def seconds(self, variant: ServedVariant, n_images: int) -> float:
+        """Expect what a run takes now."""
+        return variant.costs.seconds(self._planned_size(n_images)) * self.pace.factor
+
+    def _planned_size(self, n_images: int) -> int:
+        return self.limits.run_size(n_images) if n_images <= self.limits.max_batch_images else n_images
+
+    def depths_by_label(self) -> Counter[tuple[str, str, str]]:
+        """Count what waits by model, policy and the rate preferred, as text."""
+        return Counter((entry.family[0], entry.family[2], entry.ladder[0].label) for entry in self.waiting)
+
+    def require_room(self, entries: Sequence[Entry], now: float) -> None:
+        """Refuse entries for which there is no room, or no time.
+
+        Raises: QueueFull, DeadlineUnmeetable; with the seconds after which it should be otherwise.
+        """
+        try:
+            self._require_room(entries, now)
+        except ServiceError:
+            self.refused_at.update((entry.family, now) for entry in entries)
+            raise
+
+    def _require_room(self, entries: Sequence[Entry], now: float) -> None:
+        for variant, n_new in Counter(entry.ladder[0] for entry in entries).items():
+            n_waiting = sum(entry.ladder[0] is variant for entry in self.waiting)
+            if n_waiting + n_new > self.limits.max_queue_images:
+                detail = f"{n_waiting} images wait for {variant.entry.id}, of at most {self.limits.max_queue_images}."
+                raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
+        size = self.limits.max_batch_images
+        late = policy.lateness(self.waiting, entries, self._free_at(now), self._costs(), size)
+        if late > 0:
+            detail = f"At the present load the answer would come {math.ceil(late * 1e3)} ms after the deadline."
+            raise DeadlineUnmeetable(detail, retry_after_seconds=_whole_seconds(late))
+
+    def submit(self, entries: Sequence[Entry], now: float) -> None:
+        """Queue the entries of a request, all or none.
+
+        Raises: QueueFull, DeadlineUnmeetable.
+        """
+        self.require_room(entries, now)
+        for entry in entries:
+            insort(self.waiting, entry, key=lambda item: item.order)
+
+    def withdraw(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Take out entries whose caller has left. Returns those that were still waiting."""
+        leaving = set(entries)
+        found = [entry for entry in self.waiting if entry in leaving]
+        self.waiting = [entry for entry in self.waiting if entry not in leaving]
+        return found
+
+    def take(self, now: float) -> Turn:
+        """Decide what the device does next; it must be free."""
+        costs = self._costs()
+        expired = [entry for entry in self.waiting if policy.is_hopeless(entry, now, costs)]
+        self.waiting = [entry for entry in self.waiting if not policy.is_hopeless(entry, now, costs)]
+        if not self.waiting:
+            return Turn(expired)
+        self._set_levels(now, costs)
+        variant, members = self._next_members(now, costs)
+        wake_at = self._wait_for_more(variant, members, now, costs)
+        if wake_at is not None:
+            return Turn(expired, wake_at=wake_at)
+        chosen = set(members)
+        self.waiting = [entry for entry in self.waiting if entry not in chosen]
+        self.running = Batch(variant, members, now)
+        return Turn(expired, self.running)
+
+    def finish(self, now: float, is_measured: bool = True) -> None:
+        """Note that the batch has run, and learn from how long it took, unless it failed."""
+        batch, self.running = self.running, None
+        if batch is not None and is_measured:
+            seconds, n_images = now - batch.started_at, self.limits.run_size(len(batch.entries))
+            self.pace.learn(seconds, batch.variant.costs.seconds(n_images))
+            batch.variant.costs.learn(n_images, seconds / self.pace.factor)
+
+    def _next_members(self, now: float, costs: policy.Costs) -> tuple[ServedVariant, list[Entry]]:
+        """Choose the batch of the most urgent entry: what runs as the same variant, in order of urgency."""
+        chosen = {entry: policy.runnable(entry, self._floor(entry), now, costs) for entry in self.waiting}
+        variant = chosen[self.waiting[0]]
+        members = [entry for entry in self.waiting if chosen[entry] is variant][: self.limits.max_batch_images]
+        n = policy.batch_size(members, set(self.waiting).difference(members), variant, now, costs)
+        return variant, members[:n]
+
+    def _wait_for_more(
+        self, variant: ServedVariant, members: Sequence[Entry], now: float, costs: policy.Costs
+    ) -> float | None:
+        """Say until when to wait for more of a batch that is not full, unless that would cost somebody the deadline."""
+        size = self.limits.max_batch_images
+        wake_at = min(entry.submitted_at for entry in members) + self.limits.wait_seconds
+        deadlines = [entry.deadline for entry in self.waiting if entry.deadline is not None]
+        is_pressing = bool(deadlines) and wake_at + costs(variant, size) > min(deadlines)
+        return None if len(members) == size or wake_at <= now or is_pressing else wake_at
+
+    def _set_levels(self, now: float, costs: policy.Costs) -> None:
+        for family in {entry.family for entry in self.waiting if entry.is_flexible} | set(self.levels):
+            level = self._next_level(family, now, costs)
+            if level == Level():
+                self.levels.pop(family, None)
+            else:
+                self.levels[family] = level
+
+    def _next_level(self, family: Family, now: float, costs: policy.Costs) -> Level:
+        level = self.levels.get(family, Level())
+        flexible = [entry for entry in self.waiting if entry.family == family and entry.is_flexible]
+        rates = sorted({policy.rate(variant) for entry in flexible for variant in entry.ladder})
+        below = max((r for r in rates if r < level.floor), default=0)
+        if not flexible:
+            return policy.next_level(level, 0, 0, below, now)
+        floors = {name: other.floor for name, other in self.levels.items()}
+        needed, comfortable = (
+            policy.needed_floor(
+                self.waiting, family, floors, now, costs, self.limits.max_batch_images, slack_share=share
+            )
+            for share in (policy.PLANNED_SHARE, policy.LOWERING_SHARE)
+        )
+        if now - self.refused_at.get(family, -math.inf) < policy.REFUSED_SECONDS:
+            needed = max(needed, rates[-1])  # to degrade is better than to refuse
+        elif self._is_filling():
+            needed = max(needed, min((r for r in rates if r > level.floor), default=level.floor))
+        return policy.next_level(level, needed, comfortable, below, now)
+
+    def _is_filling(self) -> bool:
+        """Tell whether a queue is half full: where runs are short, it is full long before anyone is impatient."""
+        return max(Counter(entry.ladder[0] for entry in self.waiting).values()) * 2 > self.limits.max_queue_images
+
+    def _floor(self, entry: Entry) -> int:
+        return self.levels.get(entry.family, Level()).floor
+
+    def _free_at(self, now: float) -> float:
+        if self.running is None:
+            return now
+        return max(now, self.running.started_at + self.seconds(self.running.variant, len(self.running.entries)))
+
+    def seconds_until_drained(self, now: float) -> int:
+        """Expect how long what is inside takes, in whole seconds, at least 1."""
+
+        def choice(entry: Entry) -> ServedVariant:
+            return policy.at_floor(entry, self._floor(entry))
+
+        times = policy.finish_times(
+            self.waiting, choice, self._free_at(now), self._costs(), self.limits.max_batch_images
+        )
+        return _whole_seconds(max((time for _, time in times), default=now) - now)
+
+    def _costs(self) -> policy.Costs:
+        """Make a price list for one decision, which asks the same prices many times."""
+        known: dict[tuple[ServedVariant, int], float] = {}
+
+        def costs(variant: ServedVariant, n_images: int) -> float:
+            key = (variant, n_images)
+            if key not in known:
+                known[key] = self.seconds(variant, n_images)
+            return known[key]
+
+        return costs
+
+
+def _whole_seconds(seconds: float) -> int:
+    return min(max(1, math.ceil(seconds)), MAX_RETRY_SECONDS)
