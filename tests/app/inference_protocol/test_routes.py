@@ -68,13 +68,13 @@ def test_infer_says_what_ran_in_plain_values(client: TestClient) -> None:
     response = infer(client, pixel_input(make_pixels(2)), parameters={"r": "16", "policy": "tome"})
     parameters = response.json()["parameters"]
     timings = {name: parameters.pop(f"{name}_ms") for name in ("decode", "queue", "inference", "total")}
+    assert parameters.pop("batch_size") in (1, 2)  # as the costs learned say
     assert parameters == {
         "policy": "tome",
         "r": 16,
         "gmacs": 1.0 - 16 / 50,
         "accuracy_top1": 0.97,
         "accuracy_dataset": "tiny",
-        "batch_size": 2,
         "degraded": False,
     }
     header = dict(item.split(";dur=") for item in response.headers["server-timing"].split(", "))
@@ -368,7 +368,8 @@ def test_statistics_count_what_came(make_client: ClientFactory) -> None:
     infer(client, pixel_input(make_pixels()), parameters={"r": 3})
     (stats,) = client.get("/v2/models/stats").json()["model_stats"]
     assert (stats["name"], stats["version"]) == ("tiny", "1")
-    assert (stats["inference_count"], stats["execution_count"]) == (4, 2)
+    assert stats["inference_count"] == 4
+    assert 2 <= stats["execution_count"] <= 4  # three images of a request may share a run
     counts = {name: duration["count"] for name, duration in stats["inference_stats"].items()}
     assert counts == dict.fromkeys(["success", "queue", "compute_input", "compute_infer", "compute_output"], 2) | {
         "fail": 1
