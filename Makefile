@@ -8,7 +8,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 serve: .venv/service-$(ENGINE)
-	@DTEM_PORT=$(PORT) exec $(BIN)/python -m app
+	@DTEM_PORT=$(PORT) DTEM_LOG_FORMAT=$${DTEM_LOG_FORMAT:-text} exec $(BIN)/python -m app
 
 test: .venv/development
 	$(BIN)/python -m pytest -m "not gpu"

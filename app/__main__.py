@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from pathlib import Path
 from types import FrameType
@@ -15,15 +16,18 @@ import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
+from app.api.headers import server_headers
 from app.backends import BackendOptions, open_backend
 from app.catalogue import Catalogue
 from app.errors import BackendError, SettingsError, StartupError
 from app.images import limit_pillow
+from app.logs import configure_logs
 from app.main import create_app
 from app.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings, read_settings
 from app.store import StoreOptions, load_catalogue
+from app.tls import open_tls
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKLOG = 2048
@@ -39,13 +43,7 @@ def main() -> int:
     return_large_blocks()
     try:
         settings = read_settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
-        for noisy in ("PIL", "python_multipart"):  # they describe to us what callers send
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        configure_logs(settings.log_level, settings.log_format)
         with listen(settings.host, settings.port) as listener:
             uvloop.run(serve(settings, listener))
     except StartupError as error:
@@ -104,7 +102,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
     service = Service(settings, Metrics(CollectorRegistry()))
     limit_pillow(settings.max_pixels)
-    server = Server(configure(settings, service), service)
+    server = Server(configure(settings, service, open_tls(settings)), service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(asyncio.to_thread(load, settings))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,11 +119,11 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
             await serving
         raise
     service.publish(catalogue)
-    print(announce(catalogue, listener), flush=True)
+    print(announce(catalogue, listener, settings), flush=True)
     await serving
 
 
-def configure(settings: Settings, service: Service) -> uvicorn.Config:
+def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) -> uvicorn.Config:
     """Choose everything that uvicorn would choose by what happens to be installed."""
     return uvicorn.Config(
         create_app(service),
@@ -137,6 +135,8 @@ def configure(settings: Settings, service: Service) -> uvicorn.Config:
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
+        headers=server_headers(is_tls=tls is not None),
+        ssl_context_factory=None if tls is None else lambda config, make_default: tls,
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.drain_seconds,
@@ -157,11 +157,14 @@ def load(settings: Settings) -> Catalogue:
     return load_catalogue(settings.model_store, backend, wanted)
 
 
-def announce(catalogue: Catalogue, listener: socket.socket) -> str:
+def announce(catalogue: Catalogue, listener: socket.socket, settings: Settings) -> str:
     """Say where the service is, and how to ask it."""
+    scheme = "http" if settings.tls_certificate is None else "https"
+    has_keys = settings.api_keys is not None or settings.api_key_file is not None
+    curl = 'curl -H "X-API-Key: $KEY"' if has_keys else "curl"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     images = sorted(path for path in EXAMPLES.glob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
     image = images[0] if images else Path("image.jpg")
     if image.is_relative_to(Path.cwd()):
@@ -170,7 +173,7 @@ def announce(catalogue: Catalogue, listener: socket.socket) -> str:
     return "\n".join(
         [
             f"ready: {address}",
-            f"  try      curl --data-binary @{image} '{address}/classify?r={r}'",
+            f"  try      {curl} --data-binary @{image} '{address}/classify?r={r}'",
             f"  docs     {address}/docs",
             f"  models   {address}/models",
             f"  metrics  {address}/metrics",

@@ -60,6 +60,14 @@ class MalformedRequest(ServiceError):
     """The request breaks the protocol."""
 
 
+class Unauthorized(ServiceError):
+    """The request has no key that we know (RFC 6750)."""
+
+    def __init__(self, detail: str, challenge: str) -> None:
+        super().__init__(detail)
+        self.headers["WWW-Authenticate"] = challenge
+
+
 class UnknownPath(ServiceError):
     """There is nothing at this path."""
 
@@ -188,6 +196,7 @@ class ShuttingDown(ServiceError):
 
 PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     MalformedRequest: (400, "malformed_request"),
+    Unauthorized: (401, "unauthorized"),
     UnknownPath: (404, "unknown_path"),
     MethodNotAllowed: (405, "method_not_allowed"),
     MalformedBody: (400, "malformed_body"),
@@ -237,9 +246,9 @@ def problem_document(error: ServiceError) -> dict[str, Any]:
     return {**base, **error.members}
 
 
-def problem_response(error: ServiceError) -> Response:
-    """Render an error."""
-    document = problem_document(error)
+def problem_response(error: ServiceError, **members: Any) -> Response:
+    """Render an error; the further members are of this answer alone, where several may share the error."""
+    document = {**problem_document(error), **members}
     # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
     content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
     return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)

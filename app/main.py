@@ -1,60 +1,117 @@
 """The application: routes and limits around a service that is passed in. Nothing is built at import."""
 
+import asyncio
+import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
+from pydantic import BaseModel
 
-from app.api import classify, health, models
+from app.api import classify, docs, health, models
 from app.api.boundary import Boundary, translate_framework_errors
 from app.api.documents import Problem
 from app.api.inference_protocol import routes as inference_protocol
 from app.api.inference_protocol.documents import InferRequest, RequestInput, RequestOutput
+from app.errors import SettingsError
+from app.keys import Keys, is_open, read_keys
 from app.limits import BodyLimit
 from app.serving.service import Service
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 DESCRIPTION = "Image classification in which each request chooses how many tokens are merged, and so its cost."
 
 
+TITLE = "dtem-serve"
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+NO_TELEMETRY: TelemetryConfig = {  # of the framework: it would look for providers at every request
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
+
 def create_app(service: Service) -> FastAPI:
-    """Build the application around a service; it starts and stops the service with itself."""
+    """Build the application around a service; it starts and stops the service with itself.
+
+    Raises: SettingsError for keys that cannot be read, or traces that cannot be sent.
+    """
+    keys, tracing = read_keys(service.settings), open_tracing(service.settings)
 
     @asynccontextmanager
     async def run_service(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
         await service.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
-        title="dtem-serve",
+        title=TITLE,
         version="0.1.0",
         description=DESCRIPTION,
         lifespan=run_service,
         redirect_slashes=False,  # a redirect would make the caller send the image twice
-        redoc_url=None,  # `/docs` is enough; its scripts come from a CDN, so it needs a browser with internet access
+        docs_url=None,  # ours has a content policy
+        redoc_url=None,
+        telemetry=NO_TELEMETRY,
     )
     for part in (classify, models, inference_protocol, health):
         app.include_router(part.make_router(service))
+    app.include_router(docs.make_router(TITLE))
     translate_framework_errors(app)
-    app.add_middleware(Boundary, metrics=service.metrics)
+    app.add_middleware(Boundary, metrics=service.metrics, keys=keys, tracing=tracing)
     app.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
-    _document_schemas(app)
+    _complete_document(app, keys)
     return app
 
 
-def _document_schemas(app: FastAPI) -> None:
-    """Add the schemas that no route returns or reads as its model."""
+def open_tracing(settings: Settings) -> "Tracing | None":
+    """Open what sends traces, if they are wanted.
+
+    Raises: SettingsError for a variable of OpenTelemetry's own (`OTEL_…`) that it refuses.
+    """
+    if settings.trace_endpoint is None:
+        return None
+    try:
+        module = importlib.import_module("app.tracing")  # its libraries cost memory and time at the start
+        tracing: Tracing = module.Tracing(settings.trace_endpoint, settings.trace_sample_ratio)
+    except ValueError as error:
+        raise SettingsError(f"DTEM_TRACE_ENDPOINT={settings.trace_endpoint}: {error}") from error
+    return tracing
+
+
+def _complete_document(app: FastAPI, keys: Keys) -> None:
+    """Add to the OpenAPI document the schemas that no route returns or reads as its model, and the keys if any."""
     describe = app.openapi
-    models = (Problem, InferRequest, RequestInput, RequestOutput)
 
-    def describe_with_schemas() -> dict[str, Any]:
-        document = describe()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in models:
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schema.pop("$defs", None)  # each is a model of its own here
-            schemas.setdefault(model.__name__, schema)
-        return document
+    def describe_completely() -> dict[str, Any]:
+        schema = describe()
+        components = schema.setdefault("components", {})
+        for model in (Problem, InferRequest, RequestInput, RequestOutput):
+            _add_schema(components.setdefault("schemas", {}), model)
+        if keys.are_needed:
+            components["securitySchemes"] = SECURITY_SCHEMES
+            schema["security"] = [{name: []} for name in SECURITY_SCHEMES]
+            for path in filter(is_open, schema["paths"]):
+                for operation in schema["paths"][path].values():
+                    operation["security"] = []
+        return schema
 
-    app.openapi = describe_with_schemas  # type: ignore[method-assign]
+    app.openapi = describe_completely  # type: ignore[method-assign]
+
+
+def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # each is added on its own
+    schemas.setdefault(model.__name__, schema)

@@ -28,6 +28,7 @@ class Run:
     """One image that was classified: as which variant, and what it took. Units: seconds, GMACs."""
 
     variant: Labels
+    batch_size: int
     started_at: float
     queue_seconds: float
     inference_seconds: float
@@ -38,14 +39,15 @@ class Run:
 
 @dataclass
 class Exchange:
-    """One request to classify as it goes: which variant, how long each stage took, what was refused.
+    """One request as it goes: which variant, when each stage began and how long it took, what was refused.
 
-    arrived_at is of the request's head; `*_at` are of time.perf_counter. Units: seconds.
+    Units: seconds of time.perf_counter.
     """
 
-    arrived_at: float = field(default_factory=time.perf_counter)
     request_id: str = ""
+    started_at: float = field(default_factory=time.perf_counter)
     model: str = ""
+    version: str = ""
     policy: str = ""
     r: str = ""
     decodes: list[tuple[float, float]] = field(default_factory=list)  # began at, took; one per image
@@ -75,6 +77,26 @@ class Exchange:
     def durations_ms(self) -> dict[str, float]:
         """Units: ms per stage, of the image that it took longest for."""
         return {name: round(max(seconds) * 1e3, 3) for name, seconds in self.stages.items() if seconds}
+
+    def stage_times(self) -> list[tuple[str, float, float]]:
+        """List the stages that came to an end, each once for all images that went through it together: name, start,
+        seconds.
+        """
+        queues = {("queue", run.started_at - run.queue_seconds, run.queue_seconds) for run in self.runs}
+        inferences = {("inference", run.started_at, run.inference_seconds) for run in self.runs}
+        return [("decode", *times) for times in self.decodes] + sorted(queues) + sorted(inferences)
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """Say what ran, for logs and traces; nothing of a request that was refused before that was known."""
+        if not self.model:
+            return {}
+        model, policy, r = self.variant
+        facts: dict[str, str | int | bool] = {"model": model, "version": self.version, "policy": policy}
+        if r:
+            facts["r"] = int(r)
+        if self.runs:
+            facts["batch_size"] = max(run.batch_size for run in self.runs)
+        return {**facts, "images": self.n_images, "degraded": any(run.is_degraded for run in self.runs)}
 
 
 class EngineState(Protocol):
@@ -124,12 +146,15 @@ class Metrics:
     def announce_model(self, model: str, version: str, graph_format: str, device: str) -> None:
         self._info.labels(model, version, graph_format, device).set(1)
 
+    def count_refusal(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
     def observe(self, exchange: Exchange, code: int) -> None:
         """Count an exchange that has ended."""
         variant = exchange.variant
         self._requests.labels(*variant, str(code)).inc()
         for reason in exchange.refusals:
-            self._refusals.labels(reason).inc()
+            self.count_refusal(reason)
             if reason in LATE:
                 self._misses.labels(reason).inc()
         for run in exchange.runs:

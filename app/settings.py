@@ -1,16 +1,20 @@
 """Settings: what an operator can choose, read from the environment (prefix `DTEM_`) here and nowhere else."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import SettingsError
 
 PREFIX = "DTEM_"
+SECRETS = {"api_keys"}  # their values are never said back
+USERINFO = re.compile(r"//[^/@]*@")  # nor the password of an address
 
 
 class Settings(BaseSettings):
@@ -62,8 +66,38 @@ class Settings(BaseSettings):
     )
     drain_seconds: int = Field(default=20, ge=1, description="what SIGTERM leaves to the requests in flight")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least level that is logged"
+        default="info", description="least level that is logged; debug: every request has its line"
     )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="one JSON object a line, or text for people to read"
+    )
+    trace_endpoint: str | None = Field(
+        default=None, description="OTLP/HTTP address that traces are sent to, as http://collector:4318/v1/traces"
+    )
+    trace_sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of the requests traced, where their caller has not decided it"
+    )
+    api_keys: SecretStr | None = Field(
+        default=None, description="keys of the callers, with commas between; without any, everyone may call"
+    )
+    api_key_file: Path | None = Field(default=None, description="the same from a file, one key a line")
+    tls_certificate: Path | None = Field(
+        default=None, description="PEM file of the certificate and its chain; with it the service speaks HTTPS alone"
+    )
+    tls_key: Path | None = Field(default=None, description="PEM file of the certificate's key, without a passphrase")
+
+    @field_validator("trace_endpoint")
+    @classmethod
+    def _require_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            parts = urlsplit(address)  # whose ValueError says what is wrong with a port or a bracket
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError("not an http:// or https:// address")
+            if parts.path in ("", "/"):
+                raise ValueError("has no path; collectors take traces at /v1/traces")
+            if parts.username is not None or parts.password is not None:
+                raise ValueError("holds a password; send it by OTEL_EXPORTER_OTLP_HEADERS")
+        return address
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -79,6 +113,12 @@ class Settings(BaseSettings):
             )
         if self.share_weights and (self.format, self.device) != ("onnx", "cpu"):
             raise ValueError("DTEM_SHARE_WEIGHTS is for DTEM_FORMAT=onnx on DTEM_DEVICE=cpu alone")
+        if self.api_keys is not None and self.api_key_file is not None:
+            raise ValueError("DTEM_API_KEYS and DTEM_API_KEY_FILE exclude each other")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("DTEM_TLS_CERTIFICATE and DTEM_TLS_KEY need each other")
+        if "trace_sample_ratio" in self.model_fields_set and self.trace_endpoint is None:
+            raise ValueError("DTEM_TRACE_SAMPLE_RATIO needs DTEM_TRACE_ENDPOINT")
         return self
 
     @property
@@ -110,4 +150,6 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 def _describe(item: dict[str, Any]) -> str:
     if not item["loc"]:
         return str(item["msg"]).removeprefix("Value error, ")
-    return f"{PREFIX}{str(item['loc'][0]).upper()}={item['input']}: {item['msg']}"
+    name, message = str(item["loc"][0]), str(item["msg"]).removeprefix("Value error, ")
+    value = "***" if name in SECRETS else USERINFO.sub("//***@", str(item["input"]))
+    return f"{PREFIX}{name.upper()}={value}: {message}"

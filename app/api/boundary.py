@@ -1,10 +1,12 @@
-"""Boundary: every answer leaves through here. Errors become problem documents, or under `/v2` what its protocol says;
-requests that classify are counted and logged.
+"""Boundary: every request comes in and every answer leaves through here. A request gets its id and shows its key;
+errors become problem documents, or under `/v2` what its protocol says; requests that classify are counted and logged;
+what was traced is sent.
 """
 
 import logging
 import re
-from typing import NoReturn
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,46 +15,58 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.headers import with_headers
 from app.errors import (
+    PROBLEMS,
     InternalError,
     InvalidParameter,
     MalformedRequest,
     MethodNotAllowed,
     ServiceError,
+    Unauthorized,
     UnknownPath,
     echo,
     problem_response,
     protocol_error_response,
     status_and_code,
 )
+from app.keys import Keys
+from app.logs import name_request, with_fields
 from app.metrics import Exchange, Metrics
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 CLASSIFY_PATH = "/classify"
 PROTOCOL_PREFIX = "/v2"
-CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")  # counted; `Exchange` tells of these
+CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 EXCHANGE = "dtem.exchange"  # key in the ASGI scope
+UNAUTHORIZED = PROBLEMS[Unauthorized]
 
 
 class Boundary:
     """Pure ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, tracing: "Tracing | None") -> None:
+        self._app, self._metrics, self._keys, self._tracing = app, metrics, keys, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope[EXCHANGE] = Exchange()
-        path: str = scope["path"]
-        if scope["method"] == "HEAD":  # the server leaves the body out; it looks at its own scope, not at this copy
-            scope = {**scope, "method": "GET"}
-        status = await self._answer(scope, receive, send, exchange)
-        if CLASSIFYING.fullmatch(path):
+        exchange = scope[EXCHANGE] = Exchange(request_id=name_request(scope))
+        # Of HEAD the server leaves the body out: it looks at its own scope, not at this copy.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        status = await self._answer(asked, receive, send, exchange)
+        ended_at = time.perf_counter()
+        if CLASSIFYING.fullmatch(scope["path"]):
             self._metrics.observe(exchange, status)
-            _log(path.rpartition("/")[2], exchange, status)
+        elif status == UNAUTHORIZED[0]:
+            self._metrics.count_refusal(UNAUTHORIZED[1])
+        trace_id = None if self._tracing is None else self._tracing.record(scope, exchange, status, ended_at)
+        _log(scope, exchange, status, ended_at, trace_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> int:
         """Let the application answer, or answer for it. Returns the status."""
@@ -60,10 +74,13 @@ class Boundary:
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = with_headers(message, exchange.request_id)
             await send(message)
 
         try:
+            self._keys.require(scope)
             await self._app(scope, receive, send_noting_status)
         except Exception as error:
             if not isinstance(error, ServiceError):
@@ -72,21 +89,33 @@ class Boundary:
                 raise
             known = error if isinstance(error, ServiceError) else InternalError()
             exchange.refusals.append(status_and_code(known)[1])
-            await _render(known, scope["path"])(scope, receive, send_noting_status)
+            await _render(known, scope["path"], exchange)(scope, receive, send_noting_status)
         return status
 
 
-def _render(error: ServiceError, path: str) -> Response:
+def _render(error: ServiceError, path: str, exchange: Exchange) -> Response:
     is_protocol = path == PROTOCOL_PREFIX or path.startswith(PROTOCOL_PREFIX + "/")
-    return protocol_error_response(error) if is_protocol else problem_response(error)
+    return protocol_error_response(error) if is_protocol else problem_response(error, request_id=exchange.request_id)
 
 
-def _log(verb: str, exchange: Exchange, status: int) -> None:
-    model, policy, r = exchange.variant
-    variant = f"model={model} policy={policy} r={r}"
-    stages = " ".join(f"{name}_ms={value}" for name, value in exchange.durations_ms().items())
-    reasons = f" refused={','.join(exchange.refusals)}" if exchange.refusals else ""
-    logger.info("%s %d %s images=%d %s%s", verb, status, variant, exchange.n_images, stages, reasons)
+def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_id: str | None) -> None:
+    is_notable = CLASSIFYING.fullmatch(scope["path"]) or status == UNAUTHORIZED[0]
+    level = logging.INFO if is_notable else logging.DEBUG
+    if not logger.isEnabledFor(level):
+        return
+    fields: dict[str, Any] = {
+        "method": echo(scope["method"]),
+        "path": echo(scope["path"]),
+        "status": status,
+        **exchange.facts(),
+    }
+    if exchange.refusals:
+        fields["refusals"] = exchange.refusals
+    if trace_id is not None:
+        fields["trace_id"] = trace_id
+    stages = {f"{name}_ms": round(sum(times) * 1e3, 3) for name, times in exchange.stages.items() if times}
+    stages["duration_ms"] = round((ended_at - exchange.started_at) * 1e3, 3)
+    logger.log(level, "request", extra=with_fields(**fields, **stages))
 
 
 def translate_framework_errors(app: FastAPI) -> None:

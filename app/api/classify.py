@@ -50,7 +50,10 @@ def make_router(service: Service) -> APIRouter:
         CLASSIFY_PATH,
         summary="Classify one image, or several",
         response_model=Classification | Results,
-        responses={200: {"headers": SERVER_TIMING}, **describe_problems(400, 404, 413, 415, 422, 429, 500, 503, 504)},
+        responses={
+            200: {"headers": SERVER_TIMING},
+            **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
+        },
         openapi_extra={"requestBody": BODY},
         dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
     )

@@ -18,6 +18,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str = Field(description="stable name of the problem, for programs")
+    request_id: str | None = Field(default=None, description="as in X-Request-ID and in the log; not in a file's own")
 
 
 class Prediction(BaseModel):
@@ -161,6 +162,7 @@ def describe_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 DESCRIPTIONS = {
     400: "The body or the image is malformed",
+    401: "The service has keys, and the request has none of them",
     404: "There is no such model or version",
     413: "Too many bytes, pixels or files",
     415: "Not an image that is read here",

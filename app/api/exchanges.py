@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 def note_variant(exchange: Exchange, chosen: Selection) -> None:
     """Write down what was chosen, for the metrics and the log."""
-    exchange.model, exchange.policy = chosen.model.manifest.name, chosen.policy
-    exchange.r = chosen.variant.label
+    exchange.model, exchange.version = chosen.model.manifest.name, chosen.model.manifest.version
+    exchange.policy, exchange.r = chosen.policy, chosen.variant.label
 
 
 async def read_body(request: Request) -> bytes:

@@ -28,7 +28,7 @@ def make_router(service: Service) -> APIRouter:
         "/metrics",
         summary="Prometheus",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **describe_problems(401)},
     )
     async def show_metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

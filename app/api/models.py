@@ -26,7 +26,7 @@ def make_router(service: Service) -> APIRouter:
     @router.get(
         "/models",
         summary="All models, with every variant",
-        responses=describe_problems(422, 503),
+        responses=describe_problems(401, 422, 503),
         dependencies=[Depends(accept_parameters())],
     )
     async def list_models() -> ModelsDocument:
@@ -38,7 +38,7 @@ def make_router(service: Service) -> APIRouter:
     @router.get(
         "/models/{name}",
         summary="One model, with every variant",
-        responses=describe_problems(404, 422, 503),
+        responses=describe_problems(401, 404, 422, 503),
         dependencies=[Depends(accept_parameters("version"))],
     )
     async def show_model(name: str, version: str | None = None) -> ModelDocument:

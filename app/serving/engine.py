@@ -10,6 +10,7 @@ import numpy as np
 from app.backends import Answer, Pixels
 from app.catalogue import ServedVariant
 from app.errors import BackendError, DeadlinePassed, InferenceFailed, NotReady, ServiceError, ShuttingDown
+from app.logs import with_fields
 from app.serving.entry import Batch, Done, Entry
 from app.serving.scheduler import Limits, Scheduler, Turn
 
@@ -159,7 +160,11 @@ class Engine:
             answer = self._run_checked(batch.variant, entries)
         except Exception:
             if len(entries) == 1:
-                logger.exception("inference failed: %s, request %s", batch.variant.entry.id, entries[0].request_id)
+                logger.exception(
+                    "inference failed: %s",
+                    batch.variant.entry.id,
+                    extra=with_fields(request_ids=[entry.request_id for entry in entries]),
+                )
                 failures.extend(entries)
                 return [(entries[0], InferenceFailed())]
             logger.warning("a run of %d images failed, they run again in halves", len(entries))

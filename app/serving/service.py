@@ -115,7 +115,7 @@ class Service:
         inputs: files, or pixels of the model's size.
         Raises: QueueFull, DeadlineUnmeetable, DeadlinePassed, InferenceFailed, ShuttingDown, NotReady for all of them.
         """
-        arrived_at, deadline = exchange.arrived_at, None
+        arrived_at, deadline = exchange.started_at, None
         if chosen.deadline_seconds is not None:
             deadline = arrived_at + chosen.deadline_seconds
         try:
@@ -222,6 +222,7 @@ def _record(done: Done, chosen: Selection) -> Run:
     gmacs = entry.gmacs if done.gmacs is None else done.gmacs
     return Run(
         variant=(chosen.model.manifest.name, chosen.policy, done.variant.label),
+        batch_size=done.batch_size,
         started_at=done.started_at,
         queue_seconds=done.queue_seconds,
         inference_seconds=done.inference_seconds,

@@ -34,6 +34,17 @@ def test_read_settings_takes_an_empty_value_for_none(monkeypatch: pytest.MonkeyP
         ({"DTEM_MAX_FILES": "100"}, ["DTEM_MAX_FILES (100)", "DTEM_MAX_QUEUE_IMAGES (64)"]),
         ({"DTEM_SHARE_WEIGHTS": "1", "DTEM_FORMAT": "torchscript"}, ["DTEM_SHARE_WEIGHTS"]),
         ({"DTEM_MAX_PIXELS": "0"}, ["DTEM_MAX_PIXELS=0"]),
+        ({"DTEM_LOG_FORMAT": "xml"}, ["DTEM_LOG_FORMAT=xml", "json", "text"]),
+        ({"DTEM_TRACE_ENDPOINT": "collector:4318"}, ["DTEM_TRACE_ENDPOINT=collector:4318", "http://"]),
+        ({"DTEM_TRACE_ENDPOINT": "http://"}, ["DTEM_TRACE_ENDPOINT=http://", "not an http"]),
+        ({"DTEM_TRACE_ENDPOINT": "http://x:port"}, ["DTEM_TRACE_ENDPOINT=http://x:port"]),
+        ({"DTEM_TRACE_ENDPOINT": "http://[::1"}, ["DTEM_TRACE_ENDPOINT=http://[::1"]),
+        ({"DTEM_TRACE_SAMPLE_RATIO": "0.5"}, ["DTEM_TRACE_SAMPLE_RATIO needs DTEM_TRACE_ENDPOINT"]),
+        ({"DTEM_TRACE_ENDPOINT": "http://x:4318/"}, ["DTEM_TRACE_ENDPOINT=http://x:4318/", "/v1/traces"]),
+        ({"DTEM_TRACE_ENDPOINT": "http://x/v1", "DTEM_TRACE_SAMPLE_RATIO": "2"}, ["DTEM_TRACE_SAMPLE_RATIO=2"]),
+        ({"DTEM_API_KEYS": "x", "DTEM_API_KEY_FILE": "y"}, ["DTEM_API_KEYS", "DTEM_API_KEY_FILE", "exclude"]),
+        ({"DTEM_TLS_CERTIFICATE": "c.pem"}, ["DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY"]),
+        ({"DTEM_TLS_KEY": "k.pem"}, ["DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY"]),
     ],
 )
 def test_read_settings_refuses_with_one_clear_line(
@@ -46,6 +57,27 @@ def test_read_settings_refuses_with_one_clear_line(
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"DTEM_API_KEYS": "hunter2", "DTEM_API_KEY_FILE": "y"},
+        {"DTEM_API_KEYS": "hunter2", "DTEM_PORT": "x"},
+        {"DTEM_TRACE_ENDPOINT": "http://me:hunter2@collector:4318/v1/traces"},
+    ],
+)
+def test_read_settings_never_says_a_secret(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        read_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_settings_hide_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTEM_API_KEYS", "hunter2")
+    assert "hunter2" not in repr(read_settings())
 
 
 def test_settings_describe_every_field() -> None:

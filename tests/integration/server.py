@@ -5,11 +5,12 @@ import os
 import re
 import select
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0  # what a busy machine may take; how long it should take is a test of its own
@@ -21,11 +22,18 @@ def environment(**settings: object) -> dict[str, str]:
     return inherited | {f"DTEM_{name.upper()}": str(value) for name, value in settings.items()}
 
 
+class Reply(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
 class Server:
     """`python -m app` on a free port, until the block is left."""
 
     def __init__(self, model_store: Path, log: Path, **settings: object) -> None:
         self._log = log
+        self._certificate = settings.get("tls_certificate")
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "app"],
@@ -41,7 +49,7 @@ class Server:
         """Wait until it says that it is ready."""
         try:
             self.announcement = self._read_announcement()
-            self.port = int(re.findall(r"ready: http://127\.0\.0\.1:(\d+)", self.announcement)[0])
+            self.port = int(re.findall(r"ready: https?://127\.0\.0\.1:(\d+)", self.announcement)[0])
         except BaseException:
             self.process.kill()
             raise
@@ -81,14 +89,27 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(timeout_seconds)
 
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """Send one request on a connection of its own."""
+        connection = self._connect()
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._certificate is None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        context = ssl.create_default_context(cafile=str(self._certificate))
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=context)
+
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
         """Send one request on a connection of its own. Returns status and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
+        status, _, answer = self.request(method, path, body, headers)
+        return status, answer

@@ -61,7 +61,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _add_server_routes(router: APIRouter, service: Service) -> None:
-    @router.get("", summary="Name, version and extensions of the server", responses=describe_errors(422))
+    @router.get("", summary="Name, version and extensions of the server", responses=describe_errors(401, 422))
     async def show_server(request: Request) -> ServerMetadata:
         return describe_server(request.app.version)
 
@@ -74,11 +74,11 @@ def _add_server_routes(router: APIRouter, service: Service) -> None:
         service.require_ready()
         return Ready(ready=True)
 
-    @router.get("/models", summary="Names of the models", responses=describe_errors(422, 503))
+    @router.get("/models", summary="Names of the models", responses=describe_errors(401, 422, 503))
     async def list_models() -> ModelNames:
         return ModelNames(models=sorted(service.require_ready().models))
 
-    @router.post("/repository/index", summary="Every version of every model", responses=describe_errors(422, 503))
+    @router.post("/repository/index", summary="Every version of every model", responses=describe_errors(401, 422, 503))
     async def list_repository() -> list[IndexEntry]:
         manifests = [model.manifest for model in service.require_ready().all_models()]
         return [IndexEntry(name=item.name, version=item.version, state="READY", reason="") for item in manifests]
@@ -87,14 +87,14 @@ def _add_server_routes(router: APIRouter, service: Service) -> None:
 def _add_statistics_of_all(router: APIRouter, service: Service, inferrer: Inferrer) -> None:
     """Add what has to come before the models' own routes, which would take it for a model's name."""
 
-    @router.get("/models/stats", summary="Statistics of all models", responses=describe_errors(422, 503))
+    @router.get("/models/stats", summary="Statistics of all models", responses=describe_errors(401, 422, 503))
     async def show_statistics() -> AllStatistics:
         manifests = [model.manifest for model in service.require_ready().all_models()]
         return inferrer.statistics.describe(manifests)
 
 
 def _add_model_routes(router: APIRouter, service: Service, path: str, find: Find) -> None:
-    errors = describe_errors(404, 422, 503)
+    errors = describe_errors(401, 404, 422, 503)
 
     @router.get(path, summary="Inputs and outputs of a model", responses=errors)
     async def show_model(model: Annotated[ServedModel, Depends(find)]) -> ModelMetadata:
@@ -119,7 +119,7 @@ def _add_inference_routes(router: APIRouter, service: Service, inferrer: Inferre
     @router.get(
         f"{path}/stats",
         summary="Statistics of a version, or of all versions of a model",
-        responses=describe_errors(404, 422, 503),
+        responses=describe_errors(401, 404, 422, 503),
     )
     async def show_statistics(request: Request, model: Annotated[ServedModel, Depends(find)]) -> AllStatistics:
         versions = service.require_ready().models[model.manifest.name]

@@ -24,6 +24,7 @@ from tests.app.inference_protocol.requests import (
     with_length,
 )
 from tests.app.odd_images import make_photo
+from tests.app.test_boundary import lines
 from tests.app.test_classify import SECONDS, Gate, gate_all
 from tests.app.test_models import sample
 from tests.app.tiny_store import LABELS, expected_costs, expected_logits
@@ -187,7 +188,8 @@ def test_requests_are_counted_and_logged_like_all_others(
     client = make_client()
     with caplog.at_level("INFO"):
         infer(client, pixel_input(make_pixels(3)), parameters={"r": 16})
-    assert "infer 200 model=tiny policy=tome r=16 images=3" in caplog.text
+    (line,) = lines(caplog)
+    assert (line["path"], line["status"], line["model"], line["version"]) == (PATH, 200, "tiny", "1")
     infer(client, pixel_input(make_pixels()), parameters={"r": 3})
     client.get("/v2/models/tiny")
     r16 = 'model="tiny",policy="tome",r="16"'
@@ -239,11 +241,22 @@ def test_an_unknown_encoding_is_refused_with_those_that_are_read(client: TestCli
     assert response.headers["accept-encoding"] == "gzip, deflate, identity"
 
 
+def test_keys_are_asked_for_in_the_words_of_the_protocol(make_client: ClientFactory) -> None:
+    client = make_client(api_keys="sesame")
+    for response in (client.get("/v2"), client.get("/v2/models/tiny"), infer(client, pixel_input(make_pixels()))):
+        assert_error(response, 401, "Authorization: Bearer")
+        assert "www-authenticate" in response.headers
+    assert client.get("/v2/health/ready").status_code == 200
+    client.headers["Authorization"] = "Bearer sesame"
+    assert infer(client, pixel_input(make_pixels())).status_code == 200
+
+
 @pytest.mark.parametrize(
     "path", ["/v2", "/v2/health/live", "/v2/models", "/v2/models/tiny", "/v2/models/tiny/ready", "/health/live"]
 )
 def test_head_is_answered_like_get(client: TestClient, path: str) -> None:
-    head, get = client.head(path), client.get(path)
+    name = {"x-request-id": "same"}
+    head, get = client.head(path, headers=name), client.get(path, headers=name)
     assert (head.status_code, head.headers) == (get.status_code, get.headers)
     assert client.head("/classify").status_code == 405
 
