@@ -2,11 +2,12 @@
 """Errors: what can go wrong, and the one table that says which HTTP answer each becomes.
 
 Answers are RFC 9457 problem documents: `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
+Under `/v2` they are what the Open Inference Protocol says: `{"error": "..."}`.
 """
 
 import json
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 from starlette.responses import Response
 
@@ -47,6 +48,13 @@ class ServiceError(Exception):
         headers = {"Retry-After": retry_after_seconds, "Allow": allow}
         self.headers = {name: str(value) for name, value in headers.items() if value is not None}
 
+    def about(self, subject: str) -> Self:
+        """Return this error with its subject before it; the error itself may be the answer to others too."""
+        named = type(self).__new__(type(self))
+        vars(named).update(vars(self))
+        named.detail = f"{subject}: {self.detail}"
+        return named
+
 
 class MalformedRequest(ServiceError):
     """The request breaks the protocol."""
@@ -70,6 +78,18 @@ class MethodNotAllowed(ServiceError):
 
 class MalformedBody(ServiceError):
     """The body is empty, or is not the multipart form it says it is."""
+
+
+class MalformedTensor(ServiceError):
+    """An inference request whose JSON or tensors are not what the protocol and the model say."""
+
+
+class UnsupportedEncoding(ServiceError):
+    """A Content-Encoding that is not read here."""
+
+    def __init__(self, detail: str, accepted: list[str]) -> None:
+        super().__init__(detail, accepted=accepted)
+        self.headers["Accept-Encoding"] = ", ".join(accepted)
 
 
 class MalformedImage(ServiceError):
@@ -184,6 +204,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     UnknownPath: (404, "unknown_path"),
     MethodNotAllowed: (405, "method_not_allowed"),
     MalformedBody: (400, "malformed_body"),
+    MalformedTensor: (400, "malformed_tensor"),
     MalformedImage: (400, "malformed_image"),
     UnknownModel: (404, "unknown_model"),
     UnknownVersion: (404, "unknown_version"),
@@ -191,6 +212,7 @@ PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     TooManyPixels: (413, "too_many_pixels"),
     TooManyFiles: (413, "too_many_files"),
     NotAnImage: (415, "not_an_image"),
+    UnsupportedEncoding: (415, "unsupported_encoding"),
     UnknownParameter: (422, "unknown_parameter"),
     DuplicateParameter: (422, "duplicate_parameter"),
     InvalidParameter: (422, "invalid_parameter"),
@@ -235,3 +257,14 @@ def problem_response(error: ServiceError, **members: Any) -> Response:
     # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
     content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
     return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)
+
+
+def protocol_error_response(error: ServiceError) -> Response:
+    """Render an error as the Open Inference Protocol does, which has one text and no members beside it."""
+    known = {name: error.members.get(name) for name in ("accepted", "minimum", "maximum")}
+    if isinstance(known["accepted"], list):
+        known["accepted"] = ", ".join(map(str, known["accepted"]))
+    text = " ".join([error.detail, *(f"{name.capitalize()}: {value}." for name, value in known.items() if value)])
+    content = json.dumps({"error": text}, ensure_ascii=True).encode("ascii")
+    # To the letter "application/json": KServe's client looks into no other type for the reason.
+    return Response(content, status_and_code(error)[0], headers=error.headers, media_type="application/json")

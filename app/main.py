@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
+from pydantic import BaseModel
 
 from app.api import classify, docs, health, models
 from app.api.boundary import Boundary, translate_framework_errors
 from app.api.documents import Problem
+from app.api.inference_protocol import routes as inference_protocol
+from app.api.inference_protocol.documents import InferRequest, RequestInput, RequestOutput
 from app.drain import EndConnections
 from app.errors import SettingsError
 from app.keys import Keys, is_open, read_keys
@@ -64,7 +67,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         telemetry=NO_TELEMETRY,
     )
-    for part in (classify, models, health):
+    for part in (classify, models, inference_protocol, health):
         app.include_router(part.make_router(service))
     app.include_router(docs.make_router(TITLE))
     translate_framework_errors(app)
@@ -91,13 +94,14 @@ def open_tracing(settings: Settings) -> "Tracing | None":
 
 
 def _complete_document(app: FastAPI, keys: Keys) -> None:
-    """Add to the OpenAPI document the one schema that no route returns as its model, and the keys if there are any."""
+    """Add to the OpenAPI document the schemas that no route returns or reads as its model, and the keys if any."""
     describe = app.openapi
 
     def describe_completely() -> dict[str, Any]:
         schema = describe()
         components = schema.setdefault("components", {})
-        components.setdefault("schemas", {}).setdefault("Problem", Problem.model_json_schema())
+        for model in (Problem, InferRequest, RequestInput, RequestOutput):
+            _add_schema(components.setdefault("schemas", {}), model)
         if keys.are_needed:
             components["securitySchemes"] = SECURITY_SCHEMES
             schema["security"] = [{name: []} for name in SECURITY_SCHEMES]
@@ -107,3 +111,9 @@ def _complete_document(app: FastAPI, keys: Keys) -> None:
         return schema
 
     app.openapi = describe_completely  # type: ignore[method-assign]
+
+
+def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # each is added on its own
+    schemas.setdefault(model.__name__, schema)

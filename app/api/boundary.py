@@ -1,9 +1,11 @@
 """Boundary: every request comes in and every answer leaves through here. A request gets its id and shows its key;
-errors become problem documents; `/classify` is counted and logged; what was traced is sent.
+errors become problem documents, or under `/v2` what its protocol says; requests that classify are counted and logged;
+what was traced is sent.
 """
 
 import asyncio
 import logging
+import re
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.headers import with_headers
@@ -26,6 +29,7 @@ from app.errors import (
     UnknownPath,
     echo,
     problem_response,
+    protocol_error_response,
     status_and_code,
 )
 from app.keys import Keys
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASSIFY_PATH = "/classify"
+PROTOCOL_PREFIX = "/v2"
+CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 EXCHANGE = "dtem.exchange"  # key in the ASGI scope
 UNAUTHORIZED = PROBLEMS[Unauthorized]
 
@@ -53,9 +59,11 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         exchange = scope[EXCHANGE] = Exchange(request_id=name_request(scope))
-        status = await self._answer(scope, receive, send, exchange)
+        # Of HEAD the server leaves the body out: it looks at its own scope, not at this copy.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        status = await self._answer(asked, receive, send, exchange)
         ended_at = time.perf_counter()
-        if scope["path"] == CLASSIFY_PATH:
+        if CLASSIFYING.fullmatch(scope["path"]):
             self._metrics.observe(exchange, status)
         elif status == UNAUTHORIZED[0]:
             self._metrics.count_refusal(UNAUTHORIZED[1])
@@ -81,7 +89,7 @@ class Boundary:
             if status:  # half an answer is out: only a broken connection can tell
                 raise
             exchange.refusals.append(status_and_code(known)[1])
-            await problem_response(known, request_id=exchange.request_id)(scope, receive, send_noting_status)
+            await _render(known, scope["path"], exchange)(scope, receive, send_noting_status)
         return status
 
 
@@ -95,8 +103,13 @@ def _translate(error: BaseException) -> ServiceError:
     return InternalError()
 
 
+def _render(error: ServiceError, path: str, exchange: Exchange) -> Response:
+    is_protocol = path == PROTOCOL_PREFIX or path.startswith(PROTOCOL_PREFIX + "/")
+    return protocol_error_response(error) if is_protocol else problem_response(error, request_id=exchange.request_id)
+
+
 def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_id: str | None) -> None:
-    is_notable = scope["path"] == CLASSIFY_PATH or status == UNAUTHORIZED[0]
+    is_notable = CLASSIFYING.fullmatch(scope["path"]) or status == UNAUTHORIZED[0]
     level = logging.INFO if is_notable else logging.DEBUG
     if not logger.isEnabledFor(level):
         return

@@ -1,9 +1,7 @@
 """`POST /classify`: an image, or a form of them, and the classes it shows."""
 
-import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
@@ -13,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from app import selection
 from app.api.boundary import CLASSIFY_PATH, EXCHANGE
 from app.api.documents import Classification, Results, describe_problems
+from app.api.exchanges import note_variant, server_timing, softmax, while_connected
 from app.api.parameters import accept_parameters
 from app.api.uploads import Upload, form_boundary, read_form, read_image
 from app.backends import Logits
@@ -21,7 +20,6 @@ from app.metrics import Exchange
 from app.selection import Selection, select
 from app.serving.service import Classified, Service
 
-T = TypeVar("T")
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
     "type": "object",
@@ -72,13 +70,12 @@ def make_router(service: Service) -> APIRouter:
 async def _classify(service: Service, request: Request, query: selection.Query) -> JSONResponse:
     exchange: Exchange = request.scope[EXCHANGE]
     chosen = select(service.require_ready(), query)
-    exchange.model, exchange.version = chosen.model.manifest.name, chosen.model.manifest.version
-    exchange.policy, exchange.r = chosen.policy, chosen.variant.label
+    note_variant(exchange, chosen)
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)
     started_at = time.perf_counter()
     work = service.classify(chosen, [upload.data for upload in uploads], exchange)
-    outcomes = await _while_connected(request, work)
+    outcomes = await while_connected(request, work)
     exchange.total_seconds = time.perf_counter() - started_at
     if boundary is None:
         return _render(_describe(outcomes[0], chosen, exchange), exchange)
@@ -91,29 +88,6 @@ async def _read_uploads(request: Request, boundary: bytes | None, max_files: int
         return [await read_image(request)] if boundary is None else await read_form(request, boundary, max_files)
     except ClientDisconnect as error:
         raise ClientGone("The caller left before the body was complete.") from error
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work unless the caller leaves first; then drop what has not begun.
-
-    Raises: ClientGone.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_until_gone(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("The caller left before the answer.")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _describe(outcome: Classified | ServiceError, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
@@ -151,12 +125,10 @@ def _describe_file(
 
 
 def _rank(logits: Logits, labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    probabilities = exponentials / exponentials.sum()
+    probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
 
 
 def _render(document: dict[str, Any], exchange: Exchange) -> JSONResponse:
-    timing = ", ".join(f"{name};dur={value}" for name, value in exchange.durations_ms().items())
-    return JSONResponse(document, headers={"Server-Timing": timing})
+    return JSONResponse(document, headers=server_timing(exchange))
