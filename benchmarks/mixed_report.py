@@ -189,9 +189,9 @@ def markdown(content: dict[str, Any]) -> str:
         f"{about['model']}, {about['minutes']:g} minutes at {about['load']:.0%} of the {about['capacity']:.0f} "
         f"requests/s that it answers of this mixture, Poisson arrivals; settings{settings}. Versions published "
         f"meanwhile: {reloads}; answers by version: {content['versions']}. Memory: "
-        f"{memory['first_bytes'] / 1e6:.0f} MB in the first minute, {memory['last_bytes'] / 1e6:.0f} MB in the last (medians; or quarters, if shorter). "
-        f"Latencies are of answers with 200. Client: {client['cpu_share']:.0%} of one core, p99 lag "
-        f"{client['lag_p99_ms']:.1f} ms.",
+        f"{memory['first_bytes'] / 1e6:.0f} MB in the first minute, {memory['last_bytes'] / 1e6:.0f} MB in the last "
+        f"(medians; or quarters, if shorter). Latencies are of answers with 200. Client: {client['cpu_share']:.0%} of "
+        f"one core, p99 lag {client['lag_p99_ms']:.1f} ms.",
         "",
         f"**{n_violations} violations**: statuses and promises of every request, the server's counts against its "
         "callers', memory, versions.",
