@@ -1,0 +1,72 @@
+"""Reports: a table, the figures behind it and a picture, under one name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.served import n_cores
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of some rounds: the median, the least and the most."""
+
+    median: float
+    least: float
+    most: float
+
+    def text(self, digits: int = 1, unit: str = "") -> str:
+        median, least, most = (f"{value:.{digits}f}" for value in (self.median, self.least, self.most))
+        return f"{median}{unit} ({least} … {most})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Return it by linear interpolation, None of no values."""
+    return float(np.percentile(values, percent)) if len(values) else None
+
+
+def write_report(out: Path, table: str, content: dict[str, Any], figure: Figure) -> None:
+    """Write <out>.md, <out>.json and <out>.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(table)
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    figure.savefig(out.with_suffix(".png"), dpi=150)
+
+
+def describe_host() -> dict[str, Any]:
+    """Say where the figures were measured, and what else ran there."""
+    return {"cores": n_cores(), "machine": platform.machine(), "python": platform.python_version(), "load": load()}
+
+
+def load() -> list[float]:
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def numbers(text: str) -> list[float]:
+    """Read `0.5,1,2`, all positive."""
+    values = [float(part) for part in text.split(",")]
+    if not all(value > 0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0 are wanted")
+    return values
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 is wanted")
+    return value

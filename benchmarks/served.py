@@ -1,0 +1,174 @@
+"""A server under measurement: a process of its own, from the first answer that it is ready to its end."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+LOOK_SECONDS = 0.05  # a server that uses no CPU for as long is idle: the kernel counts in ticks of 10 ms
+MAX_LOOKS = 400
+N_LAST_LINES = 20
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class MeasurementError(Exception):
+    """What was to be measured could not be, and a figure would mislead; the message is for the one who asked."""
+
+
+class Served:
+    """A process that listens on `port`; as a context it is started, awaited, and ended."""
+
+    def __init__(
+        self, command: Sequence[str], port: int, ready_path: str, log: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.port, self._ready_path, self._log = port, ready_path, log
+        self._command, self._environment = command, environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Raises: MeasurementError with the end of its log, if it does not become ready."""
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        return self._process
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while self._status() != 200:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise MeasurementError(f"{' '.join(self._command)} did not become ready:\n{self.last_words}")
+            time.sleep(LOOK_SECONDS)
+
+    def _status(self) -> int:
+        try:
+            return self.get(self._ready_path)[0]
+        except (OSError, http.client.HTTPException):
+            return 0
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def hang_up(self) -> None:
+        """Send SIGHUP, at which the service looks for new versions."""
+        self.process.send_signal(signal.SIGHUP)
+
+    @property
+    def last_words(self) -> str:
+        """Return the end of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-N_LAST_LINES:])
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Return what all its threads have used."""
+        user, system = self._read("stat").rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / CLOCK_TICKS
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(self._read("statm").split()[1]) * PAGE_BYTES
+
+    def _read(self, name: str) -> str:
+        """Raises: MeasurementError if the process has ended."""
+        if self.process.poll() is not None:
+            code = self.process.returncode
+            raise MeasurementError(f"{' '.join(self._command)} ended with {code}:\n{self.last_words}")
+        return Path(f"/proc/{self.process.pid}/{name}").read_text(encoding="ascii")
+
+    def settle(self) -> None:
+        """Wait until it has finished what callers who left had asked for, or it would spoil what comes next.
+
+        Raises: MeasurementError if it does not come to rest.
+        """
+        for _ in range(MAX_LOOKS):
+            before = self.cpu_seconds
+            time.sleep(LOOK_SECONDS)
+            if self.cpu_seconds == before:
+                return
+        raise MeasurementError(f"{' '.join(self._command)} is busy though nobody asks it anything")
+
+
+def serve_store(store: Path, log: Path, settings: Mapping[str, str]) -> Served:
+    """Make the service on a model store; `settings` are `DTEM_` variables without the prefix, in any case."""
+    port = free_port()
+    chosen = {"port": str(port), "model_store": str(store), **settings}
+    variables = {f"DTEM_{name.upper()}": value for name, value in chosen.items()}
+    return Served([sys.executable, "-m", "app"], port, "/health/ready", log, clean_environment() | variables)
+
+
+def serve_module(module: str, arguments: Mapping[str, object], ready_path: str, log: Path) -> Served:
+    """Make `python -m <module> --port … --<name> <value> …`."""
+    port = free_port()
+    named = [part for name, value in {"port": port, **arguments}.items() for part in (f"--{name}", str(value))]
+    return Served([sys.executable, "-m", module, *named], port, ready_path, log, clean_environment())
+
+
+def clean_environment() -> dict[str, str]:
+    """Return ours without the settings of a service that somebody may have set in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("DTEM_")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def n_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def add_setting_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--setting",
+        type=read_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the service, e.g. max_batch_images=16; may be repeated",
+    )
+
+
+def read_setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. max_batch_images=16")
+    return name.strip().lower().removeprefix("dtem_"), value.strip()

@@ -1,0 +1,129 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import serve
+from benchmarks.lone_caller import Wait, make_request, read_work_ms
+from benchmarks.report import percentile, spread
+from benchmarks.serve_report import best_loop, draw_figure, markdown, overhead, ratio
+from benchmarks.served import read_setting
+from tests.app.tiny_store import write_store
+
+SMALL = ["--policy", "tome", "--rates", "16", "--seconds", "1", "--rounds", "1", "--connections", "4"]
+
+
+def busy(index: int, arm: str, per_second: float) -> dict[str, Any]:
+    row = {"r": 16, "round": index, "arm": arm, "per_second": per_second, "cpu_ms": 2.0}
+    return {**row, "client_cpu_ms": None, "p50_ms": None, "p99_ms": None}
+
+
+def alone(index: int, arm: str, total_ms: float, work_ms: float | None) -> dict[str, Any]:
+    overhead_ms = None if work_ms is None else total_ms - work_ms
+    row = {"r": 16, "round": index, "arm": arm, "total_ms": total_ms}
+    return {**row, "work_ms": work_ms, "overhead_ms": overhead_ms}
+
+
+BUSY = [
+    *(
+        busy(1, arm, value)
+        for arm, value in (("service", 90), ("bare loop, batch 1", 120), ("bare loop, batch 8", 100))
+    ),
+    *(
+        busy(2, arm, value)
+        for arm, value in (("service", 100), ("bare loop, batch 1", 80), ("bare loop, batch 8", 200))
+    ),
+]
+ALONE = [
+    *(alone(1, "service", 10, 8), alone(1, "plain FastAPI", 12, None), alone(1, "bare loop", 7, None)),
+    *(alone(2, "service", 30, 29), alone(2, "plain FastAPI", 13, None), alone(2, "bare loop", 28, None)),
+]
+
+
+def test_the_best_loop_is_that_of_the_best_median_and_ratios_are_of_the_same_round() -> None:
+    assert best_loop(BUSY, 16) == "bare loop, batch 8"
+    found = ratio(BUSY, 16, "service", "bare loop, batch 8")
+    assert (found.least, found.median, found.most) == (0.5, 0.7, 0.9)
+
+
+def test_overhead_is_told_twice_where_the_server_has_timings() -> None:
+    own = overhead(ALONE, 16, "service")
+    assert own.by_own_timings is not None
+    assert (own.by_own_timings.least, own.by_own_timings.most) == (1, 2)
+    assert (own.over_loop.least, own.over_loop.most) == (2, 3)
+    assert overhead(ALONE, 16, "plain FastAPI").by_own_timings is None
+
+
+def test_the_report_tells_every_arm() -> None:
+    about = {"model": "m", "policy": "tome", "n_images": 4, "connections": 8, "threads": 2, "rounds": 2, "seconds": 1}
+    content = {"about": {**about, "setting": [["max_batch_images", "16"]]}, "busy": BUSY, "alone": ALONE}
+    table = markdown(content)
+    assert "| 16 | **bare loop, batch 8** | 150.0 (100.0 … 200.0) | 1.000 (1.000 … 1.000) |" in table
+    assert "max_batch_images=16" in table
+    assert len(draw_figure(content).axes) == 2
+
+
+def test_work_is_read_from_the_server_timing_header() -> None:
+    head = b"HTTP/1.1 200 OK\r\nserver-timing: decode;dur=1.5, queue;dur=9, inference;dur=2.25, total;dur=13\r\nx: y"
+    assert read_work_ms(head) == 3.75
+    assert read_work_ms(b"HTTP/1.1 200 OK\r\nserver-timing: total;dur=13\r\n") is None
+    assert read_work_ms(b"HTTP/1.1 200 OK\r\n") is None
+
+
+def test_a_lone_caller_is_summarised_by_medians() -> None:
+    found = serve.summarise_alone([Wait(10, 8), Wait(20, 11), Wait(12, 11)], 16, 1, "service")
+    assert (found.total_ms, found.work_ms, found.overhead_ms) == (12, 11, 2)
+
+
+def test_a_request_has_the_length_of_its_body() -> None:
+    head, _, body = make_request("/classify?r=16", b"12345").partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /classify?r=16 HTTP/1.1\r\n")
+    assert b"Content-Length: 5" in head
+    assert body == b"12345"
+
+
+def test_spreads_and_percentiles() -> None:
+    assert spread([3, 1, 2]).text(1, " ms") == "2.0 ms (1.0 … 3.0)"
+    assert percentile([1, 2, 3], 50) == 2
+    assert percentile([], 50) is None
+
+
+def test_settings_are_names_and_values() -> None:
+    assert read_setting("DTEM_MAX_BATCH_IMAGES=16") == ("max_batch_images", "16")
+    with pytest.raises(Exception, match="NAME=VALUE"):
+        read_setting("max_batch_images")
+
+
+def test_without_its_client_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert serve.main(SMALL) == 1
+    assert "wrk is not installed" in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_start_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_store(tmp_path)
+    assert serve.main([*SMALL, "--published", str(folder), "--rates", "3"]) == 1
+    assert "r = 3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_all_arms_are_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_store(tmp_path / "store")
+    out = tmp_path / "serve"
+    assert serve.main([*SMALL, "--published", str(folder), "--n-images", "3", "--out", str(out)]) == 0
+    content = json.loads(out.with_suffix(".json").read_text())
+    arms = {"service", "plain FastAPI", *(f"bare loop, batch {size}" for size in serve.BATCHES)}
+    assert {row["arm"] for row in content["busy"]} == arms
+    assert all(row["per_second"] > 0 for row in content["busy"])
+    own = next(row for row in content["alone"] if row["arm"] == "service")
+    assert 0 < own["work_ms"] < own["total_ms"]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "service" in out.with_suffix(".md").read_text()
+    refused = [*SMALL, "--published", str(folder), "--n-images", "3", "--setting", "no_such=1"]
+    assert serve.main(refused) == 1
+    assert "DTEM_NO_SUCH: no such setting" in capsys.readouterr().err
