@@ -6,7 +6,7 @@ import itertools
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.served import MeasurementError
@@ -16,6 +16,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 TIMING = re.compile(rb"\r\nserver-timing: *([^\r]*)", re.IGNORECASE)
 STAGE = re.compile(rb"(\w+);dur=([0-9.]+)")
 WORK = ("decode", "inference")
+JPEG = {"Content-Type": "image/jpeg"}
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Wait:
     work_ms: float | None
 
 
-def make_request(path: str, body: bytes, content_type: str = "image/jpeg") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}"
-    return head.encode("ascii") + HEAD_END + body
+def make_request(path: str, body: bytes, headers: Mapping[str, str] = JPEG) -> bytes:
+    fields = {"Host": "127.0.0.1", **headers, "Content-Length": str(len(body))}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join(lines).encode("ascii") + HEAD_END + body
 
 
 def ask_alone(port: int, requests: Sequence[bytes], seconds: float) -> list[Wait]:

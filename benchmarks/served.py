@@ -19,6 +19,7 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 LOOK_SECONDS = 0.05  # a server that uses no CPU for as long is idle: the kernel counts in ticks of 10 ms
 MAX_LOOKS = 400
+N_LAST_LINES = 20
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -68,8 +69,7 @@ class Served:
         deadline = time.monotonic() + START_SECONDS
         while self._status() != 200:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                end = "\n".join(self._log.read_text(errors="replace").splitlines()[-10:])
-                raise MeasurementError(f"{' '.join(self._command)} did not become ready:\n{end}")
+                raise MeasurementError(f"{' '.join(self._command)} did not become ready:\n{self.last_words}")
             time.sleep(LOOK_SECONDS)
 
     def _status(self) -> int:
@@ -92,15 +92,26 @@ class Served:
         self.process.send_signal(signal.SIGHUP)
 
     @property
+    def last_words(self) -> str:
+        """Return the end of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-N_LAST_LINES:])
+
+    @property
     def cpu_seconds(self) -> float:
         """Return what all its threads have used."""
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii")
-        user, system = stat.rpartition(")")[2].split()[11:13]
+        user, system = self._read("stat").rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / CLOCK_TICKS
 
     @property
     def resident_bytes(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+        return int(self._read("statm").split()[1]) * PAGE_BYTES
+
+    def _read(self, name: str) -> str:
+        """Raises: MeasurementError if the process has ended."""
+        if self.process.poll() is not None:
+            code = self.process.returncode
+            raise MeasurementError(f"{' '.join(self._command)} ended with {code}:\n{self.last_words}")
+        return Path(f"/proc/{self.process.pid}/{name}").read_text(encoding="ascii")
 
     def settle(self) -> None:
         """Wait until it has finished what callers who left had asked for, or it would spoil what comes next.
