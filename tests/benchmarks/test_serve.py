@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -92,8 +93,13 @@ def test_spreads_and_percentiles() -> None:
 
 def test_settings_are_names_and_values() -> None:
     assert read_setting("DTEM_MAX_BATCH_IMAGES=16") == ("max_batch_images", "16")
-    with pytest.raises(Exception, match="NAME=VALUE"):
-        read_setting("max_batch_images")
+    for text, message in (
+        ("max_batch_images", "NAME=VALUE"),
+        ("=1", "NAME=VALUE"),
+        ("DTEM_PORT=1", "by the benchmark"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            read_setting(text)
 
 
 def test_without_its_client_it_says_what_to_install(
