@@ -110,7 +110,10 @@ def test_without_its_client_it_says_what_to_install(
     assert "wrk is not installed" in capsys.readouterr().err
 
 
-def test_a_server_that_cannot_start_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rate_without_a_graph_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     folder = write_store(tmp_path)
     assert serve.main([*SMALL, "--published", str(folder), "--rates", "3"]) == 1
     assert "r = 3" in capsys.readouterr().err
