@@ -10,9 +10,9 @@ import asyncio
 import gc
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import uvloop
@@ -209,17 +209,28 @@ async def keep_busy(client: Client, calls: Sequence[Call], n_callers: int, secon
     return exchanges
 
 
-def run_measured(work: Coroutine[Any, Any, T]) -> tuple[T, float]:
-    """Run a client without garbage collection. Returns also its share of a core."""
+def run_measured(port: int, n_connections: int, work: Callable[[Client], Awaitable[T]]) -> tuple[T, float]:
+    """Let a client work, its connections opened before. Returns also its share of a core.
+
+    Raises: OSError if nobody listens.
+    """
+
+    async def connect_and_work() -> tuple[T, float]:
+        client = Client(port)
+        await client.connect(n_connections)
+        wall, cpu = clock(), time.process_time()
+        result = await work(client)
+        cpu_share = (time.process_time() - cpu) / (clock() - wall)
+        await client.close()
+        return result, cpu_share
+
     gc.collect()
     gc.disable()  # what the process imported is large, and looking through it takes long
-    wall, cpu = clock(), time.process_time()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(work)
+            return runner.run(connect_and_work())
     finally:
         gc.enable()
-    return result, (time.process_time() - cpu) / (clock() - wall)
 
 
 def effort(exchanges: Sequence[Exchange], cpu_share: float) -> Effort:

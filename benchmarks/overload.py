@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.effective_accuracy import Point, summarise
 from benchmarks.labelled_jpegs import LabelledJpeg, draw_jpegs
 from benchmarks.lone_caller import make_request
-from benchmarks.open_loop import Call, Client, Exchange, arrival_times, effort, keep_busy, offer, run_measured
+from benchmarks.open_loop import Call, arrival_times, effort, keep_busy, offer, run_measured
 from benchmarks.overload_report import ADAPTIVE, draw_figure, markdown
 from benchmarks.report import describe_host, numbers, positive, write_report
 from benchmarks.served import MeasurementError, Served, add_setting_option, serve_store
@@ -76,14 +76,9 @@ def measure_capacity(server: Served, path: str, jpegs: Sequence[LabelledJpeg], s
     Raises: MeasurementError if an answer is not 200.
     """
 
-    async def run() -> list[Exchange]:
-        client = Client(server.port)
-        await client.connect(n_callers)
-        exchanges = await keep_busy(client, make_calls(path, jpegs), n_callers, seconds)
-        await client.close()
-        return exchanges
-
-    exchanges, _ = run_measured(run())
+    calls = make_calls(path, jpegs)
+    with server.expected_to_listen():
+        exchanges, _ = run_measured(server.port, n_callers, lambda client: keep_busy(client, calls, n_callers, seconds))
     for exchange in exchanges:
         if exchange.status != 200 or exchange.answered_at is None:
             raise MeasurementError(f"{path}: the service answered {exchange.status}: {exchange.body[:300]!r}")
@@ -99,16 +94,12 @@ def measure_point(
     jpegs: Sequence[LabelledJpeg],
 ) -> Point:
     """Offer the traffic to one arm. name: load, round, arm"""
-    calls = make_calls(deadline_path(options), jpegs)
-
-    async def run() -> list[Exchange]:
-        client = Client(server.port)
-        await client.connect(N_CONNECTIONS)
-        exchanges = await offer(client, [calls[place] for place in traffic.places], traffic.times, DRAIN_SECONDS)
-        await client.close()
-        return exchanges
-
-    exchanges, cpu_share = run_measured(run())
+    images = make_calls(deadline_path(options), jpegs)
+    calls = [images[place] for place in traffic.places]
+    with server.expected_to_listen():
+        exchanges, cpu_share = run_measured(
+            server.port, N_CONNECTIONS, lambda client: offer(client, calls, traffic.times, DRAIN_SECONDS)
+        )
     server.settle()
     labels = [jpegs[place].label for place in traffic.places]
     own = effort(exchanges, cpu_share)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.effective_accuracy import Outcome, Point, best_fixed, compare, effective_accuracy, select
@@ -106,20 +108,21 @@ def draw_figure(points: Sequence[Point], about: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     arms = sorted({point.arm for point in points}, key=_place)
-    for arm in arms:
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
+    for arm, shade in zip(arms, shades, strict=True):
         found = [(load, effective_accuracy(select(points, load, arm))) for load in loads]
         known = [(load, 100 * value) for load, value in found if value is not None]
-        strong: dict[str, Any] = (
-            {"color": "black", "linewidth": 2.5, "marker": "o"} if arm == ADAPTIVE else {"marker": "."}
-        )
-        left.plot(*zip(*known, strict=True), label=arm, **strong) if known else None
+        style: dict[str, Any] = {"color": shade, "marker": "."}
+        if arm == ADAPTIVE:
+            style = {"color": "black", "linewidth": 2.5, "marker": "o"}
+        left.plot([load for load, _ in known], [value for _, value in known], label=arm, **style)
     title = f"Right and within {about['deadline_ms']:g} ms, policy {about['policy']}"
     left.set(title=title, xlabel="load (1: what r = 0 can answer)", ylabel="effective accuracy, %", ylim=(0, 100))
     left.legend(fontsize="small", ncols=2)
     own = [(load, [point for point in select(points, load, ADAPTIVE) if point.is_kept]) for load in loads]
     kept = [(load, found) for load, found in own if found]
     right.plot([load for load, _ in kept], [mean_rate(found) for _, found in kept], color="black", marker="o")
-    right.set(title="The adaptive engine", xlabel="load", ylabel="mean r of its answers (black)")
+    right.set(title="The adaptive engine", xlabel="load", ylabel="mean r of its answers (black)", ylim=(0, None))
     shares = right.twinx()
     refused = [100 * (mean_share(found, "refused") or 0) for _, found in kept]
     shares.plot([load for load, _ in kept], refused, color="tab:red", marker="s", linestyle="--")

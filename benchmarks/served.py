@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,8 @@ STOP_SECONDS = 30.0
 LOOK_SECONDS = 0.05  # a server that uses no CPU for as long is idle: the kernel counts in ticks of 10 ms
 MAX_LOOKS = 400
 N_LAST_LINES = 20
+OWN_SETTINGS = ("host", "port", "model_store")
+ANNOUNCEMENT = re.compile(r"http://127\.0\.0\.1:(\d+)")
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -29,12 +32,13 @@ class MeasurementError(Exception):
 
 
 class Served:
-    """A process that listens on `port`; as a context it is started, awaited, and ended."""
+    """A process that listens on a port of its own choice and announces it; as a context it is started, awaited, and
+    ended.
+    """
 
-    def __init__(
-        self, command: Sequence[str], port: int, ready_path: str, log: Path, environment: Mapping[str, str]
-    ) -> None:
-        self.port, self._ready_path, self._log = port, ready_path, log
+    def __init__(self, command: Sequence[str], ready_path: str, log: Path, environment: Mapping[str, str]) -> None:
+        self.port = 0
+        self._ready_path, self._log = ready_path, log
         self._command, self._environment = command, environment
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,11 +72,28 @@ class Served:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while self._status() != 200:
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            self.require_running()
+            if time.monotonic() > deadline:
                 raise MeasurementError(f"{' '.join(self._command)} did not become ready:\n{self.last_words}")
             time.sleep(LOOK_SECONDS)
 
+    @contextmanager
+    def expected_to_listen(self) -> Iterator[None]:
+        """Say what became of the server where a client finds that nobody listens.
+
+        Raises: MeasurementError.
+        """
+        try:
+            yield
+        except OSError as error:
+            self.require_running()
+            raise MeasurementError(f"{' '.join(self._command)} does not listen: {error}") from error
+
     def _status(self) -> int:
+        announced = ANNOUNCEMENT.search(self._log.read_text(errors="replace"))
+        if announced is None:
+            return 0
+        self.port = int(announced[1])
         try:
             return self.get(self._ready_path)[0]
         except (OSError, http.client.HTTPException):
@@ -106,11 +127,14 @@ class Served:
     def resident_bytes(self) -> int:
         return int(self._read("statm").split()[1]) * PAGE_BYTES
 
-    def _read(self, name: str) -> str:
-        """Raises: MeasurementError if the process has ended."""
+    def require_running(self) -> None:
+        """Raises: MeasurementError with the end of its log, if the process has ended."""
         if self.process.poll() is not None:
             code = self.process.returncode
             raise MeasurementError(f"{' '.join(self._command)} ended with {code}:\n{self.last_words}")
+
+    def _read(self, name: str) -> str:
+        self.require_running()
         return Path(f"/proc/{self.process.pid}/{name}").read_text(encoding="ascii")
 
     def settle(self) -> None:
@@ -128,28 +152,20 @@ class Served:
 
 def serve_store(store: Path, log: Path, settings: Mapping[str, str]) -> Served:
     """Make the service on a model store; `settings` are `DTEM_` variables without the prefix, in any case."""
-    port = free_port()
-    chosen = {"port": str(port), "model_store": str(store), **settings}
+    chosen = {"port": "0", "model_store": str(store), **settings}
     variables = {f"DTEM_{name.upper()}": value for name, value in chosen.items()}
-    return Served([sys.executable, "-m", "app"], port, "/health/ready", log, clean_environment() | variables)
+    return Served([sys.executable, "-m", "app"], "/health/ready", log, clean_environment() | variables)
 
 
 def serve_module(module: str, arguments: Mapping[str, object], ready_path: str, log: Path) -> Served:
-    """Make `python -m <module> --port … --<name> <value> …`."""
-    port = free_port()
-    named = [part for name, value in {"port": port, **arguments}.items() for part in (f"--{name}", str(value))]
-    return Served([sys.executable, "-m", module, *named], port, ready_path, log, clean_environment())
+    """Make `python -m <module> --port 0 --<name> <value> …`."""
+    named = [part for name, value in {"port": 0, **arguments}.items() for part in (f"--{name}", str(value))]
+    return Served([sys.executable, "-m", module, *named], ready_path, log, clean_environment())
 
 
 def clean_environment() -> dict[str, str]:
     """Return ours without the settings of a service that somebody may have set in it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("DTEM_")}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def n_cores() -> int:
@@ -168,7 +184,11 @@ def add_setting_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_setting(text: str) -> tuple[str, str]:
+    """Raises: argparse.ArgumentTypeError for what is no setting, or one that the benchmark makes itself."""
     name, equals, value = text.partition("=")
-    if not equals or not name.strip():
+    name = name.strip().lower().removeprefix("dtem_")
+    if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. max_batch_images=16")
-    return name.strip().lower().removeprefix("dtem_"), value.strip()
+    if name in OWN_SETTINGS:
+        raise argparse.ArgumentTypeError(f"{name} is chosen by the benchmark, as are {', '.join(OWN_SETTINGS)}")
+    return name, value.strip()

@@ -1,4 +1,3 @@
-import asyncio
 import json
 from pathlib import Path
 
@@ -19,17 +18,14 @@ from benchmarks.open_loop import LOST, Effort, Exchange
 from benchmarks.overload_report import draw_figure, markdown
 from benchmarks.served import MeasurementError
 from tests.app.tiny_store import write_store
+from tests.benchmarks.answers import make_exchange
 
 ABOUT = {"model": "m", "policy": "tome", "deadline_ms": 100.0, "n_images": 9, "rounds": 2, "seconds": 3}
 ABOUT |= {"capacity": 10.0, "base": "r=0", "setting": [], "max_lag_ms": 10.0}
 
 
 def exchange(status: int, latency_ms: float | None = None, index: int = 0, r: int | None = 8) -> Exchange:
-    body = json.dumps({"predictions": [{"index": index}], "r": r}).encode() if status == 200 else b"{}"
-    with asyncio.Runner() as runner:
-        ended = runner.get_loop().create_future()
-    answered_at = None if latency_ms is None else 1 + latency_ms / 1e3
-    return Exchange(1.0, ended, 1.0, answered_at, status, b"", body)
+    return make_exchange(status, latency_ms, {"predictions": [{"index": index}], "r": r})
 
 
 def point(arm: str, rights: list[int], *, index: int = 0, load: float = 1, is_kept: bool = True) -> Point:

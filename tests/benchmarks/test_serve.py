@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -92,8 +93,13 @@ def test_spreads_and_percentiles() -> None:
 
 def test_settings_are_names_and_values() -> None:
     assert read_setting("DTEM_MAX_BATCH_IMAGES=16") == ("max_batch_images", "16")
-    with pytest.raises(Exception, match="NAME=VALUE"):
-        read_setting("max_batch_images")
+    for text, message in (
+        ("max_batch_images", "NAME=VALUE"),
+        ("=1", "NAME=VALUE"),
+        ("DTEM_PORT=1", "by the benchmark"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            read_setting(text)
 
 
 def test_without_its_client_it_says_what_to_install(
@@ -104,7 +110,10 @@ def test_without_its_client_it_says_what_to_install(
     assert "wrk is not installed" in capsys.readouterr().err
 
 
-def test_a_server_that_cannot_start_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rate_without_a_graph_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     folder = write_store(tmp_path)
     assert serve.main([*SMALL, "--published", str(folder), "--rates", "3"]) == 1
     assert "r = 3" in capsys.readouterr().err
