@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from app.errors import BackendError, SettingsError, StartupError
 from app.images import limit_pillow
 from app.logs import configure_logs
 from app.main import create_app
+from app.memory import return_large_blocks
 from app.metrics import Metrics
 from app.reload import Reloader
 from app.serving.service import Service
@@ -34,8 +34,6 @@ from app.tls import open_tls
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKLOG = 2048
-M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE_BLOCK_BYTES = 1 << 20
 RELOAD_STOP_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,15 +54,6 @@ def main() -> int:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def return_large_blocks() -> None:
-    """Let freed pictures go back to the system.
-
-    glibc raises its threshold with every large block that is freed, and then keeps them: 1 GB after a few of 50 Mpx.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such habit
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

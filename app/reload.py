@@ -8,11 +8,14 @@ from pathlib import Path
 
 from app.catalogue import Catalogue, ServedModel
 from app.errors import StoreError
+from app.memory import return_freed_memory
 from app.metrics import Metrics
 from app.settings import Settings
 from app.store import find_finished
 
 logger = logging.getLogger(__name__)
+
+LETTING_GO_SECONDS = 1.0  # until requests inside have let go of a version that was dropped
 
 Version = tuple[str, int]  # the model's name, and a number
 Signature = tuple[tuple[str, int, int], ...]  # of each file: name, time of its last change, bytes
@@ -89,6 +92,7 @@ class Reloader:
         self._refused: dict[Version, Signature] = {}
         self._kept: Version | None = None
         self._trouble = ""
+        self._has_dropped = False
         self._wake, self._is_stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
 
@@ -122,6 +126,10 @@ class Reloader:
                 self.look()
             except Exception:
                 logger.exception("looking at the model store failed; what is served stays")
+            if self._has_dropped:
+                self._is_stopping.wait(LETTING_GO_SECONDS)
+                return_freed_memory()
+                self._has_dropped = False
 
     def look(self) -> None:
         """Bring what is served in line with what lies in the store."""
@@ -187,3 +195,4 @@ class Reloader:
             self._metrics.count_reload("dropped")
         if dropped:
             self._publish(self.catalogue)
+            self._has_dropped = True
