@@ -100,58 +100,31 @@ async def list_versions(client: Client) -> list[str]:
 
 
 async def call_mixed(
-<<<<<<< HEAD
-    server: Served, requests: Sequence[Request], times: Sequence[float], store: Store, course: Course
-) -> list[Exchange]:
-    client = Client(server.port)
-    await client.connect(N_CONNECTIONS)
-=======
     client: Client, server: Served, store: Store, traffic: tuple[Sequence[Call], Sequence[float]], course: Course
 ) -> list[Exchange]:
     """traffic: what is sent, and when."""
     calls, times = traffic
->>>>>>> bench
     course.started_at = clock()
     seconds = times[-1]
     tasks = [
         asyncio.create_task(watch(server, course)),
         asyncio.create_task(publish_versions(server, client, store, course, seconds)),
     ]
-<<<<<<< HEAD
-    exchanges = await offer(client, [request.call for request in requests], times, DRAIN_SECONDS)
-=======
     exchanges = await offer(client, calls, times, DRAIN_SECONDS)
->>>>>>> bench
     await asyncio.wait(tasks[1:], timeout=DRAIN_SECONDS)
     for task in tasks:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
     course.last_versions = await list_versions(client)
-<<<<<<< HEAD
-    await client.close()
-=======
->>>>>>> bench
     return exchanges
 
 
 def measure_capacity(server: Served, requests: Sequence[Request], seconds: float) -> float:
     """Units: requests/s of this mixture, from callers who wait for their answers."""
     calls = [request.call for request in requests if request.call.hang_up_after is None]
-<<<<<<< HEAD
-
-    async def run() -> list[Exchange]:
-        client = Client(server.port)
-        await client.connect(N_CALLERS)
-        exchanges = await keep_busy(client, calls, N_CALLERS, seconds)
-        await client.close()
-        return exchanges
-
-    exchanges, _ = run_measured(run())
-=======
     with server.expected_to_listen():
         exchanges, _ = run_measured(server.port, N_CALLERS, lambda client: keep_busy(client, calls, N_CALLERS, seconds))
->>>>>>> bench
     ends = [exchange.answered_at for exchange in exchanges if exchange.answered_at is not None]
     if len(ends) < len(exchanges) or not ends:
         raise MeasurementError(f"of {len(exchanges)} requests {len(exchanges) - len(ends)} got no answer at all")
@@ -184,15 +157,11 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
             )
         requests = Mixture(manifest, jpegs, MAX_BODY_BYTES, options.seed).draw(len(times))
         before = scrape(server)
-<<<<<<< HEAD
-        exchanges, cpu_share = run_measured(call_mixed(server, requests, times, store, course))
-=======
         traffic = [request.call for request in requests], times
         with server.expected_to_listen():
             exchanges, cpu_share = run_measured(
                 server.port, N_CONNECTIONS, lambda client: call_mixed(client, server, store, traffic, course)
             )
->>>>>>> bench
         counted = scrape(server)
         counted.subtract(before)
         bounds = Bounds(options.max_refused, options.max_growth_mb * 1e6)

@@ -215,9 +215,5 @@ def draw_figure(content: dict[str, Any]) -> Figure:
     for version, published_at, _ in content["reloads"]:
         for axes in (left, right):
             axes.axvline(published_at, color="grey", linestyle=":")
-<<<<<<< HEAD
-        left.text(published_at, 0, f" version {version}", color="grey")
-=======
         left.text(published_at, 0, f" version {version}", color="grey", verticalalignment="bottom")
->>>>>>> bench
     return figure
