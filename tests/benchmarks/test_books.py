@@ -33,9 +33,9 @@ SEEN = [
 def test_the_book_is_read_from_what_the_service_really_says() -> None:
     metrics = Metrics(CollectorRegistry())
     for exchange, code in (
-        (ServiceExchange("reference", "tome", "8"), 200),
-        (ServiceExchange("reference", "tome", "8"), 200),
-        (ServiceExchange("reference", "atm", ""), 499),
+        (ServiceExchange(model="reference", policy="tome", r="8"), 200),
+        (ServiceExchange(model="reference", policy="tome", r="8"), 200),
+        (ServiceExchange(model="reference", policy="atm", r=""), 499),
         (ServiceExchange(), 422),
     ):
         metrics.observe(exchange, code)
