@@ -26,6 +26,7 @@ DEFAULT_TOP_K = 5
 MAX_DEADLINE_MS = 3_600_000
 
 
+Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
 WholeNumber = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0})]
 Cost = Annotated[str | None, WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Share = Annotated[str | None, WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
@@ -38,9 +39,9 @@ Truth = Annotated[str | None, WithJsonSchema({"type": "boolean"})]
 class Query(BaseModel):
     """What a request asks for, in its own words; None where it says nothing."""
 
-    model: str | None = Field(default=None, description="which model; default: see `/models`")
-    version: str | None = Field(default=None, description="which version of it; default: the highest")
-    policy: str | None = Field(default=None, description="how tokens are merged; default: the model's")
+    model: Text = Field(default=None, description="which model; default: see `/models`")
+    version: Text = Field(default=None, description="which version of it; default: the highest")
+    policy: Text = Field(default=None, description="how tokens are merged; default: the model's")
     r: WholeNumber = Field(
         default=None,
         description="exactly this reduction rate; a policy that adapts to the image has none. "

@@ -48,7 +48,10 @@ class Settings(BaseSettings):
         default=256, ge=1, description="most images inside the service (decoding, queued, running)"
     )
     max_queue_images: int = Field(default=64, ge=1, description="most images waiting for one variant")
-    max_batch_images: int = Field(default=16, ge=1, description="most images in one run of the model")
+    max_batch_images: int = Field(default=8, ge=1, description="most images in one run of the model")
+    n_lanes: int = Field(
+        default=2, ge=1, le=16, description="runs that share the device: one fills the gaps of the other"
+    )
     batch_wait_ms: float = Field(
         default=0.0, ge=0, description="how long an incomplete batch waits for more, from its first image"
     )

@@ -1,23 +1,22 @@
 """`POST /classify`: an image, or a form of them, and the classes it shows."""
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from app import selection
 from app.api.boundary import CLASSIFY_PATH, EXCHANGE
 from app.api.documents import Classification, Results, describe_problems
 from app.api.exchanges import note_variant, server_timing, softmax, while_connected
-from app.api.parameters import accept_parameters
+from app.api.parameters import describe_query, read_query
 from app.api.uploads import Upload, form_boundary, read_form, read_image
 from app.backends import Logits
 from app.errors import ClientGone, ServiceError, problem_document
 from app.metrics import Exchange
-from app.selection import Selection, select
+from app.selection import Query, Selection, select
 from app.serving.service import Classified, Service
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -54,20 +53,19 @@ def make_router(service: Service) -> APIRouter:
             200: {"headers": SERVER_TIMING},
             **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
         },
-        openapi_extra={"requestBody": BODY},
-        dependencies=[Depends(accept_parameters(*selection.Query.model_fields))],
+        openapi_extra={"requestBody": BODY, "parameters": describe_query()},
     )
-    async def classify(request: Request, query: Annotated[selection.Query, Query()]) -> JSONResponse:
+    async def classify(request: Request) -> JSONResponse:
         """The body is the image, or a multipart form with one or more parts named `file`: then a list comes back, in
         which each file has its own result or its own problem. A rate `r` is used exactly as asked, or refused, unless
         `allow_degrade` or `max_r` consents to a higher one under load.
         """
-        return await _classify(service, request, query)
+        return await _classify(service, request, read_query(request))
 
     return router
 
 
-async def _classify(service: Service, request: Request, query: selection.Query) -> JSONResponse:
+async def _classify(service: Service, request: Request, query: Query) -> JSONResponse:
     exchange: Exchange = request.scope[EXCHANGE]
     chosen = select(service.require_ready(), query)
     note_variant(exchange, chosen)

@@ -36,22 +36,26 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Raises: ClientGone.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_until_gone(request))
+    task, has_left = asyncio.current_task(), False
+    assert task is not None
+
+    async def leave() -> None:
+        nonlocal has_left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        has_left = True
+        task.cancel()
+
+    leaving = asyncio.ensure_future(leave())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("The caller left before the answer.")
-        return working.result()
+        return await work
+    except asyncio.CancelledError as error:
+        if not has_left:
+            raise  # the server ends
+        task.uncancel()
+        raise ClientGone("The caller left before the answer.") from error
     finally:
-        working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:

@@ -1,25 +1,56 @@
 """Parameters: a query parameter that does not exist, or is there twice, is refused and never ignored."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 from fastapi import Request
 
 from app.errors import DuplicateParameter, UnknownParameter, echo
+from app.selection import Query
+
+
+def read_parameters(request: Request, accepted: Collection[str]) -> dict[str, str]:
+    """Raises: UnknownParameter, DuplicateParameter."""
+    given = request.query_params.multi_items()
+    found = dict(given)
+    for name in found:
+        if name not in accepted:
+            detail = f"There is no parameter {echo(name)!r}."
+            raise UnknownParameter(detail, field=echo(name), accepted=list(accepted))
+    if len(found) < len(given):
+        names = [name for name, _ in given]
+        name = next(name for name in names if names.count(name) > 1)
+        raise DuplicateParameter(f"{name} is there {names.count(name)} times.", field=name)
+    return found
 
 
 def accept_parameters(*accepted: str) -> Callable[[Request], Awaitable[None]]:
-    """Make a dependency that lets these parameters through, each at most once.
+    """Make a dependency that lets these parameters through, each at most once."""
+
+    async def check(request: Request) -> None:
+        read_parameters(request, accepted)
+
+    return check
+
+
+def read_query(request: Request) -> Query:
+    """Read what a request asks for. The framework would take a tenth of the whole answer's time for it.
 
     Raises: UnknownParameter, DuplicateParameter.
     """
+    return Query.model_construct(None, **read_parameters(request, Query.model_fields))
 
-    async def check(request: Request) -> None:
-        names = [name for name, _ in request.query_params.multi_items()]
-        for name in names:
-            if name not in accepted:
-                detail = f"There is no parameter {echo(name)!r}."
-                raise UnknownParameter(detail, field=echo(name), accepted=list(accepted))
-            if names.count(name) > 1:
-                raise DuplicateParameter(f"{name} is there {names.count(name)} times.", field=name)
 
-    return check
+def describe_query() -> list[dict[str, Any]]:
+    """Describe the parameters of a query for the OpenAPI document."""
+    schemas = Query.model_json_schema()["properties"]
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": field.description,
+            "schema": {key: value for key, value in schemas[name].items() if key not in ("default", "description")},
+        }
+        for name, field in Query.model_fields.items()
+    ]

@@ -1,4 +1,6 @@
-"""Engine: one thread for one device. It asks the scheduler what is next, runs it, and answers each entry once."""
+"""Engine: one scheduler for one device, and a thread for each lane of it: it asks what is next, runs it, and answers
+each entry once.
+"""
 
 import logging
 import threading
@@ -17,7 +19,8 @@ from app.serving.scheduler import Limits, Scheduler, Turn
 logger = logging.getLogger(__name__)
 
 Outcome = Done | ServiceError
-Deliver = Callable[[Sequence[tuple[Entry, Outcome]]], None]
+Outcomes = Sequence[tuple[Entry, Outcome]]
+Deliver = Callable[[Outcomes], None]
 Observe = Callable[[Batch, float], None]
 
 
@@ -40,25 +43,34 @@ class Engine:
         self._owed: set[Entry] = set()
         self._changed = threading.Condition()  # guards the scheduler and what is owed
         self._is_stopping = False
-        self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._busy_since: dict[threading.Thread, float] = {}
+        self._lanes = [
+            threading.Thread(target=self._serve, name=f"engine-{i}", daemon=True) for i in range(limits.n_lanes)
+        ]
 
     def __repr__(self) -> str:
-        return f"<Engine {self._scheduler} alive={self._thread.is_alive()} stopping={self._is_stopping}>"
+        return f"<Engine {self._scheduler} alive={self._is_alive} stopping={self._is_stopping}>"
+
+    @property
+    def _is_alive(self) -> bool:
+        return all(lane.is_alive() for lane in self._lanes)
 
     def start(self) -> None:
-        self._thread.start()
+        for lane in self._lanes:
+            lane.start()
 
     def stop(self, timeout_seconds: float) -> None:
         """Finish what runs, refuse what waits; what still runs after the timeout is refused too."""
         with self._changed:
             self._is_stopping = True
             waiting = self._scheduler.withdraw(list(self._scheduler.waiting))
-            self._changed.notify()
+            self._changed.notify_all()
         refusal = ShuttingDown("The service is shutting down.", retry_after_seconds=1)
         self._answer([(entry, refusal) for entry in waiting])
-        if self._thread.is_alive():
-            self._thread.join(timeout_seconds)
+        until = time.monotonic() + timeout_seconds
+        for lane in self._lanes:
+            if lane.is_alive():
+                lane.join(max(0.0, until - time.monotonic()))
         self.abandon(refusal)
 
     def abandon(self, reason: ServiceError) -> int:
@@ -70,9 +82,9 @@ class Engine:
         return len(owed)
 
     def is_responsive(self, stall_seconds: float) -> bool:
-        """Tell whether the thread lives and the present run has not lasted too long."""
-        busy_since = self._busy_since
-        return self._thread.is_alive() and (busy_since is None or self.clock() - busy_since < stall_seconds)
+        """Tell whether every thread lives and no run has lasted too long."""
+        now = self.clock()
+        return self._is_alive and all(now - since < stall_seconds for since in list(self._busy_since.values()))
 
     def require_room(self, entries: Sequence[Entry]) -> None:
         """Raises: QueueFull, DeadlineUnmeetable; what `submit` would raise now."""
@@ -87,7 +99,7 @@ class Engine:
         with self._changed:
             if self._is_stopping:
                 raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
-            if not self._thread.is_alive():
+            if not self._is_alive:
                 raise EngineStalled("The engine has ended.", retry_after_seconds=1)
             now = self.clock()
             self._scheduler.submit(entries, now)
@@ -102,7 +114,7 @@ class Engine:
             return len(self._scheduler.withdraw(leaving))
 
     def expected_seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Expect what a run of some images takes now."""
+        """Expect what a run of some images takes now, by itself."""
         return self._scheduler.seconds(variant, n_images)
 
     def seconds_until_drained(self) -> int:
@@ -122,50 +134,57 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            while self._serve_turn():
-                pass
+            finished: Outcomes | None = []
+            while finished is not None:
+                finished = self._serve_turn(finished)
         except BaseException:
             logger.exception("the engine has stopped")
             self.abandon(InferenceFailed())
 
-    def _serve_turn(self) -> bool:
-        """Do what is next, and keep no reference to it: a version that was dropped must not stay in memory."""
-        turn = self._wait_for_turn()
-        if turn is None:
-            return False
-        lost = DeadlinePassed("The deadline is past, or no run would end before it.")
-        self._answer([(entry, lost) for entry in turn.expired])
-        if turn.batch is not None:
-            self._run(turn.batch)
-        return True
+    def _serve_turn(self, finished: Outcomes) -> Outcomes | None:
+        """Answer what has run, and run what is next; in between nothing is kept, lest a dropped version stay in memory.
 
-    def _wait_for_turn(self) -> Turn | None:
-        """Return what to do, once there is something; None when it is time to stop."""
+        The next batch is ready before the last one's callers are answered: all of them would want the interpreter at
+        once, and the device would stand still meanwhile.
+        """
+        turn = self._next_turn(may_wait=not finished)
+        pixels = None if turn is None or turn.batch is None else self._stack(turn.batch.entries)
+        lost = DeadlinePassed("The deadline is past, or no run would end before it.")
+        self._answer([*finished, *((entry, lost) for entry in (() if turn is None else turn.expired))])
+        if turn is None:
+            return None
+        return [] if turn.batch is None or pixels is None else self._run(turn.batch, pixels)
+
+    def _next_turn(self, *, may_wait: bool) -> Turn | None:
+        """Return what to do now, or if there is nothing once there is; None when it is time to stop."""
         with self._changed:
             while not self._is_stopping:
                 turn = self._scheduler.take(self.clock())
-                if turn.expired or turn.batch is not None:
+                if turn.expired or turn.batch is not None or not may_wait:
+                    self._changed.notify()  # there may be enough for another lane
                     return turn
                 self._changed.wait(None if turn.wake_at is None else max(0.0, turn.wake_at - self.clock()))
             return None
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, batch: Batch, pixels: Pixels) -> Outcomes:
         failures: list[Entry] = []
-        outcomes = self._infer(batch, list(batch.entries), failures)
+        outcomes = self._infer(batch, list(batch.entries), pixels, failures)
         ended_at = self.clock()
         with self._changed:
-            self._scheduler.finish(ended_at, is_measured=not failures)
+            self._scheduler.finish(batch, ended_at, is_measured=not failures)
+            self._changed.notify()  # a lane may have waited for this one's deadline
         seconds = ended_at - batch.started_at
         if len(batch.entries) == 1 and not failures:
             batch.variant.latency.add(seconds)
         self._observe(batch, seconds)
-        self._answer(outcomes)
+        return outcomes
 
-    def _infer(self, batch: Batch, entries: list[Entry], failures: list[Entry]) -> list[tuple[Entry, Outcome]]:
+    def _infer(self, batch: Batch, entries: list[Entry], pixels: Pixels, failures: list[Entry]) -> Outcomes:
         """Run entries together; if that fails, in halves, until only the culprits fail."""
-        self._busy_since = self.clock()
+        lane = threading.current_thread()
+        self._busy_since[lane] = self.clock()
         try:
-            answer = self._run_checked(batch.variant, entries)
+            answer = _run_checked(batch.variant, pixels, len(entries))
         except Exception:
             if len(entries) == 1:
                 logger.exception(
@@ -176,23 +195,25 @@ class Engine:
                 failures.extend(entries)
                 return [(entries[0], InferenceFailed())]
             logger.warning("a run of %d images failed, they run again in halves", len(entries))
-            half = len(entries) // 2
-            return self._infer(batch, entries[:half], failures) + self._infer(batch, entries[half:], failures)
+        else:
+            seconds = self.clock() - batch.started_at
+            return [(entry, _done(batch, entry, answer, i, len(entries), seconds)) for i, entry in enumerate(entries)]
         finally:
-            self._busy_since = None
-        seconds = self.clock() - batch.started_at
-        return [(entry, _done(batch, entry, answer, i, len(entries), seconds)) for i, entry in enumerate(entries)]
+            self._busy_since.pop(lane, None)
+        half = len(entries) // 2
+        return [
+            outcome
+            for part in (entries[:half], entries[half:])
+            for outcome in self._infer(batch, part, self._stack(part), failures)
+        ]
 
-    def _run_checked(self, variant: ServedVariant, entries: Sequence[Entry]) -> Answer:
-        n = len(entries)
-        pixels = _stack([entry.pixels for entry in entries], self._limits.run_size(n))
-        answer = variant.runner.run(pixels)
-        arrays = [array for array in (answer.logits, answer.tokens, answer.gmacs) if array is not None]
-        if any(len(array) != len(pixels) or not np.isfinite(array[:n]).all() for array in arrays):
-            raise BackendError(f"the graph answered {[array.shape for array in arrays]}, or not finite numbers")
-        return answer
+    def _stack(self, entries: Sequence[Entry]) -> Pixels:
+        """Lay images into one batch, filled up with black ones where the device wants that."""
+        images = [entry.pixels for entry in entries]
+        size = self._limits.run_size(len(images))
+        return np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
 
-    def _answer(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+    def _answer(self, outcomes: Outcomes) -> None:
         """Deliver to those who are still owed an answer."""
         with self._changed:
             due = [(entry, outcome) for entry, outcome in outcomes if entry in self._owed]
@@ -201,13 +222,13 @@ class Engine:
             self._deliver(due)
 
 
-def _stack(images: Sequence[Pixels], size: int) -> Pixels:
-    """Lay images into one batch, filled up with black ones. Shapes: (H, W, 3) each -> (size, H, W, 3)."""
-    if len(images) == size:
-        return np.stack(images)
-    batch = np.zeros((size, *images[0].shape), np.uint8)
-    np.stack(images, out=batch[: len(images)])
-    return batch
+def _run_checked(variant: ServedVariant, pixels: Pixels, n_images: int) -> Answer:
+    """Raises: BackendError, also for answers that are too few or not finite."""
+    answer = variant.runner.run(pixels)
+    arrays = [array for array in (answer.logits, answer.tokens, answer.gmacs) if array is not None]
+    if any(len(array) != len(pixels) or not np.isfinite(array[:n_images]).all() for array in arrays):
+        raise BackendError(f"the graph answered {[array.shape for array in arrays]}, or not finite numbers")
+    return answer
 
 
 def _done(batch: Batch, entry: Entry, answer: Answer, place: int, size: int, seconds: float) -> Done:

@@ -65,11 +65,20 @@ def finish_times(
 
 
 def keeps_slack(
-    waiting: Sequence[Entry], choice: Choice, now: float, costs: Costs, max_batch: int, slack_share: float
+    waiting: Sequence[Entry],
+    choice: Choice,
+    now: float,
+    start: float,
+    costs: Costs,
+    max_batch: int,
+    slack_share: float,
 ) -> bool:
-    """Tell whether every entry would begin within a share of the time that it can spare: due time less its own run."""
-    begins_at = now
-    for entry, ends_at in finish_times(waiting, choice, now, costs, max_batch):
+    """Tell whether every entry would begin within a share of the time that it can spare: due time less its own run.
+
+    start: when the device is free.
+    """
+    begins_at = start
+    for entry, ends_at in finish_times(waiting, choice, start, costs, max_batch):
         latest = entry.due - costs(choice(entry), 1)
         if latest < now or begins_at - now > slack_share * (latest - now):
             return False
@@ -82,6 +91,7 @@ def needed_floor(
     family: Family,
     floors: Mapping[Family, int],
     now: float,
+    start: float,
     costs: Costs,
     max_batch: int,
     slack_share: float,
@@ -93,7 +103,7 @@ def needed_floor(
         return lambda entry: at_floor(entry, floor if entry.family == family else floors.get(entry.family, 0))
 
     for floor in rates:
-        if keeps_slack(waiting, choice_at(floor), now, costs, max_batch, slack_share):
+        if keeps_slack(waiting, choice_at(floor), now, start, costs, max_batch, slack_share):
             return floor
     return rates[-1]
 

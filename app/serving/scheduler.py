@@ -18,13 +18,13 @@ MAX_RETRY_SECONDS = 600
 
 @dataclass(frozen=True)
 class Limits:
-    """wait_seconds: how long an incomplete batch waits for more, from the first of its entries.
-
-    is_padded: whether batches are filled up to a bucket, on devices that plan anew for every size.
+    """n_lanes: how many runs may share the device. wait_seconds: how long an incomplete batch waits for more, from the
+    first of its entries. is_padded: whether batches are filled up to a bucket, where the device plans for each size.
     """
 
     max_queue_images: int
     max_batch_images: int
+    n_lanes: int = 1
     wait_seconds: float = 0.0
     is_padded: bool = False
 
@@ -35,9 +35,22 @@ class Limits:
         return next(size for size in batch_buckets(self.max_batch_images) if size >= n_images)
 
 
+@dataclass
+class Running:
+    """A batch on the device, and how much of the device's time it has had. Units: seconds."""
+
+    batch: Batch
+    expected_seconds: float
+    seconds: float = 0.0
+
+    @property
+    def remaining_seconds(self) -> float:
+        return max(0.0, self.expected_seconds - self.seconds)
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What to do now that the device is free: answer those whose deadline is lost, and run a batch or wait.
+    """What to do now that a lane of the device is free: answer those whose deadline is lost, and run a batch or wait.
 
     wake_at: when to look again although nothing came; None with nothing to wait for. Units: seconds.
     """
@@ -49,21 +62,26 @@ class Turn:
 
 @dataclass
 class Scheduler:
-    """An entry is waiting, then running, then gone; or leaves early, expired or withdrawn. Never twice anywhere."""
+    """An entry is waiting, then running, then gone; or leaves early, expired or withdrawn. Never twice anywhere.
+
+    Runs that overlap share the device in equal parts. What a run costs is its part, so that costs add up whatever ran
+    beside it.
+    """
 
     limits: Limits
     waiting: list[Entry] = field(default_factory=list)  # by due time
-    running: Batch | None = None
+    running: list[Running] = field(default_factory=list)
     levels: dict[Family, Level] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     refused_at: dict[Family, float] = field(default_factory=dict)
+    _advanced_to: float = 0.0
 
     def __repr__(self) -> str:
-        running = 0 if self.running is None else len(self.running.entries)
+        running = [len(run.batch.entries) for run in self.running]
         return f"<Scheduler waiting={len(self.waiting)} running={running} levels={self.levels}>"
 
     def seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Expect what a run takes now."""
+        """Expect what a run takes now, by itself."""
         return variant.costs.seconds(self._planned_size(n_images)) * self.pace.factor
 
     def _planned_size(self, n_images: int) -> int:
@@ -113,29 +131,53 @@ class Scheduler:
         return found
 
     def take(self, now: float) -> Turn:
-        """Decide what the device does next; it must be free."""
-        costs = self._costs()
+        """Decide what a free lane of the device does next."""
+        self._advance(now)
+        costs = self._costs_beside_others()
         expired = [entry for entry in self.waiting if policy.is_hopeless(entry, now, costs)]
         self.waiting = [entry for entry in self.waiting if not policy.is_hopeless(entry, now, costs)]
         if not self.waiting:
             return Turn(expired)
-        self._set_levels(now, costs)
+        self._set_levels(now)
         variant, members = self._next_members(now, costs)
+        if not self._has_room_beside_others(now):
+            return Turn(expired)
         wake_at = self._wait_for_more(variant, members, now, costs)
         if wake_at is not None:
             return Turn(expired, wake_at=wake_at)
         chosen = set(members)
         self.waiting = [entry for entry in self.waiting if entry not in chosen]
-        self.running = Batch(variant, members, now)
-        return Turn(expired, self.running)
+        batch = Batch(variant, members, now)
+        self.running.append(Running(batch, self.seconds(variant, len(members))))
+        return Turn(expired, batch)
 
-    def finish(self, now: float, is_measured: bool = True) -> None:
-        """Note that the batch has run, and learn from how long it took, unless it failed."""
-        batch, self.running = self.running, None
-        if batch is not None and is_measured:
-            seconds, n_images = now - batch.started_at, self.limits.run_size(len(batch.entries))
-            self.pace.learn(seconds, batch.variant.costs.seconds(n_images))
-            batch.variant.costs.learn(n_images, seconds / self.pace.factor)
+    def finish(self, batch: Batch, now: float, is_measured: bool = True) -> None:
+        """Note that a batch has run, and learn from what it took, unless it failed."""
+        self._advance(now)
+        (run,) = [run for run in self.running if run.batch is batch]
+        self.running.remove(run)
+        if is_measured:
+            n_images, costs = self.limits.run_size(len(batch.entries)), batch.variant.costs
+            self.pace.learn(run.seconds, costs.seconds(n_images))
+            costs.learn(n_images, run.seconds / self.pace.factor)
+
+    def _advance(self, now: float) -> None:
+        """Share the time that has passed among the runs."""
+        for run in self.running:
+            run.seconds += (now - self._advanced_to) / len(self.running)
+        self._advanced_to = now
+
+    def _has_room_beside_others(self, now: float) -> bool:
+        """Tell whether a lane is free, and those that run would still keep their deadlines at half the speed."""
+        if len(self.running) >= self.limits.n_lanes:
+            return False
+        n_lanes = len(self.running) + 1
+        return all(
+            now + n_lanes * run.remaining_seconds <= entry.deadline
+            for run in self.running
+            for entry in run.batch.entries
+            if entry.deadline is not None and now + run.remaining_seconds <= entry.deadline
+        )
 
     def _next_members(self, now: float, costs: policy.Costs) -> tuple[ServedVariant, list[Entry]]:
         """Choose the batch of the most urgent entry: what runs as the same variant, in order of urgency."""
@@ -155,7 +197,8 @@ class Scheduler:
         is_pressing = bool(deadlines) and wake_at + costs(variant, size) > min(deadlines)
         return None if len(members) == size or wake_at <= now or is_pressing else wake_at
 
-    def _set_levels(self, now: float, costs: policy.Costs) -> None:
+    def _set_levels(self, now: float) -> None:
+        costs = self._costs()
         for family in {entry.family for entry in self.waiting if entry.is_flexible} | set(self.levels):
             level = self._next_level(family, now, costs)
             if level == Level():
@@ -173,7 +216,14 @@ class Scheduler:
         floors = {name: other.floor for name, other in self.levels.items()}
         needed, comfortable = (
             policy.needed_floor(
-                self.waiting, family, floors, now, costs, self.limits.max_batch_images, slack_share=share
+                self.waiting,
+                family,
+                floors,
+                now,
+                self._free_at(now),
+                costs,
+                self.limits.max_batch_images,
+                slack_share=share,
             )
             for share in (policy.PLANNED_SHARE, policy.LOWERING_SHARE)
         )
@@ -191,9 +241,9 @@ class Scheduler:
         return self.levels.get(entry.family, Level()).floor
 
     def _free_at(self, now: float) -> float:
-        if self.running is None:
-            return now
-        return max(now, self.running.started_at + self.seconds(self.running.variant, len(self.running.entries)))
+        """Expect when the device would be free if nothing more began."""
+        elapsed = (now - self._advanced_to) if self.running else 0.0
+        return now + max(0.0, sum(run.remaining_seconds for run in self.running) - elapsed)
 
     def seconds_until_drained(self, now: float) -> int:
         """Expect how long what is inside takes, in whole seconds, at least 1."""
@@ -205,6 +255,16 @@ class Scheduler:
             self.waiting, choice, self._free_at(now), self._costs(), self.limits.max_batch_images
         )
         return _whole_seconds(max((time for _, time in times), default=now) - now)
+
+    def _costs_beside_others(self) -> policy.Costs:
+        """Make the price list of what begins now: while others run, it has the device in part."""
+        costs, remaining = self._costs(), sum(run.remaining_seconds for run in self.running)
+
+        def shared(variant: ServedVariant, n_images: int) -> float:
+            alone = costs(variant, n_images)
+            return alone + min(alone, remaining)
+
+        return shared
 
     def _costs(self) -> policy.Costs:
         """Make a price list for one decision, which asks the same prices many times."""

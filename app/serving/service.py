@@ -53,7 +53,11 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         limits = Limits(
-            settings.max_queue_images, settings.max_batch_images, settings.batch_wait_ms / 1e3, settings.is_padded
+            max_queue_images=settings.max_queue_images,
+            max_batch_images=settings.max_batch_images,
+            n_lanes=settings.n_lanes,
+            wait_seconds=settings.batch_wait_ms / 1e3,
+            is_padded=settings.is_padded,
         )
         self.engine = Engine(limits, self._deliver, self._observe)
         self.admission = Admission(settings.max_inside_images, self.engine.seconds_until_drained)

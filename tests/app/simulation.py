@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,9 +43,9 @@ class Event:
 
 
 class Simulation:
-    """What became of each entry: "done", "late", "expired", "refused", "withdrawn" or "failed"; only ever one of them.
+    """What became of each entry: "done", "late", "expired", "refused" or "withdrawn"; only ever one of them.
 
-    true_seconds: what a run of n images of a variant really takes.
+    true_seconds: what a run of n images of a variant really takes, by itself; runs that overlap share the device.
     """
 
     def __init__(self, limits: Limits, true_seconds: Callable[[ServedVariant, int], float]) -> None:
@@ -54,6 +55,7 @@ class Simulation:
         self.ran_as: dict[Entry, ServedVariant] = {}
         self.finished_at: dict[Entry, float] = {}
         self.batches: list[Batch] = []
+        self._left: list[tuple[Batch, float]] = []  # what runs, and the seconds that it still needs by itself
         self._events: list[Event] = []
         self._serials = itertools.count()
 
@@ -77,26 +79,42 @@ class Simulation:
 
     def run(self) -> None:
         """Let time pass until nothing is left to happen."""
-        while self._events:
-            event = heapq.heappop(self._events)
-            self.now = max(self.now, event.time)
-            event.act()
+        while self._events or self._left:
+            ends_at, batch = self._next_end()
+            if self._events and self._events[0].time <= ends_at:
+                event = heapq.heappop(self._events)
+                self._advance(max(self.now, event.time))
+                event.act()
+            elif batch is not None:
+                self._advance(ends_at)
+                self._finish(batch)
+
+    def _next_end(self) -> tuple[float, Batch | None]:
+        if not self._left:
+            return math.inf, None
+        batch, seconds = min(self._left, key=lambda item: item[1])
+        return self.now + seconds * len(self._left), batch
+
+    def _advance(self, now: float) -> None:
+        part = (now - self.now) / max(1, len(self._left))
+        self._left = [(batch, max(0.0, seconds - part)) for batch, seconds in self._left]
+        self.now = now
 
     def _turn(self) -> None:
-        if self.scheduler.running is not None:
-            return
-        turn = self.scheduler.take(self.now)
-        self._settle(turn.expired, "expired")
-        if turn.batch is not None:
-            batch = turn.batch
-            self.batches.append(batch)
-            seconds = self._true_seconds(batch.variant, len(batch.entries))
-            self.at(self.now + seconds, lambda: self._finish(batch))
-        elif turn.wake_at is not None:
-            self.at(turn.wake_at, self._turn)
+        """Do what the free lanes do, until one finds nothing to begin."""
+        while len(self._left) < self.scheduler.limits.n_lanes:
+            turn = self.scheduler.take(self.now)
+            self._settle(turn.expired, "expired")
+            if turn.batch is None:
+                if turn.wake_at is not None:
+                    self.at(turn.wake_at, self._turn)
+                return
+            self.batches.append(turn.batch)
+            self._left.append((turn.batch, self._true_seconds(turn.batch.variant, len(turn.batch.entries))))
 
     def _finish(self, batch: Batch) -> None:
-        self.scheduler.finish(self.now)
+        self._left = [(other, seconds) for other, seconds in self._left if other is not batch]
+        self.scheduler.finish(batch, self.now)
         for entry in batch.entries:
             self.ran_as[entry], self.finished_at[entry] = batch.variant, self.now
             in_time = entry.deadline is None or self.now <= entry.deadline

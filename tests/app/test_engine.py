@@ -199,6 +199,22 @@ def test_engine_pads_batches_where_the_device_wants_that(variant: ServedVariant,
     engine.stop(SECONDS)
 
 
+def test_lanes_run_side_by_side(variant: ServedVariant, runner: GatedRunner, box: Box) -> None:
+    engine = Engine(Limits(64, 2, n_lanes=2), box.put)
+    now = engine.clock()
+    entries = [
+        Entry(np.full((8, 8, 3), i, np.uint8), (variant,), ("tiny", "1", "tome"), now, now + 1) for i in range(6)
+    ]
+    engine.start()
+    engine.submit(entries)
+    while len(engine._scheduler.running) < 2:
+        pass
+    assert len(engine._scheduler.waiting) == 2
+    runner.gate.set()
+    assert [int(box.done(entry).logits[0]) for entry in entries] == list(range(6))
+    engine.stop(SECONDS)
+
+
 def test_stop_finishes_what_runs_and_refuses_what_waits(
     engine: Engine, make_entries: MakeEntries, runner: GatedRunner, box: Box
 ) -> None:
@@ -263,7 +279,7 @@ def test_a_dead_thread_answers_all_and_takes_no_more(
     monkeypatch.setattr(engine._scheduler, "finish", fail)
     runner.gate.set()
     assert all(isinstance(box.get(entry), InferenceFailed) for entry in (running, *waiting))
-    engine._thread.join(SECONDS)
+    engine._lanes[0].join(SECONDS)
     assert not engine.is_responsive(60)
     assert "a mistake of ours" in caplog.text
     with pytest.raises(EngineStalled):

@@ -63,9 +63,13 @@ wishes = st.builds(
     st.none() | st.floats(0, 100),
 )
 
+lanes = st.integers(1, 3)
 
-def simulate(requests: list[Wish], slowdown: float = 1.0, wait_ms: float = 0.0, max_queue: int = 12) -> Simulation:
-    limits = Limits(max_queue, MAX_BATCH, wait_ms / 1e3)
+
+def simulate(
+    requests: list[Wish], slowdown: float = 1.0, wait_ms: float = 0.0, max_queue: int = 12, n_lanes: int = 1
+) -> Simulation:
+    limits = Limits(max_queue, MAX_BATCH, n_lanes, wait_ms / 1e3)
     simulation = Simulation(limits, lambda variant, n: slowdown * true_seconds(variant, n))
     time, ladder = 0.0, make_ladder()
     for wish in requests:
@@ -86,21 +90,25 @@ def make_entries(wish: Wish, now: float, rungs: Ladder) -> list[Entry]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(wishes, max_size=40), st.floats(0.3, 3), st.sampled_from([0.0, 5.0]))
-def test_every_entry_ends_in_exactly_one_way(requests: list[Wish], slowdown: float, wait_ms: float) -> None:
-    simulation = simulate(requests, slowdown, wait_ms)
+@given(st.lists(wishes, max_size=40), st.floats(0.3, 3), st.sampled_from([0.0, 5.0]), lanes)
+def test_every_entry_ends_in_exactly_one_way(
+    requests: list[Wish], slowdown: float, wait_ms: float, n_lanes: int
+) -> None:
+    simulation = simulate(requests, slowdown, wait_ms, n_lanes=n_lanes)
     assert len(simulation.fates) == sum(wish.n_images for wish in requests)  # settling twice is an error there
     assert simulation.scheduler.waiting == []
-    assert simulation.scheduler.running is None
+    assert simulation.scheduler.running == []
     ran = [entry for batch in simulation.batches for entry in batch.entries]
     assert len(ran) == len(set(ran))
     assert all(simulation.fates[entry] in ("done", "late") for entry in ran)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(wishes, max_size=40), st.floats(0.3, 3))
-def test_nobody_runs_as_what_was_not_agreed_and_no_batch_is_too_large(requests: list[Wish], slowdown: float) -> None:
-    simulation = simulate(requests, slowdown)
+@given(st.lists(wishes, max_size=40), st.floats(0.3, 3), lanes)
+def test_nobody_runs_as_what_was_not_agreed_and_no_batch_is_too_large(
+    requests: list[Wish], slowdown: float, n_lanes: int
+) -> None:
+    simulation = simulate(requests, slowdown, n_lanes=n_lanes)
     for batch in simulation.batches:
         assert 1 <= len(batch.entries) <= MAX_BATCH
         for entry in batch.entries:
@@ -127,43 +135,47 @@ def test_no_queue_is_longer_than_its_bound(requests: list[Wish]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(wishes, max_size=60), st.floats(0.3, 3))
-def test_no_variant_starves(requests: list[Wish], slowdown: float) -> None:
+@given(st.lists(wishes, max_size=60), st.floats(0.3, 3), lanes)
+def test_no_variant_starves(requests: list[Wish], slowdown: float, n_lanes: int) -> None:
     """Once its due time is past, an entry runs before all that came later: at most as many batches as were waiting."""
-    simulation = simulate(requests, slowdown)
-    for entry, finished_at in simulation.finished_at.items():
+    simulation = simulate(requests, slowdown, n_lanes=n_lanes)
+    began_at = {entry: batch.started_at for batch in simulation.batches for entry in batch.entries}
+    for entry, time in began_at.items():
         later = [
             batch
             for batch in simulation.batches
-            if entry.due <= batch.started_at < finished_at and all(other.order > entry.order for other in batch.entries)
+            if entry.due <= batch.started_at < time and all(other.order > entry.order for other in batch.entries)
         ]
         assert later == []
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(wishes, max_size=40))
-def test_a_deadline_is_missed_only_for_what_was_as_urgent_or_already_ran(requests: list[Wish]) -> None:
+@given(st.lists(wishes, max_size=40), lanes)
+def test_a_deadline_is_missed_only_for_what_was_as_urgent_or_already_ran(requests: list[Wish], n_lanes: int) -> None:
     """No deadline that could have been met by order is missed by more than a batch: while an entry that is late or
     lost waits, each batch but the one that ran when it came begins with one whose due time was no later.
     """
-    simulation = simulate([wish for wish in requests if wish.leaves_after_ms is None])
+    simulation = simulate([wish for wish in requests if wish.leaves_after_ms is None], n_lanes=n_lanes)
+    began_at = {entry: batch.started_at for batch in simulation.batches for entry in batch.entries}
     for entry, fate in simulation.fates.items():
         if fate not in ("late", "expired"):
             continue
-        end = simulation.finished_at.get(entry, entry.due)
+        end = began_at.get(entry, entry.due)
         for batch in simulation.batches:
             if entry.submitted_at < batch.started_at < end and entry not in batch.entries:
                 assert batch.entries[0].order <= entry.order
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(wishes, max_size=40))
-def test_who_is_let_in_with_a_deadline_and_stays_is_in_time_when_costs_are_as_expected(requests: list[Wish]) -> None:
+@given(st.lists(wishes, max_size=40), lanes)
+def test_who_is_let_in_with_a_deadline_and_stays_is_in_time_when_costs_are_as_expected(
+    requests: list[Wish], n_lanes: int
+) -> None:
     """Requests without a deadline that fall due first are not foreseen; without them the promise is kept but for the
     one batch by which younger companions may hold up a run.
     """
     timed = [wish for wish in requests if wish.deadline_ms is not None]
-    simulation = simulate(timed, max_queue=1000)
+    simulation = simulate(timed, max_queue=1000, n_lanes=n_lanes)
     one_batch = true_seconds(make_ladder()[0], MAX_BATCH)
     for entry, fate in simulation.fates.items():
         assert entry.deadline is not None
@@ -184,7 +196,7 @@ def test_take_runs_together_what_waited_for_one_variant_in_order_of_urgency(ladd
     batch = scheduler.take(0.003).batch
     assert batch is not None
     assert list(batch.entries) == [first, second]
-    scheduler.finish(0.02)
+    scheduler.finish(batch, 0.02)
     batch = scheduler.take(0.02).batch
     assert batch is not None
     assert list(batch.entries) == [other]
@@ -212,7 +224,7 @@ def test_the_rate_rises_with_the_queue_for_those_who_consent_and_falls_when_it_d
         if len(batch.entries[0].ladder) == 1:
             assert batch.variant.entry.r == 0  # who does not consent is never changed
         now += true_seconds(batch.variant, len(batch.entries))
-        scheduler.finish(now)
+        scheduler.finish(batch, now)
     assert rates[0] == 16
     scheduler.submit([entry(now + 1, *ladder)], now + 1)
     seen = list[int]()
@@ -222,7 +234,7 @@ def test_the_rate_rises_with_the_queue_for_those_who_consent_and_falls_when_it_d
         batch = scheduler.take(now + 1 + step / 5).batch
         assert batch is not None
         seen.append(batch.variant.entry.r or 0)
-        scheduler.finish(now + 1 + step / 5 + 0.001, is_measured=False)
+        scheduler.finish(batch, now + 1 + step / 5 + 0.001, is_measured=False)
     assert seen[0] in (8, 16)  # hysteresis: not at once, and by one rate at a time
     assert seen == sorted(seen, reverse=True)
     assert seen[-1] == 0
@@ -299,8 +311,9 @@ def test_a_failed_run_teaches_nothing(ladder: Ladder) -> None:
     scheduler = Scheduler(Limits(64, MAX_BATCH))
     before = scheduler.seconds(ladder[0], 1)
     scheduler.submit([entry(0.0, ladder[0])], 0.0)
-    scheduler.take(0.0)
-    scheduler.finish(5.0, is_measured=False)
+    batch = scheduler.take(0.0).batch
+    assert batch is not None
+    scheduler.finish(batch, 5.0, is_measured=False)
     assert scheduler.seconds(ladder[0], 1) == before
 
 
