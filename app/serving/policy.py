@@ -17,6 +17,7 @@ Choice = Callable[[Entry], ServedVariant]
 
 PLANNED_SHARE = 0.5  # of the slack; the rest is for what has yet to come, and for estimates that are wrong
 LOWERING_SHARE = 0.35  # a lower floor must look this good before it is taken: hysteresis in load …
+CAUTION = 1.15  # a run is planned to take so much longer than expected where that would cost somebody the deadline
 WORTH_SPLITTING = 1.1  # a smaller batch must be this much cheaper per image: estimates are no better
 HOLD_SECONDS = 0.1  # … for this long: hysteresis in time
 REFUSED_SECONDS = 0.5  # for so long after a refusal the rate is the highest
@@ -145,19 +146,22 @@ def batch_size(
     return max(n for n in sizes if costs(variant, n) / n <= WORTH_SPLITTING * best)
 
 
-def lateness(waiting: Sequence[Entry], new: Collection[Entry], start: float, costs: Costs, max_batch: int) -> float:
+def lateness(
+    waiting: Sequence[Entry], new: Collection[Entry], start: float, costs: Costs, max_batch: int, n_lanes: int
+) -> float:
     """Foresee by how much new entries would miss their deadlines, or push others past theirs; 0 if they would not.
 
-    An entry ends when its batch does. One that is let in with no time to spare would have to run alone when its turn
-    comes, and a full queue of them at the price of single images.
+    An entry ends when its batch does, and that shares the device with one in each other lane. One that is let in with
+    no time to spare would have to run alone when its turn comes, and a full queue of them at the price of single images.
 
     Units: seconds.
     """
     if all(entry.deadline is None for entry in (*waiting, *new)):
         return 0.0
     ordered = sorted([*waiting, *new], key=lambda entry: entry.order)
-    sizes = Counter(cheapest(entry) for entry in ordered)
-    batch = {variant: costs(variant, min(n, max_batch)) * (1 - 1 / min(n, max_batch)) for variant, n in sizes.items()}
+    counts = Counter(cheapest(entry) for entry in ordered)
+    sizes = {variant: min(n, max_batch) for variant, n in counts.items()}
+    rest = {variant: n_lanes * costs(variant, size) * (1 - 1 / size) for variant, size in sizes.items()}
     newcomers, previous, added, worst = set(new), start, 0.0, 0.0
     for entry, time in finish_times(ordered, cheapest, start, costs, max_batch):
         is_new = entry in newcomers
@@ -167,7 +171,7 @@ def lateness(waiting: Sequence[Entry], new: Collection[Entry], start: float, cos
         if entry.deadline is None:
             continue
         if is_new:
-            worst = max(worst, time + batch[cheapest(entry)] - entry.deadline)
+            worst = max(worst, time + rest[cheapest(entry)] - entry.deadline)
         elif time - added <= entry.deadline:
             worst = max(worst, time - entry.deadline)
     return worst

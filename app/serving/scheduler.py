@@ -108,8 +108,8 @@ class Scheduler:
             if n_waiting + n_new > self.limits.max_queue_images:
                 detail = f"{n_waiting} images wait for {variant.entry.id}, of at most {self.limits.max_queue_images}."
                 raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
-        size = self.limits.max_batch_images
-        late = policy.lateness(self.waiting, entries, self._free_at(now), self._costs(), size)
+        size, n_lanes = self.limits.max_batch_images, self.limits.n_lanes
+        late = policy.lateness(self.waiting, entries, self._free_at(now), self._costs(), size, n_lanes)
         if late > 0:
             detail = f"At the present load the answer would come {math.ceil(late * 1e3)} ms after the deadline."
             raise DeadlineUnmeetable(detail, retry_after_seconds=_whole_seconds(late))
@@ -139,7 +139,7 @@ class Scheduler:
         if not self.waiting:
             return Turn(expired)
         self._set_levels(now)
-        variant, members = self._next_members(now, costs)
+        variant, members = self._next_members(now, lambda variant, n: policy.CAUTION * costs(variant, n))
         if not self._has_room_beside_others(now):
             return Turn(expired)
         wake_at = self._wait_for_more(variant, members, now, costs)
@@ -173,7 +173,7 @@ class Scheduler:
             return False
         n_lanes = len(self.running) + 1
         return all(
-            now + n_lanes * run.remaining_seconds <= entry.deadline
+            now + policy.CAUTION * n_lanes * run.remaining_seconds <= entry.deadline
             for run in self.running
             for entry in run.batch.entries
             if entry.deadline is not None and now + run.remaining_seconds <= entry.deadline
