@@ -1,11 +1,13 @@
 """`POST /classify`: an image, or a form of them, and the classes it shows."""
 
 import time
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from app.api.boundary import CLASSIFY_PATH, EXCHANGE
@@ -42,8 +44,16 @@ BODY = {
 SERVER_TIMING = {"Server-Timing": {"description": "the stages of `timings_ms`", "schema": {"type": "string"}}}
 
 
+class DirectRoute(APIRoute):
+    """A route whose endpoint reads the request by itself: the framework documents it, and takes no part in it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
 def make_router(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=DirectRoute)
 
     @router.post(
         CLASSIFY_PATH,

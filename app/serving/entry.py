@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ class Entry:
     due: float
     deadline: float | None = None
     request_id: str = ""
+    owner: Any = None  # whom the answer is for
     serial: int = field(default_factory=_serial.__next__)
 
     @property

@@ -152,7 +152,7 @@ def lateness(
     """Foresee by how much new entries would miss their deadlines, or push others past theirs; 0 if they would not.
 
     An entry ends when its batch does, and that shares the device with one in each other lane. One that is let in with
-    no time to spare would have to run alone when its turn comes, and a full queue of them at the price of single images.
+    no time to spare would have to run alone when its turn comes: a full queue of them, at the price of single images.
 
     Units: seconds.
     """

@@ -1,10 +1,10 @@
 """Service: the state of the running process, and the way of a request through it."""
 
 import asyncio
+import itertools
 import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,8 +18,9 @@ from app.manifest import Input
 from app.metrics import Exchange, Metrics, Run
 from app.selection import Selection
 from app.serving.admission import Admission
-from app.serving.engine import Engine, Outcome
+from app.serving.engine import Engine, Outcomes
 from app.serving.entry import Batch, Done, Entry
+from app.serving.flight import Decoded, Flight
 from app.serving.scheduler import Limits
 from app.settings import Settings
 
@@ -37,16 +38,6 @@ class Classified:
     decode_seconds: float
 
 
-@dataclass(frozen=True)
-class Decoded:
-    pixels: Pixels
-    started_at: float
-    seconds: float
-
-
-Replies = dict[Entry, "asyncio.Future[Outcome]"]
-
-
 class Service:
     """Not ready until a catalogue is published, and not any more once it drains."""
 
@@ -62,7 +53,6 @@ class Service:
         self.engine = Engine(limits, self._deliver, self._observe)
         self.admission = Admission(settings.max_inside_images, self.engine.seconds_until_drained)
         self._decoders = ThreadPoolExecutor(settings.n_decode_threads, thread_name_prefix="decode")
-        self._replies: Replies = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watching: asyncio.Task[None] | None = None
         self._catalogue: Catalogue | None = None
@@ -132,43 +122,48 @@ class Service:
         inputs: files, or pixels of the model's size.
         Raises: QueueFull, DeadlineUnmeetable, DeadlinePassed, EngineStalled, ShuttingDown for all of them.
         """
-        arrived_at, deadline = exchange.started_at, None
-        if chosen.deadline_seconds is not None:
-            deadline = arrived_at + chosen.deadline_seconds
+        deadline = None if chosen.deadline_seconds is None else exchange.started_at + chosen.deadline_seconds
         try:
             # Not timeout_at: the loop may have another clock than the engine.
             async with asyncio.timeout(None if deadline is None else max(0.0, deadline - self.engine.clock())):
                 with self.admission.admit(len(inputs)):
-                    # Refused before the work of decoding, if there is no room now.
-                    self.engine.require_room([self._entry(chosen, NO_PIXELS, deadline, exchange) for _ in inputs])
-                    return await self._classify(chosen, inputs, deadline, exchange)
+                    return await self._fly(chosen, inputs, deadline, exchange)
         except TimeoutError as error:
             raise DeadlinePassed("The deadline is past.") from error
 
-    async def _classify(
+    async def _fly(
         self, chosen: Selection, inputs: Sequence[bytes | Pixels], deadline: float | None, exchange: Exchange
     ) -> list[Classified | ServiceError]:
-        rule = chosen.model.manifest.input
-        decoded = await asyncio.gather(*(self._decode(data, rule) for data in inputs))
-        good = [item for item in decoded if isinstance(item, Decoded)]
-        exchange.decodes = [(item.started_at, item.seconds) for item in good]
-        outcomes = iter(await self._infer([self._entry(chosen, item.pixels, deadline, exchange) for item in good]))
-        found = [item if isinstance(item, ServiceError) else _answered(item, next(outcomes)) for item in decoded]
+        def make_entry(pixels: Pixels, owner: Flight | None) -> Entry:
+            return self._make_entry(chosen, pixels, deadline, exchange.request_id, owner)
+
+        # Refused before the work of decoding, if there is no room now.
+        self.engine.require_room([make_entry(NO_PIXELS, None) for _ in inputs])
+        flight = Flight(asyncio.get_running_loop(), self.engine, len(inputs), make_entry)
+        try:
+            for place, data in enumerate(inputs):
+                self._decoders.submit(flight.decode, place, self._decoding(data, chosen.model.manifest.input))
+            await flight.landed
+        finally:
+            n_waiting, n_running = flight.leave()
+            self.metrics.count_cancelled(n_waiting, n_running)
+            exchange.decodes = [(item.started_at, item.seconds) for item in flight.decoded if isinstance(item, Decoded)]
+        found = [item if isinstance(item, ServiceError) else Classified(item[1], item[0]) for item in flight.results()]
         exchange.runs = [_record(item.done, chosen) for item in found if isinstance(item, Classified)]
         exchange.refusals += [status_and_code(item)[1] for item in found if isinstance(item, ServiceError)]
         return found
 
-    async def _decode(self, data: bytes | Pixels, rule: Input) -> Decoded | ServiceError:
-        if not isinstance(data, bytes):
-            return Decoded(data, time.perf_counter(), 0.0)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, _time_decoding, data, rule, self.settings.max_pixels)
+    def _decoding(self, data: bytes | Pixels, rule: Input) -> Callable[[], Pixels]:
+        if isinstance(data, bytes):
+            return lambda: decode_image(data, rule, self.settings.max_pixels)
+        return lambda: data
 
-    def _entry(self, chosen: Selection, pixels: Pixels, deadline: float | None, exchange: Exchange) -> Entry:
+    def _make_entry(
+        self, chosen: Selection, pixels: Pixels, deadline: float | None, request_id: str, owner: Flight | None
+    ) -> Entry:
         """Make an entry; with a deadline, of the variants that an idle device would have the time for."""
         now = self.engine.clock()
-        manifest = chosen.model.manifest
-        ladder = chosen.ladder
+        manifest, ladder = chosen.model.manifest, chosen.ladder
         if deadline is not None:
             in_time = [v for v in ladder if now + self.engine.expected_seconds(v, 1) <= deadline]
             ladder = tuple(in_time) or ladder[-1:]
@@ -179,35 +174,14 @@ class Service:
             submitted_at=now,
             due=now + self.settings.patience_ms / 1e3 if deadline is None else deadline,
             deadline=deadline,
-            request_id=exchange.request_id,
+            request_id=request_id,
+            owner=owner,
         )
 
-    async def _infer(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """Queue entries and wait for all of them; if the caller leaves, those that have not begun are taken back."""
-        if not entries:
-            return []
-        loop = asyncio.get_running_loop()
-        replies: Replies = {entry: loop.create_future() for entry in entries}
-        self._replies.update(replies)
-        try:
-            self.engine.submit(entries)
-            return list(await asyncio.gather(*replies.values()))
-        finally:
-            left = [entry for entry in entries if self._replies.pop(entry, None) is not None]
-            if left:
-                n_waiting = self.engine.withdraw(left)
-                self.metrics.count_cancelled(n_waiting, len(left) - n_waiting)
-
-    def _deliver(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
+    def _deliver(self, outcomes: Outcomes) -> None:
         """Bring outcomes from the engine's thread to those who wait, in one call for a whole batch."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._resolve, outcomes)
-
-    def _resolve(self, outcomes: Sequence[tuple[Entry, Outcome]]) -> None:
-        for entry, outcome in outcomes:
-            reply = self._replies.pop(entry, None)
-            if reply is not None and not reply.done():
-                reply.set_result(outcome)
+            self._loop.call_soon_threadsafe(_land, outcomes)
 
     def _observe(self, batch: Batch, seconds: float) -> None:
         name, _, policy = batch.entries[0].family
@@ -225,17 +199,10 @@ class Service:
                 logger.error("the engine does not answer; %d images inside were refused", n_images)
 
 
-def _time_decoding(data: bytes, rule: Input, max_pixels: int) -> Decoded | ServiceError:
-    started_at = time.perf_counter()
-    try:
-        pixels = decode_image(data, rule, max_pixels)
-    except ServiceError as error:
-        return error
-    return Decoded(pixels, started_at, time.perf_counter() - started_at)
-
-
-def _answered(decoded: Decoded, outcome: Outcome) -> Classified | ServiceError:
-    return outcome if isinstance(outcome, ServiceError) else Classified(outcome, decoded.seconds)
+def _land(outcomes: Outcomes) -> None:
+    for flight, own in itertools.groupby(outcomes, key=lambda outcome: outcome[0].owner):
+        if flight is not None:  # it has not left meanwhile
+            flight.land(tuple(own))
 
 
 def _record(done: Done, chosen: Selection) -> Run:

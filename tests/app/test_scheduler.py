@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from app.catalogue import ServedVariant
 from app.errors import DeadlineUnmeetable, QueueFull
 from app.serving.entry import Entry
+from app.serving.policy import CAUTION
 from app.serving.scheduler import Limits, Scheduler
 from tests.app.simulation import FAMILY, NO_PIXELS, Simulation, make_served
 
@@ -299,7 +300,8 @@ def test_an_incomplete_batch_waits_only_if_told_and_never_at_the_price_of_a_dead
 def test_a_batch_is_no_longer_than_another_deadline_allows(ladder: Ladder) -> None:
     scheduler = Scheduler(Limits(64, MAX_BATCH))
     patient = [entry(-1.0, ladder[0]) for _ in range(4)]  # overdue: they go first
-    hurried = entry(0.0, ladder[2], deadline=true_seconds(ladder[0], 2) + true_seconds(ladder[2], 1) + 0.001)
+    needed = CAUTION * (true_seconds(ladder[0], 2) + true_seconds(ladder[2], 1))
+    hurried = entry(0.0, ladder[2], deadline=needed + 0.001)
     for item in (*patient, hurried):
         scheduler.waiting.append(item)
     batch = scheduler.take(0.0).batch
