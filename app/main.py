@@ -71,6 +71,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(part.make_router(service))
     app.include_router(docs.make_router(TITLE))
     translate_framework_errors(app)
+    app.add_middleware(classify.Directly, service=service)
     app.add_middleware(Boundary, metrics=service.metrics, keys=keys, tracing=tracing)
     app.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
     app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)

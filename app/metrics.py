@@ -176,8 +176,9 @@ class Metrics:
             if run.is_degraded:
                 self._degraded.labels(*run.variant).inc()
         for stage, seconds in exchange.stages.items():
+            histogram = self._stages.labels(stage, *variant)
             for value in seconds:
-                self._stages.labels(stage, *variant).observe(value)
+                histogram.observe(value)
 
     def observe_run(self, variant: Labels, n_images: int, seconds: float) -> None:
         """Count a batch that has run."""
