@@ -73,7 +73,8 @@ def create_app(service: Service) -> FastAPI:
     translate_framework_errors(app)
     app.add_middleware(classify.Directly, service=service)
     app.add_middleware(Boundary, metrics=service.metrics, keys=keys, tracing=tracing)
-    app.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
+    settings = service.settings
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_inside_bytes=settings.max_inside_bytes)
     app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)
     _complete_document(app, keys)
     return app

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
         description="ONNX: all rates share one mapped copy of the weights; 2-16 % slower, a fraction of the memory",
     )
     max_body_bytes: int = Field(default=20_000_000, ge=1, description="largest request body, bytes")
+    max_inside_bytes: int = Field(
+        default=1_000_000_000, ge=1, description="bodies of all requests inside together, bytes"
+    )
     max_pixels: int = Field(
         default=50_000_000, ge=1, description="largest image, pixels of its header and after resizing"
     )
@@ -116,6 +119,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"DTEM_MAX_FILES ({self.max_files}) exceeds DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}):"
                 " such a request could never be admitted"
+            )
+        if self.max_body_bytes > self.max_inside_bytes:
+            raise ValueError(
+                f"DTEM_MAX_BODY_BYTES ({self.max_body_bytes}) exceeds DTEM_MAX_INSIDE_BYTES ({self.max_inside_bytes}):"
+                " such a body could never be admitted"
             )
         if self.max_queue_images > self.max_inside_images:
             raise ValueError(

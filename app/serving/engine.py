@@ -161,7 +161,7 @@ class Engine:
             while not self._is_stopping:
                 turn = self._scheduler.take(self.clock())
                 if turn.expired or turn.batch is not None or not may_wait:
-                    self._changed.notify()  # there may be enough for another lane
+                    self._wake_another_lane()
                     return turn
                 self._changed.wait(None if turn.wake_at is None else max(0.0, turn.wake_at - self.clock()))
             return None
@@ -172,12 +172,17 @@ class Engine:
         ended_at = self.clock()
         with self._changed:
             self._scheduler.finish(batch, ended_at, is_measured=not failures)
-            self._changed.notify()  # a lane may have waited for this one's deadline
+            self._wake_another_lane()
         seconds = ended_at - batch.started_at
         if len(batch.entries) == 1 and not failures:
             batch.variant.latency.add(seconds)
         self._observe(batch, seconds)
         return outcomes
+
+    def _wake_another_lane(self) -> None:
+        """For more than one lane takes, or because one has held back lest this one's deadline be missed."""
+        if self._scheduler.waiting:
+            self._changed.notify()
 
     def _infer(self, batch: Batch, entries: list[Entry], pixels: Pixels, failures: list[Entry]) -> Outcomes:
         """Run entries together; if that fails, in halves, until only the culprits fail."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from app.backends import Pixels
 from app.catalogue import ServedVariant
 
+Ladder = tuple[ServedVariant, ...]
 Family = tuple[str, str, str]  # model, version, policy: whose rates go up and down together
 _serial = itertools.count()
 
@@ -26,7 +27,7 @@ class Entry:
     """
 
     pixels: Pixels
-    ladder: tuple[ServedVariant, ...]
+    ladder: Ladder
     family: Family
     submitted_at: float
     due: float

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 
 from app.catalogue import ServedVariant
-from app.serving.entry import Entry, Family
+from app.serving.entry import Entry, Family, Ladder
 
 Costs = Callable[[ServedVariant, int], float]  # seconds of a run of n images
-Choice = Callable[[Entry], ServedVariant]
+Choice = Callable[[Entry], ServedVariant]  # the same for entries with the same ladder
 
 PLANNED_SHARE = 0.5  # of the slack; the rest is for what has yet to come, and for estimates that are wrong
 LOWERING_SHARE = 0.35  # a lower floor must look this good before it is taken: hysteresis in load …
@@ -57,7 +57,8 @@ def finish_times(
     waiting: Iterable[Entry], choice: Choice, start: float, costs: Costs, max_batch: int
 ) -> Iterator[tuple[Entry, float]]:
     """Foresee when each entry would be done, in their order, each at its share of the batches that there are."""
-    chosen = [(entry, choice(entry)) for entry in waiting]
+    known: dict[Ladder, ServedVariant] = {}  # ladders are few
+    chosen = [(entry, known.get(entry.ladder) or known.setdefault(entry.ladder, choice(entry))) for entry in waiting]
     sizes = Counter(variant for _, variant in chosen)
     share = {variant: costs(variant, min(n, max_batch)) / min(n, max_batch) for variant, n in sizes.items()}
     for entry, variant in chosen:
@@ -87,36 +88,19 @@ def keeps_slack(
     return True
 
 
-def needed_floor(
-    waiting: Sequence[Entry],
-    family: Family,
-    floors: Mapping[Family, int],
-    now: float,
-    start: float,
-    costs: Costs,
-    max_batch: int,
-    slack_share: float,
-) -> int:
-    """Find the least rate of a family at which all that waits keeps its slack; the greatest if none does."""
-    rates = sorted({rate(variant) for entry in waiting if entry.family == family for variant in entry.ladder})
-
-    def choice_at(floor: int) -> Choice:
-        return lambda entry: at_floor(entry, floor if entry.family == family else floors.get(entry.family, 0))
-
-    for floor in rates:
-        if keeps_slack(waiting, choice_at(floor), now, start, costs, max_batch, slack_share):
-            return floor
-    return rates[-1]
+def choice_at(family: Family, floor: int, floors: Mapping[Family, int]) -> Choice:
+    """Return what entries would run as if a family had another floor."""
+    return lambda entry: at_floor(entry, floor if entry.family == family else floors.get(entry.family, 0))
 
 
-def next_level(level: Level, needed: int, comfortable: int, below: int, now: float) -> Level:
-    """Raise the floor at once to what is needed; lower it one rate at a time, after it was comfortable for a while.
+def next_level(level: Level, needed: int, below: int, is_comfortable: bool, now: float) -> Level:
+    """Raise the floor at once to what is needed; lower it one rate at a time, after that was comfortable for a while.
 
-    below: the next lower rate than the present floor.
+    below: the next lower rate than the present floor. is_comfortable: whether all would be well at that.
     """
     if needed > level.floor:
         return Level(needed)
-    if comfortable >= level.floor:
+    if not is_comfortable or below == level.floor:
         return Level(level.floor)
     since = now if level.lower_since is None else level.lower_since
     return Level(below) if now - since >= HOLD_SECONDS else Level(level.floor, since)

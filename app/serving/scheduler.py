@@ -135,7 +135,9 @@ class Scheduler:
         self._advance(now)
         costs = self._costs_beside_others()
         expired = [entry for entry in self.waiting if policy.is_hopeless(entry, now, costs)]
-        self.waiting = [entry for entry in self.waiting if not policy.is_hopeless(entry, now, costs)]
+        if expired:
+            lost = set(expired)
+            self.waiting = [entry for entry in self.waiting if entry not in lost]
         if not self.waiting:
             return Turn(expired)
         self._set_levels(now)
@@ -208,30 +210,30 @@ class Scheduler:
 
     def _next_level(self, family: Family, now: float, costs: policy.Costs) -> Level:
         level = self.levels.get(family, Level())
-        flexible = [entry for entry in self.waiting if entry.family == family and entry.is_flexible]
-        rates = sorted({policy.rate(variant) for entry in flexible for variant in entry.ladder})
+        ladders = {entry.ladder for entry in self.waiting if entry.family == family and entry.is_flexible}
+        rates = sorted({policy.rate(variant) for ladder in ladders for variant in ladder})
         below = max((r for r in rates if r < level.floor), default=0)
-        if not flexible:
-            return policy.next_level(level, 0, 0, below, now)
-        floors = {name: other.floor for name, other in self.levels.items()}
-        needed, comfortable = (
-            policy.needed_floor(
-                self.waiting,
-                family,
-                floors,
-                now,
-                self._free_at(now),
-                costs,
-                self.limits.max_batch_images,
-                slack_share=share,
-            )
-            for share in (policy.PLANNED_SHARE, policy.LOWERING_SHARE)
-        )
+        if not ladders:
+            return policy.next_level(level, 0, below, is_comfortable=True, now=now)
+        start, floors = self._free_at(now), {name: other.floor for name, other in self.levels.items()}
+
+        def keeps_slack(floor: int, share: float) -> bool:
+            choice = policy.choice_at(family, floor, floors)
+            return policy.keeps_slack(self.waiting, choice, now, start, costs, self.limits.max_batch_images, share)
+
+        higher = [r for r in rates if r > level.floor]
         if now - self.refused_at.get(family, -math.inf) < policy.REFUSED_SECONDS:
-            needed = max(needed, rates[-1])  # to degrade is better than to refuse
-        elif self._is_filling():
-            needed = max(needed, min((r for r in rates if r > level.floor), default=level.floor))
-        return policy.next_level(level, needed, comfortable, below, now)
+            needed = rates[-1]  # to degrade is better than to refuse
+        elif keeps_slack(level.floor, policy.PLANNED_SHARE):
+            needed = level.floor
+        else:
+            needed = next((r for r in higher if keeps_slack(r, policy.PLANNED_SHARE)), rates[-1])
+        if self._is_filling() and higher:
+            needed = max(needed, higher[0])
+        is_comfortable = needed < level.floor or (
+            needed == level.floor and below < level.floor and keeps_slack(below, policy.LOWERING_SHARE)
+        )
+        return policy.next_level(level, needed, below, is_comfortable, now)
 
     def _is_filling(self) -> bool:
         """Tell whether a queue is half full: where runs are short, it is full long before anyone is impatient."""

@@ -27,6 +27,7 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 1.0  # nothing runs any more, unless it hangs
+LAG_SMOOTHING = 0.1
 NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
@@ -57,6 +58,7 @@ class Service:
         self._watching: asyncio.Task[None] | None = None
         self._catalogue: Catalogue | None = None
         self._is_draining = False
+        self._lag_seconds = 0.0
         metrics.watch(self.is_ready, self.engine, lambda: self.admission.n_images)
 
     def start(self) -> None:
@@ -165,8 +167,9 @@ class Service:
         now = self.engine.clock()
         manifest, ladder = chosen.model.manifest, chosen.ladder
         if deadline is not None:
+            deadline -= 2 * self._lag_seconds  # a request is seen, and its answer sent, by a loop as busy as this
             in_time = [v for v in ladder if now + self.engine.expected_seconds(v, 1) <= deadline]
-            ladder = tuple(in_time) or ladder[-1:]
+            ladder = ladder if len(in_time) == len(ladder) else tuple(in_time) or ladder[-1:]
         return Entry(
             pixels,
             ladder,
@@ -181,7 +184,13 @@ class Service:
     def _deliver(self, outcomes: Outcomes) -> None:
         """Bring outcomes from the engine's thread to those who wait, in one call for a whole batch."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_land, outcomes)
+            self._loop.call_soon_threadsafe(self._land, outcomes, self.engine.clock())
+
+    def _land(self, outcomes: Outcomes, delivered_at: float) -> None:
+        self._lag_seconds += LAG_SMOOTHING * (self.engine.clock() - delivered_at - self._lag_seconds)
+        for flight, own in itertools.groupby(outcomes, key=lambda outcome: outcome[0].owner):
+            if flight is not None:  # it has not left meanwhile
+                flight.land(tuple(own))
 
     def _observe(self, batch: Batch, seconds: float) -> None:
         name, _, policy = batch.entries[0].family
@@ -197,12 +206,6 @@ class Service:
             await asyncio.sleep(self.settings.stall_seconds / 8)
             if not self.is_alive() and (n_images := self.engine.abandon(self._stalled())):
                 logger.error("the engine does not answer; %d images inside were refused", n_images)
-
-
-def _land(outcomes: Outcomes) -> None:
-    for flight, own in itertools.groupby(outcomes, key=lambda outcome: outcome[0].owner):
-        if flight is not None:  # it has not left meanwhile
-            flight.land(tuple(own))
 
 
 def _record(done: Done, chosen: Selection) -> Run:

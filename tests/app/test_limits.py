@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, problem_response
+from app.errors import BodyTooLarge, QueueFull, problem_response
 from app.limits import BodyLimit
 
 
@@ -42,7 +42,7 @@ class Wire:
     def run(self, max_body_bytes: int, drain_seconds: float = 5.0, **headers: str) -> int:
         raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
         scope: dict[str, Any] = {"type": "http", "headers": raw}
-        limit = BodyLimit(read_all, max_body_bytes, drain_seconds)
+        limit = BodyLimit(read_all, max_body_bytes, 100, drain_seconds)
         asyncio.run(limit(scope, self.receive, self.send))
         status: int = self.sent[0]["status"]
         return status
@@ -97,5 +97,36 @@ def test_limit_leaves_other_scopes_alone() -> None:
         seen.append(scope["type"])
 
     wire = Wire()
-    asyncio.run(BodyLimit(app, 10)({"type": "lifespan"}, wire.receive, wire.send))
+    asyncio.run(BodyLimit(app, 10, max_inside_bytes=100)({"type": "lifespan"}, wire.receive, wire.send))
     assert seen == ["lifespan"]
+
+
+def test_limit_refuses_what_all_bodies_together_would_exceed_and_gives_the_room_back() -> None:
+    statuses: list[int] = []
+    is_held, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await receive()
+        except QueueFull as error:
+            statuses.append(429)
+            await problem_response(error)(scope, receive, send)
+            return
+        statuses.append(200)
+        is_held.set()
+        await release.wait()
+
+    async def scenario() -> None:
+        limit = BodyLimit(hold, max_body_bytes=10, max_inside_bytes=15)
+        scope: dict[str, Any] = {"type": "http", "headers": []}
+        first = asyncio.ensure_future(limit(scope, (wire := Wire(b"1234567890")).receive, wire.send))
+        await is_held.wait()
+        await limit(scope, (second := Wire(b"123456")).receive, second.send)
+        assert second.sent[0]["status"] == 429
+        assert (b"connection", b"close") in second.sent[0]["headers"]
+        release.set()
+        await first
+        await limit(scope, (third := Wire(b"123456")).receive, third.send)
+
+    asyncio.run(scenario())
+    assert statuses == [200, 429, 200]
