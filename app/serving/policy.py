@@ -20,7 +20,7 @@ LOWERING_SHARE = 0.35  # a lower floor must look this good before it is taken: h
 CAUTION = 1.15  # a run is planned to take so much longer than expected where that would cost somebody the deadline
 WORTH_SPLITTING = 1.1  # a smaller batch must be this much cheaper per image: estimates are no better
 HOLD_SECONDS = 0.1  # … for this long: hysteresis in time
-REFUSED_SECONDS = 0.5  # for so long after a refusal the rate is the highest
+REFUSED_SECONDS = 0.5  # for so long after a refusal the rate goes up, and never down
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Scheduler:
     pace: Pace = field(default_factory=Pace)
     refused_at: dict[Family, float] = field(default_factory=dict)
     _advanced_to: float = 0.0
+    _idle_since: float = 0.0
 
     def __repr__(self) -> str:
         running = [len(run.batch.entries) for run in self.running]
@@ -99,7 +100,9 @@ class Scheduler:
         try:
             self._require_room(entries, now)
         except ServiceError:
-            self.refused_at.update((entry.family, now) for entry in entries)
+            costs = self._costs()
+            by_load = [entry for entry in entries if not policy.is_hopeless(entry, now, costs)]
+            self.refused_at.update((entry.family, now) for entry in by_load)
             raise
 
     def _require_room(self, entries: Sequence[Entry], now: float) -> None:
@@ -109,7 +112,8 @@ class Scheduler:
                 detail = f"{n_waiting} images wait for {variant.entry.id}, of at most {self.limits.max_queue_images}."
                 raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
         size, n_lanes = self.limits.max_batch_images, self.limits.n_lanes
-        late = policy.lateness(self.waiting, entries, self._free_at(now), self._costs(), size, n_lanes)
+        costs = self._costs(policy.CAUTION)
+        late = policy.lateness(self.waiting, entries, self._free_at(now), costs, size, n_lanes)
         if late > 0:
             detail = f"At the present load the answer would come {math.ceil(late * 1e3)} ms after the deadline."
             raise DeadlineUnmeetable(detail, retry_after_seconds=_whole_seconds(late))
@@ -138,12 +142,10 @@ class Scheduler:
         if expired:
             lost = set(expired)
             self.waiting = [entry for entry in self.waiting if entry not in lost]
-        if not self.waiting:
+        if not self.waiting or not self._has_room_beside_others(now):
             return Turn(expired)
         self._set_levels(now)
         variant, members = self._next_members(now, lambda variant, n: policy.CAUTION * costs(variant, n))
-        if not self._has_room_beside_others(now):
-            return Turn(expired)
         wake_at = self._wait_for_more(variant, members, now, costs)
         if wake_at is not None:
             return Turn(expired, wake_at=wake_at)
@@ -158,6 +160,7 @@ class Scheduler:
         self._advance(now)
         (run,) = [run for run in self.running if run.batch is batch]
         self.running.remove(run)
+        self._idle_since = now
         if is_measured:
             n_images, costs = self.limits.run_size(len(batch.entries)), batch.variant.costs
             self.pace.learn(run.seconds, costs.seconds(n_images))
@@ -200,6 +203,8 @@ class Scheduler:
         return None if len(members) == size or wake_at <= now or is_pressing else wake_at
 
     def _set_levels(self, now: float) -> None:
+        if not self.running and now - self._idle_since >= policy.HOLD_SECONDS:
+            self.levels.clear()  # the load is gone
         costs = self._costs()
         for family in {entry.family for entry in self.waiting if entry.is_flexible} | set(self.levels):
             level = self._next_level(family, now, costs)
@@ -222,17 +227,13 @@ class Scheduler:
             return policy.keeps_slack(self.waiting, choice, now, start, costs, self.limits.max_batch_images, share)
 
         higher = [r for r in rates if r > level.floor]
-        if now - self.refused_at.get(family, -math.inf) < policy.REFUSED_SECONDS:
-            needed = rates[-1]  # to degrade is better than to refuse
-        elif keeps_slack(level.floor, policy.PLANNED_SHARE):
-            needed = level.floor
-        else:
+        needed = level.floor
+        if not keeps_slack(level.floor, policy.PLANNED_SHARE):
             needed = next((r for r in higher if keeps_slack(r, policy.PLANNED_SHARE)), rates[-1])
-        if self._is_filling() and higher:
-            needed = max(needed, higher[0])
-        is_comfortable = needed < level.floor or (
-            needed == level.floor and below < level.floor and keeps_slack(below, policy.LOWERING_SHARE)
-        )
+        has_refused = now - self.refused_at.get(family, -math.inf) < policy.REFUSED_SECONDS
+        if higher and (has_refused or self._is_filling()):
+            needed = max(needed, higher[0])  # to degrade is better than to refuse
+        is_comfortable = not has_refused and below < level.floor and keeps_slack(below, policy.LOWERING_SHARE)
         return policy.next_level(level, needed, below, is_comfortable, now)
 
     def _is_filling(self) -> bool:
@@ -268,14 +269,14 @@ class Scheduler:
 
         return shared
 
-    def _costs(self) -> policy.Costs:
+    def _costs(self, caution: float = 1.0) -> policy.Costs:
         """Make a price list for one decision, which asks the same prices many times."""
         known: dict[tuple[ServedVariant, int], float] = {}
 
         def costs(variant: ServedVariant, n_images: int) -> float:
             key = (variant, n_images)
             if key not in known:
-                known[key] = self.seconds(variant, n_images)
+                known[key] = caution * self.seconds(variant, n_images)
             return known[key]
 
         return costs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from app.catalogue import ServedVariant
 from app.errors import DeadlineUnmeetable, QueueFull
 from app.serving.entry import Entry
-from app.serving.policy import CAUTION
+from app.serving.policy import CAUTION, HOLD_SECONDS
 from app.serving.scheduler import Limits, Scheduler
 from tests.app.simulation import FAMILY, NO_PIXELS, Simulation, make_served
 
@@ -227,18 +227,45 @@ def test_the_rate_rises_with_the_queue_for_those_who_consent_and_falls_when_it_d
         now += true_seconds(batch.variant, len(batch.entries))
         scheduler.finish(batch, now)
     assert rates[0] == 16
-    scheduler.submit([entry(now + 1, *ladder)], now + 1)
     seen = list[int]()
-    for step in range(6):
-        if not scheduler.waiting:
-            scheduler.submit([entry(now + 1 + step / 5, *ladder)], now + 1 + step / 5)
-        batch = scheduler.take(now + 1 + step / 5).batch
+    for _ in range(20):  # hysteresis: not at once, and by one rate at a time
+        now += HOLD_SECONDS / 2
+        scheduler.submit([entry(now, *ladder)], now)
+        batch = scheduler.take(now).batch
         assert batch is not None
         seen.append(batch.variant.entry.r or 0)
-        scheduler.finish(batch, now + 1 + step / 5 + 0.001, is_measured=False)
-    assert seen[0] in (8, 16)  # hysteresis: not at once, and by one rate at a time
+        now += 0.001
+        scheduler.finish(batch, now, is_measured=False)
+    assert seen[0] == 16
     assert seen == sorted(seen, reverse=True)
-    assert seen[-1] == 0
+    assert set(seen) == {16, 8, 0}
+
+
+def test_nobody_is_degraded_once_the_device_stood_idle(ladder: Ladder) -> None:
+    scheduler = Scheduler(Limits(64, MAX_BATCH))
+    scheduler.submit([entry(0.0, *ladder) for _ in range(40)], 0.0)
+    now = 0.0
+    while scheduler.waiting:
+        batch = scheduler.take(now).batch
+        assert batch is not None
+        now += 0.01
+        scheduler.finish(batch, now, is_measured=False)
+    assert scheduler.levels
+    now += HOLD_SECONDS
+    scheduler.submit([entry(now, *ladder)], now)
+    batch = scheduler.take(now).batch
+    assert batch is not None
+    assert batch.variant is ladder[0]
+
+
+def test_a_deadline_that_no_device_could_meet_degrades_nobody(ladder: Ladder) -> None:
+    scheduler = Scheduler(Limits(64, MAX_BATCH))
+    with pytest.raises(DeadlineUnmeetable):
+        scheduler.submit([entry(0.0, *ladder, deadline=0.001)], 0.0)
+    scheduler.submit([entry(0.0, *ladder)], 0.0)
+    batch = scheduler.take(0.0).batch
+    assert batch is not None
+    assert batch.variant is ladder[0]
 
 
 def test_a_short_queue_that_is_half_full_raises_the_rate_before_anyone_is_impatient(ladder: Ladder) -> None:
