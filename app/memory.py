@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 1 << 20
@@ -17,6 +18,10 @@ def return_large_blocks() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back what is free now: a model version that was dropped leaves hundreds of MB in small pieces."""
+    """Give back what is free now: a model version that was dropped leaves hundreds of MB in small pieces.
+
+    The collector comes first: a traceback is enough to hold a version in a cycle, and it seldom looks at what is old.
+    """
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
