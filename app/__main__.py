@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -106,7 +105,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     reloader.start()
     print(announce(reloader.catalogue, listener, settings), flush=True)
     await serving
-    if not reloader.stop(RELOAD_STOP_SECONDS) or service.engine.is_responsive(math.inf):
+    if not reloader.stop(RELOAD_STOP_SECONDS) or not service.engine.has_ended():
         os._exit(0)  # a thread in foreign code cannot be interrupted, and there is nothing left to lose
 
 

@@ -86,6 +86,10 @@ class Engine:
         now = self.clock()
         return self._is_alive and all(now - since < stall_seconds for since in list(self._busy_since.values()))
 
+    def has_ended(self) -> bool:
+        """Tell whether no thread is left, not even one that hangs."""
+        return not any(lane.is_alive() for lane in self._lanes)
+
     def require_room(self, entries: Sequence[Entry]) -> None:
         """Raises: QueueFull, DeadlineUnmeetable; what `submit` would raise now."""
         with self._changed:
