@@ -4,6 +4,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from app.backends import Runner
 from app.errors import UnknownModel, UnknownVersion, echo
@@ -48,7 +49,7 @@ class ServedModel:
     manifest: Manifest
     variants: Mapping[tuple[str, int | None], ServedVariant]  # by (policy, r), r None where it adapts to the image
 
-    @property
+    @cached_property  # asked for each image
     def unmerged_gmacs(self) -> float:
         """Units: GMACs of an image with all its tokens."""
         return max(variant.entry.gmacs for variant in self.variants.values())

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -49,16 +50,15 @@ class Directly:
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
-        (self._route,) = make_router(service).routes
+        self._app = app
+        self._route = next(route for route in make_router(service).routes if isinstance(route, APIRoute))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != CLASSIFY_PATH or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         scope["route"] = self._route
-        request = Request(scope, receive, send)
-        response = await _classify(self._service, request, read_query(request))
+        response = await self._route.endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
 
 

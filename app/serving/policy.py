@@ -17,10 +17,10 @@ Choice = Callable[[Entry], ServedVariant]  # the same for entries with the same 
 
 PLANNED_SHARE = 0.5  # of the slack; the rest is for what has yet to come, and for estimates that are wrong
 LOWERING_SHARE = 0.35  # a lower floor must look this good before it is taken: hysteresis in load …
-CAUTION = 1.15  # a run is planned to take so much longer than expected where that would cost somebody the deadline
-WORTH_SPLITTING = 1.1  # a smaller batch must be this much cheaper per image: estimates are no better
 HOLD_SECONDS = 0.1  # … for this long: hysteresis in time
 REFUSED_SECONDS = 0.5  # for so long after a refusal the rate goes up, and never down
+CAUTION = 1.15  # a run is planned to take so much longer than expected where that would cost somebody the deadline
+WORTH_SPLITTING = 1.1  # a smaller batch must be this much cheaper per image: estimates are no better
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,17 @@ def is_hopeless(entry: Entry, now: float, costs: Costs) -> bool:
 
 def finish_times(
     waiting: Iterable[Entry], choice: Choice, start: float, costs: Costs, max_batch: int
-) -> Iterator[tuple[Entry, float]]:
-    """Foresee when each entry would be done, in their order, each at its share of the batches that there are."""
+) -> Iterator[tuple[Entry, ServedVariant, float]]:
+    """Foresee as what each entry would run and when it would be done, in their order, each at its share of the batches
+    that there are.
+    """
     known: dict[Ladder, ServedVariant] = {}  # ladders are few
     chosen = [(entry, known.get(entry.ladder) or known.setdefault(entry.ladder, choice(entry))) for entry in waiting]
     sizes = Counter(variant for _, variant in chosen)
     share = {variant: costs(variant, min(n, max_batch)) / min(n, max_batch) for variant, n in sizes.items()}
     for entry, variant in chosen:
         start += share[variant]
-        yield entry, start
+        yield entry, variant, start
 
 
 def keeps_slack(
@@ -80,8 +82,8 @@ def keeps_slack(
     start: when the device is free.
     """
     begins_at = start
-    for entry, ends_at in finish_times(waiting, choice, start, costs, max_batch):
-        latest = entry.due - costs(choice(entry), 1)
+    for entry, variant, ends_at in finish_times(waiting, choice, start, costs, max_batch):
+        latest = entry.due - costs(variant, 1)
         if latest < now or begins_at - now > slack_share * (latest - now):
             return False
         begins_at = ends_at
@@ -147,7 +149,7 @@ def lateness(
     sizes = {variant: min(n, max_batch) for variant, n in counts.items()}
     rest = {variant: n_lanes * costs(variant, size) * (1 - 1 / size) for variant, size in sizes.items()}
     newcomers, previous, added, worst = set(new), start, 0.0, 0.0
-    for entry, time in finish_times(ordered, cheapest, start, costs, max_batch):
+    for entry, variant, time in finish_times(ordered, cheapest, start, costs, max_batch):
         is_new = entry in newcomers
         if is_new:
             added += time - previous
@@ -155,7 +157,7 @@ def lateness(
         if entry.deadline is None:
             continue
         if is_new:
-            worst = max(worst, time + rest[cheapest(entry)] - entry.deadline)
+            worst = max(worst, time + rest[variant] - entry.deadline)
         elif time - added <= entry.deadline:
             worst = max(worst, time - entry.deadline)
     return worst

@@ -29,10 +29,10 @@ class Limits:
     is_padded: bool = False
 
     def run_size(self, n_images: int) -> int:
-        """Return of how many images a run of these is."""
+        """Return of how many images a run of these is, or would be if it could be so large."""
         if not self.is_padded:
             return n_images
-        return next(size for size in batch_buckets(self.max_batch_images) if size >= n_images)
+        return next((size for size in batch_buckets(self.max_batch_images) if size >= n_images), n_images)
 
 
 @dataclass
@@ -83,10 +83,7 @@ class Scheduler:
 
     def seconds(self, variant: ServedVariant, n_images: int) -> float:
         """Expect what a run takes now, by itself."""
-        return variant.costs.seconds(self._planned_size(n_images)) * self.pace.factor
-
-    def _planned_size(self, n_images: int) -> int:
-        return self.limits.run_size(n_images) if n_images <= self.limits.max_batch_images else n_images
+        return variant.costs.seconds(self.limits.run_size(n_images)) * self.pace.factor
 
     def depths_by_label(self) -> Counter[tuple[str, str, str]]:
         """Count what waits by model, policy and the rate preferred, as text."""
@@ -257,7 +254,7 @@ class Scheduler:
         times = policy.finish_times(
             self.waiting, choice, self._free_at(now), self._costs(), self.limits.max_batch_images
         )
-        return _whole_seconds(max((time for _, time in times), default=now) - now)
+        return _whole_seconds(max((time for _, _, time in times), default=now) - now)
 
     def _costs_beside_others(self) -> policy.Costs:
         """Make the price list of what begins now: while others run, it has the device in part."""
