@@ -29,7 +29,7 @@ format: .venv/development
 	@touch $@
 
 .venv/development: .venv/service-$(ENGINE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE),training,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE),ray,training,test]'
 	@touch $@
 
 clean:
