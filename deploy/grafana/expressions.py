@@ -9,6 +9,8 @@ VARIANT = f'{POLICY}, r=~"$r"'
 SERVICE = 'job="dtem-serve"'
 STAGE = "dtem_stage_seconds"
 BY_VARIANT = "policy, r"
+NO_ROOM = "queue_full|deadline_unmeetable"  # reasons of refusals; 429
+FAULTS = "inference_failed|internal_error|engine_stalled|not_ready"  # 500, or 503 without a drain
 VARIANT_NAME = "{{policy}} {{r}}"
 
 
@@ -32,8 +34,8 @@ def mean(histogram: str, by: str) -> str:
 
 
 def share(part: str, whole: str) -> str:
-    """Ask for a part of a whole, 0 if the part has never been, nothing if the whole is 0."""
-    return f"({part} or vector(0)) / ({whole} > 0)"
+    """Ask for a part of a whole; nothing if the whole is 0."""
+    return f"{part} / ({whole} > 0)"
 
 
 def or_none(expr: str, label: str) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
+    FAULTS,
     MODEL,
+    NO_ROOM,
     SERVICE,
     STAGE,
     VARIANT,
@@ -19,10 +21,7 @@ from deploy.grafana.expressions import (
 )
 from deploy.grafana.panels import ORANGE, RED, Query, buckets, figure, graph
 
-OUR_REASONS = (
-    "queue_full|deadline_unmeetable|deadline_passed|not_ready|engine_stalled|shutting_down|"
-    "inference_failed|internal_error"
-)
+OUR_REASONS = f"{NO_ROOM}|{FAULTS}|deadline_passed|shutting_down"
 
 
 def queueing() -> Sequence[Any]:

@@ -5,7 +5,9 @@ from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
+    FAULTS,
     MODEL,
+    NO_ROOM,
     POLICY,
     SERVICE,
     STAGE,
@@ -22,9 +24,9 @@ from deploy.grafana.panels import GREEN, ORANGE, RED, Query, figure, graph
 
 
 def glance() -> Sequence[Any]:
-    requests = per_second("dtem_requests_total", where=MODEL)
-    failed = per_second("dtem_requests_total", where=f'{MODEL}, code=~"5.."')
-    refused = per_second("dtem_requests_total", where=f'{MODEL}, code="429"')
+    requests, all_requests = (per_second("dtem_requests_total", where=where) for where in (MODEL, ""))
+    failed = per_second("dtem_refusals_total", where=f'reason=~"{FAULTS}"')
+    refused = per_second("dtem_refusals_total", where=f'reason=~"{NO_ROOM}"')
     saved, taken = per_second("dtem_gmacs_saved_total"), per_second("dtem_gmacs_total")
     memory = f"max(process_resident_memory_bytes{{{SERVICE}}} / dtem_memory_limit_bytes)"
     return [
@@ -58,18 +60,18 @@ def glance() -> Sequence[Any]:
         ),
         figure(
             "Failed",
-            "Share of the requests answered with a 5xx; good is 0. 504 is a deadline missed, 500 a mistake of ours: "
-            "read the log.",
+            "Requests and files answered with 500, or 503 without a drain, of all requests, of all models. Good is 0. "
+            "Otherwise: read the log, and Failing in the runbook.",
             "percentunit",
-            Query(f"{share(failed, requests)} or vector(0)", "5xx"),
+            Query(f"{share(failed, all_requests)} or vector(0)", "failed"),
             steps=[(0.001, ORANGE), (0.01, RED)],
         ),
         figure(
             "Refused",
-            "Share of the requests answered with 429: no room, or no time. Above 5 % for long: add an instance, or a "
-            "higher r.",
+            "Answered with 429, of all requests, of all models: no room, or no time. Above 5 % for long: add an "
+            "instance, or agree on a higher r.",
             "percentunit",
-            Query(f"{share(refused, requests)} or vector(0)", "429"),
+            Query(f"{share(refused, all_requests)} or vector(0)", "429"),
             steps=[(0.01, ORANGE), (0.05, RED)],
         ),
         figure(

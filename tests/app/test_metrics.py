@@ -76,3 +76,11 @@ def test_the_memory_limit_of_a_container_is_its_own(tmp_path: Path) -> None:
 def test_without_groups_the_memory_limit_is_the_machines(tmp_path: Path) -> None:
     assert MACHINE > 100e6
     assert memory_limit_bytes(tmp_path) == MACHINE
+
+
+def test_a_refused_request_leaves_no_empty_histograms(make_client: ClientFactory) -> None:
+    client = make_client()
+    client.post("/classify?r=3", content=PNG)
+    text = client.get("/metrics").text
+    assert 'dtem_requests_total{code="422"' in text
+    assert "dtem_stage_seconds_bucket{" not in text
