@@ -54,7 +54,7 @@ def _variable(name: str, label: str) -> dashboard.QueryVariable:
     asked: dict[str, object] = {"qryType": 1, "label": name, "metric": "dtem_images_total", "query": query}
     everything = model.VariableOption(selected=True, text=["All"], value=["$__all"])
     variable = dashboard.QueryVariable(name).label(label).datasource(SOURCE).query(asked | {"refId": name})
-    variable = variable.definition(query).refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED).multi(True)
+    variable = variable.refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED).multi(True)
     variable = variable.include_all(True).all_value(".*").current(everything)
     return variable.sort(model.VariableSort.NUMERICAL_ASC if name == "r" else model.VariableSort.ALPHABETICAL_ASC)
 
@@ -75,6 +75,9 @@ def _add(board: dashboard.Dashboard, row: Row) -> dashboard.Dashboard:
 def render() -> str:
     """Return the file's content. Panels are numbered in their order: an id is where a link to a panel leads."""
     document: dict[str, Any] = json.loads(json.dumps(build().build(), cls=JSONEncoder))
+    for variable in document["templating"]["list"]:
+        for name in ("auto", "auto_min", "auto_count"):  # of other kinds of variables; the builder adds them to all
+            variable.pop(name, None)
     panels = [nested for panel in document["panels"] for nested in (panel, *panel.get("panels", []))]
     for number, panel in enumerate(panels, 1):
         panel["id"] = number

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from jsonschema import Draft7Validator
 
 from deploy.grafana import dashboard
 from tests.app.odd_images import encode, make_photo
@@ -36,6 +37,7 @@ from tests.integration.test_start_and_stop import wait_until
 
 PROVISIONING = DASHBOARD.parents[1] / "provisioning"
 BOARD = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parent / "grafana-schema.json").read_text(encoding="utf-8"))
 PNG = encode(make_photo(64, 64), "PNG")
 # So that this little traffic fills it: small queues, batches that wait, and a device that is soon behind.
 SETTINGS: dict[str, Any] = {
@@ -51,12 +53,44 @@ def test_the_file_is_what_the_code_builds() -> None:
     assert DASHBOARD.read_text(encoding="utf-8") == dashboard.render()
 
 
-def test_grafanas_model_reads_the_file_and_writes_the_same() -> None:
+def test_grafanas_builder_reads_the_file_and_loses_nothing() -> None:
     plugins.register_default_plugins()
     model = importlib.import_module("grafana_foundation_sdk.models.dashboard")  # which warns, unless ours came first
     again = json.loads(json.dumps(model.Dashboard.from_json(BOARD), cls=JSONEncoder))
+    for variable in again["templating"]["list"]:
+        for name in ("auto", "auto_min", "auto_count"):
+            del variable[name]
     assert again == BOARD
+
+
+def test_the_file_is_valid_by_the_types_of_the_grafana_that_is_pinned() -> None:
+    assert list(errors(BOARD)) == []
     assert BOARD["schemaVersion"] == 42  # of Grafana 13.2
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        ("fieldConfig", {"defaults": {"thresholds": {"mode": "sometimes", "steps": []}}, "overrides": []}),
+        ("fieldConfig", {"defaults": {"custom": {"showPoints": "perhaps"}}, "overrides": []}),
+        ("options", {"legend": {"displayMode": "big"}}),
+        ("gridPos", {"x": "left"}),
+    ],
+)
+def test_a_file_that_is_not_valid_is_noticed(place: str, wrong: dict[str, Any]) -> None:
+    (panel,) = [panel for _, panel in panels(BOARD) if panel["title"] == "CPU"]
+    assert list(errors({**BOARD, "panels": [{**panel, place: wrong}]}))
+
+
+def errors(board: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a dashboard, by Grafana's own types: of itself, and of each kind of panel."""
+    parts = [(SCHEMA["dashboard"], board)]
+    for _, panel in panels(board):
+        known = SCHEMA[panel["type"]]
+        parts.append((known["options"], panel["options"]))
+        parts += [(known["custom"], panel["fieldConfig"]["defaults"].get("custom", {}))] if "custom" in known else []
+    for schema, part in parts:
+        yield from (error.message for error in Draft7Validator(schema).iter_errors(part))
 
 
 def test_every_panel_says_what_it_shows_in_which_unit() -> None:
