@@ -39,8 +39,8 @@ def share(part: str, whole: str) -> str:
 
 
 def or_none(expr: str, label: str) -> str:
-    """Ask for what is above 0, and for a series of this label `none` besides, so that an empty panel says 0."""
-    return f'({expr} > 0) or label_replace(vector(0), "{label}", "none", "", "")'
+    """Ask for what is above 0, and if nothing is, for 0 with this label `none`: a panel that is empty says so."""
+    return f'({expr} > 0) or on () label_replace(vector(0), "{label}", "none", "", "")'
 
 
 def or_zero_of_images(expr: str, by: str, where: str) -> str:

@@ -97,7 +97,9 @@ def refusals() -> Sequence[Any]:
             "Requests and files refused for the callers' reasons. A new one after a release of theirs: tell them; "
             "the answers say why.",
             "suffix:refusals/s",
-            Query(or_none(per_second(refused, "reason", f'reason!~"{OUR_REASONS}"'), "reason"), "{{reason}}"),
+            Query(
+                or_none(per_second(refused, "reason", f'reason!~"{OUR_REASONS}|client_gone"'), "reason"), "{{reason}}"
+            ),
             is_stacked=True,
             width=12,
         ),
@@ -166,12 +168,10 @@ def process() -> Sequence[Any]:
         ),
         graph(
             "Memory",
-            "Resident memory of each instance, and the limit. It grows with each version served and settles; growth "
-            "without end is a leak.",
+            "Resident memory of each instance; the figure above compares it with the limit. It grows with each version "
+            "served and settles; growth without end is a leak.",
             "bytes",
             Query(f"process_resident_memory_bytes{{{SERVICE}}}", "{{instance}}"),
-            Query("dtem_memory_limit_bytes", "limit of {{instance}}"),
-            colours={"limit.*": RED},
             width=6,
         ),
         graph(

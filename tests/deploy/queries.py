@@ -56,10 +56,11 @@ class PanelQuery:
 
 
 class Sample(NamedTuple):
-    """A series and its values over time; what could not be computed is missing."""
+    """A series over time; what could not be computed is missing. Units: times in seconds of the epoch."""
 
     labels: dict[str, str]
     values: list[float]
+    times: Sequence[float] = ()
 
 
 def panels(dashboard: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -109,12 +110,16 @@ def fill_in(expr: str, window: str) -> str:
 
 def ask(prometheus_url: str, expr: str, seconds: float = 300, step: float = 5) -> list[Sample]:
     """Return what Prometheus says of the last seconds. Raises: urllib.error.HTTPError for what is no PromQL."""
-    now = time.time()
+    now = time.time() // step * step  # as Grafana: several answers have the same times
     asked = urllib.parse.urlencode({"query": expr, "start": now - seconds, "end": now, "step": step})
     with urllib.request.urlopen(f"{prometheus_url}/api/v1/query_range?{asked}", timeout=10) as answer:
         series = json.load(answer)["data"]["result"]
-    found = [Sample(one["metric"], [float(value) for _, value in one["values"]]) for one in series]
-    return [Sample(labels, [value for value in values if not math.isnan(value)]) for labels, values in found]
+    return [_read_sample(one["metric"], [(at, float(value)) for at, value in one["values"]]) for one in series]
+
+
+def _read_sample(labels: dict[str, str], points: Sequence[tuple[float, float]]) -> Sample:
+    known = [(at, value) for at, value in points if not math.isnan(value)]
+    return Sample(labels, [value for _, value in known], [at for at, _ in known])
 
 
 def complaints(query: PanelQuery, samples: Sequence[Sample]) -> list[str]:

@@ -15,11 +15,12 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from jsonschema import Draft7Validator
 
-from deploy.grafana import dashboard
+from deploy.grafana import dashboard, table
 from tests.app.odd_images import encode, make_photo
 from tests.app.test_reload import publish
 from tests.app.test_store import change_byte
 from tests.app.tiny_store import write_store
+from tests.deploy.draw_dashboard import draw
 from tests.deploy.prometheus import get, run_dcgm_exporter, run_prometheus
 from tests.deploy.queries import (
     DASHBOARD,
@@ -51,6 +52,11 @@ SETTINGS: dict[str, Any] = {
 
 def test_the_file_is_what_the_code_builds() -> None:
     assert DASHBOARD.read_text(encoding="utf-8") == dashboard.render()
+
+
+def test_the_page_has_the_files_panels() -> None:
+    assert table.PAGE.read_text(encoding="utf-8") == table.render(BOARD)
+    assert all(f"| {panel['title']} |" in table.PAGE.read_text(encoding="utf-8") for _, panel in panels(BOARD))
 
 
 def test_grafanas_builder_reads_the_file_and_loses_nothing() -> None:
@@ -176,6 +182,13 @@ def test_every_query_of_every_panel_and_alert_gives_sense_after_traffic(watched:
     found = [text for asked in queries for text in complaints(asked, ask(watched.prometheus_url, asked.expr, 60, 1))]
     assert found == []
     assert len(queries) > 50
+
+
+@pytest.mark.container
+def test_every_panel_can_be_drawn(watched: Watched) -> None:
+    figure = draw(watched.prometheus_url, 60)
+    collapsed = len(BOARD["panels"][-1]["panels"])
+    assert len(figure.axes) == len(list(panels(BOARD))) - collapsed
 
 
 @pytest.mark.container

@@ -60,6 +60,7 @@ def send_all_kinds(address: Address, image: bytes, seconds: float, n_callers: in
     def come_and_go() -> None:
         while time.monotonic() < until:
             address.leave("/classify", image)
+            time.sleep(0.1)
 
     def be_late() -> None:
         while time.monotonic() < until:
@@ -79,7 +80,7 @@ def list_kinds(address: Address, image: bytes) -> list[tuple[str, bytes, str]]:
     """List requests to every variant that is served, and every way to ask for one, well and badly."""
     variants = {(v["policy"], v["r"]) for model in address.models() for v in model["variants"]}
     paths = [f"policy={policy}" + ("" if r is None else f"&r={r}") for policy, r in sorted(variants, key=str)]
-    paths += ["r=0&allow_degrade=true"] * len(paths) + ["deadline_ms=1000", "deadline_ms=3"]
+    paths += ["r=0&allow_degrade=true"] * (len(paths) // 3) + ["deadline_ms=1000", "deadline_ms=3"]
     paths += ["r=3", "policy=nothing", "model=nothing", "top_k=x"]
     kinds = [(f"/classify?{path}", image, "application/octet-stream") for path in paths]
     part = b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n%b\r\n'
