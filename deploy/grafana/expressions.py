@@ -16,7 +16,7 @@ VARIANT_NAME = "{{policy}} {{r}}"
 
 def per_second(counter: str, by: str = "", where: str = VARIANT) -> str:
     """Ask how fast a counter grows, over all instances. by: the labels that are kept, with commas between."""
-    return f"sum {_by(by)}(rate({counter}{{{where}}}[$__rate_interval]))"
+    return f"sum{_by(by)}(rate({counter}{{{where}}}[$__rate_interval]))"
 
 
 def named(expr: str) -> str:
@@ -49,4 +49,4 @@ def or_zero_of_images(expr: str, by: str, where: str) -> str:
 
 
 def _by(labels: str) -> str:
-    return f"by ({labels}) " if labels else ""
+    return f" by ({labels}) " if labels else ""

@@ -59,9 +59,16 @@ def _ends_row(dashboard: dict[str, Any], panel: dict[str, Any]) -> bool:
 def _line(panel: dict[str, Any]) -> str:
     defaults = panel["fieldConfig"]["defaults"]
     queries = "<br>".join(f"`{target['expr']}`" for target in panel["targets"])
-    steps = [f"{step['color']} from {step['value']}" for step in defaults["thresholds"]["steps"][1:]]
-    cells = (panel["title"], panel["description"], queries, unit_name(defaults["unit"]), ", ".join(steps))
+    colours = [_step(step, defaults["unit"]) for step in defaults["thresholds"]["steps"][1:]]
+    for mapping in defaults.get("mappings", []):
+        colours += [f"{key}: {word['text']}, {word['color']}" for key, word in mapping["options"].items()]
+    cells = (panel["title"], panel["description"], queries, unit_name(defaults["unit"]), "; ".join(colours))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _step(step: dict[str, Any], unit: str) -> str:
+    value = f"{100 * step['value']:g} %" if unit == "percentunit" else f"{step['value']:g}"
+    return f"{step['color']} from {value}"
 
 
 def unit_name(unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Grafana's entrypoint makes a password on first use, once, and shows it to nobody."""
+"""Grafana's entrypoint makes a password and a key on first use, once, and shows them to nobody."""
 
 import os
 import shutil
@@ -36,7 +36,11 @@ def test_the_first_start_makes_a_password_and_the_next_keeps_it(shell: list[str]
     assert str(file) in said
     assert "started 1 one" in said
     assert start(shell, tmp_path) == (said, password)
-    assert [path.name for path in tmp_path.iterdir()] == ["admin-password"]
+    assert {path.name for path in tmp_path.iterdir()} == {"admin-password", "secret-key"}
+    key = tmp_path / "secret-key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert len(key.read_text().strip()) == 32
+    assert key.read_text() != password
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -48,9 +52,10 @@ def test_two_volumes_have_two_passwords(shell: list[str], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
 def test_a_password_that_is_given_is_used_and_none_is_made(shell: list[str], tmp_path: Path) -> None:
-    assert start(shell, tmp_path, GF_SECURITY_ADMIN_PASSWORD="given") == ("started 1 one given\n", "")
+    key = {"GF_SECURITY_SECRET_KEY": "k"}
+    assert start(shell, tmp_path, GF_SECURITY_ADMIN_PASSWORD="given", **key) == ("started 1 one given\n", "")
     (tmp_path / "mine").write_text("from a file")
-    given = {"GF_SECURITY_ADMIN_PASSWORD__FILE": str(tmp_path / "mine"), "GF_SECURITY_ADMIN_PASSWORD": ""}
+    given = {"GF_SECURITY_ADMIN_PASSWORD__FILE": str(tmp_path / "mine"), "GF_SECURITY_ADMIN_PASSWORD": "", **key}
     assert start(shell, tmp_path, **given) == ("started 1 one \n", "from a file")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
