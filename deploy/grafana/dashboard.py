@@ -14,6 +14,7 @@ from deploy.grafana.panels import SOURCE
 
 FILE = Path(__file__).parent / "dashboards/dtem-serve.json"
 UID = "dtem-serve"
+GRAFANA = "13.2.3"  # whose panels these are: those without a version it takes for old ones, and changes them
 
 
 class Row(NamedTuple):
@@ -81,6 +82,8 @@ def render() -> str:
     panels = [nested for panel in document["panels"] for nested in (panel, *panel.get("panels", []))]
     for number, panel in enumerate(panels, 1):
         panel["id"] = number
+        if panel["type"] != "row":
+            panel["pluginVersion"] = GRAFANA
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 

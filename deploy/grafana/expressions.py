@@ -16,7 +16,8 @@ VARIANT_NAME = "{{policy}} {{r}}"
 
 def per_second(counter: str, by: str = "", where: str = VARIANT) -> str:
     """Ask how fast a counter grows, over all instances. by: the labels that are kept, with commas between."""
-    return f"sum{_by(by)}(rate({counter}{{{where}}}[$__rate_interval]))"
+    selector = f"{counter}{{{where}}}" if where else counter
+    return f"sum{_by(by)}(rate({selector}[$__rate_interval]))"
 
 
 def named(expr: str) -> str:

@@ -1,5 +1,6 @@
 """Every alert fires when it should and not otherwise, and the runbook says what to do."""
 
+import json
 import re
 import subprocess
 from collections import defaultdict
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.queries import ALERTS, alert_queries
+from tests.deploy.queries import ALERTS, DASHBOARD, alert_queries, panels
 
 TESTS = ALERTS.with_name("alerts_test.yml")
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,15 @@ def test_every_alert_says_what_is_wrong_with_its_figure_and_where_to_read_on(nam
 def test_the_runbook_has_no_alert_that_is_gone() -> None:
     about = {anchor for anchor in headings(ROOT / "docs/runbook.md") if anchor.startswith("dtemserve")}
     assert about == {name.lower() for name in RULES}
+
+
+def test_the_runbook_names_panels_and_rows_that_exist() -> None:
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    known = {re.sub(r" p\d+$", "", panel["title"]) for _, panel in panels(board)} | {row for row, _ in panels(board)}
+    elsewhere = {"Alerts", "Alerting", "Targets", "Configuration"}  # pages of Prometheus and Grafana
+    named = re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert {" ".join(name.split()) for name in named} <= known | elsewhere
 
 
 def test_alerts_are_read_with_their_thresholds() -> None:
