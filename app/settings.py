@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.cpus import count_cpus
 from app.errors import SettingsError
 
 PREFIX = "DTEM_"
@@ -152,8 +153,7 @@ class Settings(BaseSettings):
 
     @property
     def n_inference_threads(self) -> int:
-        n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.n_threads or n_cpus or 1
+        return self.n_threads or count_cpus()
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:

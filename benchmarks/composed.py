@@ -1,0 +1,131 @@
+"""`docker compose up`, under a project of its own on free ports: started, asked, and gone at the end with its volumes."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Self
+
+from benchmarks.served import ROOT, MeasurementError
+
+IMAGE = "dtem-serve:cpu"
+PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
+HEALTHY_SECONDS = 180.0
+COMMAND_SECONDS = 600.0
+LOOK_SECONDS = 0.1
+
+
+def docker(*arguments: str) -> str:
+    """Run a command of Docker's. Returns what it prints.
+
+    Raises: MeasurementError with what it said, if it fails.
+    """
+    return run(["docker", *arguments])
+
+
+def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise MeasurementError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}".strip())
+    return done.stdout.strip()
+
+
+def build_image(target: str = "cpu", image: str = IMAGE) -> str:
+    """Build a target of the Dockerfile. The network is the host's: that is where the package index is reached from."""
+    docker("build", "--network", "host", "--target", target, "--tag", image, ".")
+    return image
+
+
+@cache
+def compose_command() -> tuple[str, ...]:
+    """Return how Compose is called here: as Docker's plugin, or as the program that it was before."""
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    return ("docker", "compose") if plugin.returncode == 0 else ("docker-compose",)
+
+
+class Composed:
+    """Services of docker-compose.yml, from an image that was built before."""
+
+    def __init__(self, project: str, services: Sequence[str], **variables: object) -> None:
+        self._services = services
+        self._command = [*compose_command(), "--project-name", project]
+        self.ports = {service: find_free_port() for service in PORTS}
+        chosen = {PORTS[service]: port for service, port in self.ports.items()} | variables
+        self._environment = os.environ | {name: str(value) for name, value in chosen.items()}
+        self.up_seconds = 0.0  # until all are healthy
+
+    def __enter__(self) -> Self:
+        """Raises: MeasurementError with the logs, if a service does not become healthy."""
+        started_at = time.monotonic()
+        try:
+            self.compose("up", "--detach", "--no-build", *self._services)
+            for service in self._services:
+                self.wait_until_healthy(service)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.up_seconds = time.monotonic() - started_at
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+
+    def compose(self, *arguments: str) -> str:
+        return run([*self._command, *arguments], self._environment)
+
+    def container(self, service: str) -> str:
+        return self.compose("ps", "--quiet", service)
+
+    def inspect(self, service: str, template: str) -> str:
+        return docker("inspect", "--format", template, self.container(service))
+
+    def inside(self, service: str, *command: str) -> str:
+        """Run a command in the container of a service, as its user. Returns what it prints."""
+        return docker("exec", self.container(service), *command)
+
+    def logs(self, service: str) -> str:
+        return self.compose("logs", "--no-color", service)
+
+    def wait_until_healthy(self, service: str) -> None:
+        """Raises: MeasurementError with its log."""
+        deadline = time.monotonic() + HEALTHY_SECONDS
+        while self.inspect(service, "{{.State.Health.Status}}") != "healthy":
+            if time.monotonic() > deadline:
+                raise MeasurementError(f"{service} did not become healthy:\n{self.logs(service)}")
+            time.sleep(LOOK_SECONDS)
+
+    def ask(self, service: str, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Send one request to the published port of a service. Returns status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports[service], timeout=60)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def memory_bytes(self, service: str) -> int:
+        """Read what the service's processes hold, as Prometheus would see it: resident, of the first process."""
+        pid = self.inspect(service, "{{.State.Pid}}")
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

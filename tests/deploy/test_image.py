@@ -1,0 +1,71 @@
+"""The image itself: what is in it, what it may do, and how it ends."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.composed import docker, run
+from benchmarks.served import MeasurementError
+
+pytestmark = pytest.mark.container
+BASE = "python:3.11-slim-bookworm"
+MAX_OWN_BYTES = 350_000_000
+CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+
+
+def inspect(image: str) -> dict[str, Any]:
+    (described,) = json.loads(docker("image", "inspect", image))
+    return dict(described)
+
+
+def run_inside(image: str, *command: str) -> str:
+    return docker("run", "--rm", *CONFINED, "--entrypoint", command[0], image, *command[1:])
+
+
+def test_image_adds_at_most_350_mb(image: str) -> None:
+    assert inspect(image)["Size"] - inspect(BASE)["Size"] <= MAX_OWN_BYTES
+
+
+def test_image_is_described_and_ends_by_sigterm_as_nobody_special(image: str) -> None:
+    config = inspect(image)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "/app/healthcheck.py"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "dtem-serve"
+
+
+def test_image_has_neither_torch_nor_a_compiler_nor_the_training_half(image: str) -> None:
+    listing = run_inside(
+        image, "sh", "-c", "ls /app /opt/venv/lib/python3*/site-packages; command -v gcc cc g++ || true"
+    )
+    words = set(listing.split())
+    assert {"app", "model_store", "healthcheck.py", "onnxruntime"} <= words
+    assert not words & {"torch", "timm", "torchvision", "training", "tests", "pip"}
+    assert not re.search(r"/(gcc|cc|g\+\+)$", listing, re.MULTILINE)
+
+
+def test_image_writes_nowhere(image: str) -> None:
+    """Nothing under its own folders belongs to its user, so that not even a writable root would let it change itself."""
+    assert run_inside(image, "find", "/app", "/opt/venv", "-writable") == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("DTEM_DEVICE=cuda", "CUDAExecutionProvider"), ("DTEM_PORTS=1", "no such setting"), ("DTEM_MODEL_STORE=/x", "/x")],
+)
+def test_image_that_cannot_start_says_why(image: str, setting: str, reason: str) -> None:
+    with pytest.raises(MeasurementError, match="cannot start") as caught:
+        run(["docker", "run", "--rm", *CONFINED, "--env", setting, image])
+    assert reason in str(caught.value)
+
+
+def test_dockerfile_and_compose_pin_every_image() -> None:
+    root = Path(__file__).parents[2]
+    for name in ("docker-compose.yml", "docker-compose.gpu.yml"):
+        images = re.findall(r"image: (\S+)", (root / name).read_text())
+        assert images
+        assert all(re.fullmatch(r"dtem-serve:(cpu|gpu)|[\w./-]+:v?\d+\.\d+[\w.-]*", image) for image in images), images
+    assert f"ARG PYTHON={BASE}" in (root / "Dockerfile").read_text()
