@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.cpus import count_cpus
+from app.cgroups import count_cpus
 from app.errors import SettingsError
 
 PREFIX = "DTEM_"

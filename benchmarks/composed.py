@@ -1,4 +1,4 @@
-"""`docker compose up`, under a project of its own on free ports: started, asked, and gone at the end with its volumes."""
+"""`docker compose up`, as a project of its own on free ports: started, asked, and gone at the end with its volumes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Self
 
-from benchmarks.served import ROOT, MeasurementError
+from benchmarks.served import PAGE_BYTES, ROOT, MeasurementError
 
 IMAGE = "dtem-serve:cpu"
 PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
@@ -33,8 +34,7 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
         command,
         cwd=ROOT,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,
         check=False,
@@ -121,8 +121,7 @@ class Composed:
     def memory_bytes(self, service: str) -> int:
         """Read what the service's processes hold, as Prometheus would see it: resident, of the first process."""
         pid = self.inspect(service, "{{.State.Pid}}")
-        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
 
 
 def find_free_port() -> int:
