@@ -16,7 +16,7 @@ from benchmarks.served import PAGE_BYTES, ROOT, MeasurementError
 
 IMAGE = "dtem-serve:cpu"
 PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
-HEALTHY_SECONDS = 180.0
+HEALTHY_SECONDS = 120.0
 COMMAND_SECONDS = 600.0
 LOOK_SECONDS = 0.1
 
