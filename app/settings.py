@@ -33,7 +33,10 @@ class Settings(BaseSettings):
     precision: str = Field(default="float32", description="which precision of the store to run")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to run them; there is no silent fallback")
     n_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="threads of one inference; else the CPUs we may use"
+        default=None,
+        ge=1,
+        le=1024,
+        description="threads of one inference; else the CPUs that affinity and quota leave us",
     )
     share_weights: bool = Field(
         default=False,
