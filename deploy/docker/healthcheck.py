@@ -25,7 +25,7 @@ def is_ready() -> bool:
     try:
         connection.request("GET", "/health/ready")
         return connection.getresponse().status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()

@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.composed import docker, run
 from benchmarks.served import MeasurementError
+from tests.app.certificates import make_certificate
+from tests.integration.test_start_and_stop import wait_until
 
 pytestmark = pytest.mark.container
 BASE = "python:3.11-slim-bookworm"
@@ -59,3 +62,22 @@ def test_image_that_cannot_start_says_why(image: str, setting: str, reason: str)
     with pytest.raises(MeasurementError, match="cannot start") as caught:
         run(["docker", "run", "--rm", *CONFINED, "--env", setting, image])
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_healthcheck_asks_the_service_as_it_is_set(image: str, tmp_path: Path, is_tls: bool) -> None:
+    settings = ["--env", "DTEM_PORT=9000", "--env", "DTEM_API_KEYS=secret"]
+    if is_tls:
+        certificate, key = make_certificate(tmp_path)
+        key.chmod(0o444)
+        tmp_path.chmod(0o755)
+        settings += ["--volume", f"{tmp_path}:/tls:ro"]
+        settings += ["--env", f"DTEM_TLS_CERTIFICATE=/tls/{certificate.name}", "--env", f"DTEM_TLS_KEY=/tls/{key.name}"]
+    container = docker("run", "--detach", *CONFINED, *settings, image)
+    try:
+        wait_until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy")
+        docker("exec", container, "python", "/app/healthcheck.py")
+        with pytest.raises(MeasurementError, match="ended with 1"):
+            docker("exec", "--env", "DTEM_PORT=9001", container, "python", "/app/healthcheck.py")
+    finally:
+        docker("rm", "--force", container)

@@ -23,8 +23,7 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of our own, as the host would have it: the reference model's last version."""
     store = tmp_path_factory.mktemp("model_store")
     shutil.copytree(ROOT / "model_store/reference/4", store / "reference/4")
-    for folder in (store, *store.parents[:2]):  # made for us alone, but the service has a user of its own
-        folder.chmod(0o755)
+    store.chmod(0o755)  # made for us alone, but the service has a user of its own
     return store
 
 
