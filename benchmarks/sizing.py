@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.composed import Composed, build_image
 from benchmarks.labelled_jpegs import draw_jpegs, write_jpegs
-from benchmarks.report import describe_host, positive, write_report
+from benchmarks.report import describe_host, positive, report
 from benchmarks.served import MeasurementError
 from benchmarks.sizing_report import draw_figure, markdown
 from benchmarks.wrk import find_wrk, saturate, write_script
@@ -130,17 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = read_options(arguments)
-    try:
-        content = measure(options)
-    except MeasurementError as error:
-        print(f"cannot measure: {error}", file=sys.stderr)
-        return 1
-    table = markdown(content)
-    print(table)
-    if options.out:
-        write_report(options.out, table, content, draw_figure(content))
-    return 0
+    return report(read_options(arguments), measure, markdown, draw_figure)
 
 
 if __name__ == "__main__":
