@@ -10,7 +10,6 @@ import yaml
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 KUSTOMIZATION = "kustomization.yaml"
-OVERLAYS = ("base", "overlays/cpu", "overlays/gpu")
 
 Object = dict[str, Any]  # as the API server would be sent it
 

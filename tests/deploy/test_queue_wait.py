@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from app.metrics import Exchange, Metrics, Run
 from app.settings import Settings
-from tests.deploy.manifests import Object, find, read_file
+from tests.deploy.manifests import Object, read_file
 
 VARIANT = ("reference", "dtem", "16")
 SERIES = 'dtem_stage_seconds_{part}{{namespace="dtem-serve",pod="{pod}",stage="{stage}",r="{r}"}}'
@@ -25,7 +25,9 @@ def rule() -> Object:
 
 def autoscaler() -> Object:
     item = read_file("components/prometheus/horizontalpodautoscaler.yaml")
-    return find([item], "HorizontalPodAutoscaler")["spec"]
+    spec = item["spec"]
+    assert isinstance(spec, dict)
+    return spec
 
 
 def fill_in(query: str) -> str:
