@@ -14,6 +14,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from app.cgroups import memory_limit_bytes
+from app.errors import PROBLEMS
+
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
 BUCKETS_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -34,6 +37,7 @@ class Run:
     queue_seconds: float
     inference_seconds: float
     kept_tokens: int
+    gmacs: float
     gmacs_saved: float
     is_degraded: bool
 
@@ -117,6 +121,7 @@ class Metrics:
         GCCollector(registry=registry)
         self._requests = self._counter("dtem_requests_total", "Answers to requests to classify", [*VARIANT, "code"])
         self._images = self._counter("dtem_images_total", "Images classified", VARIANT)
+        self._gmacs = self._counter("dtem_gmacs_total", "GMACs that images took", VARIANT)
         self._saved = self._counter("dtem_gmacs_saved_total", "GMACs that images took less than unmerged", VARIANT)
         self._degraded = self._counter("dtem_degraded_total", "Images that ran cheaper than preferred", VARIANT)
         self._refusals = self._counter("dtem_refusals_total", "Requests and files refused", ["reason"])
@@ -129,13 +134,25 @@ class Metrics:
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
-        self._reloads = Counter(
-            "dtem_reloads_total", "Model versions taken or refused since the start", ["result"], registry=registry
+        self._reloads = self._counter(
+            "dtem_reloads_total", "Model versions taken or refused since the start", ["result"]
         )
-        for result in get_args(ReloadResult):
-            self._reloads.labels(result)  # at 0 from the start, so that an alert sees the first one
+        self._begin_at_zero()
         self._ready = Gauge("dtem_ready", "Whether the service takes requests", registry=registry)
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
+        limit = Gauge("dtem_memory_limit_bytes", "Memory of the container, else of the machine", registry=registry)
+        limit.set(memory_limit_bytes())
+
+    def _begin_at_zero(self) -> None:
+        """Make the counters of rare events, so that an alert sees the first one: an increase needs a value before."""
+        for result in get_args(ReloadResult):
+            self._reloads.labels(result)
+        for _, reason in PROBLEMS.values():
+            self._refusals.labels(reason)
+        for reason in LATE:
+            self._misses.labels(reason)
+        for reason in ("waiting", "running"):
+            self._cancelled.labels(reason)
 
     def _counter(self, name: str, documentation: str, labels: list[str]) -> Counter:
         return Counter(name, documentation, labels, registry=self.registry)
@@ -171,6 +188,7 @@ class Metrics:
                 self._misses.labels(reason).inc()
         for run in exchange.runs:
             self._images.labels(*run.variant).inc()
+            self._gmacs.labels(*run.variant).inc(run.gmacs)
             self._saved.labels(*run.variant).inc(run.gmacs_saved)
             self._kept.labels(*run.variant).observe(run.kept_tokens)
             if run.is_degraded:
@@ -205,7 +223,10 @@ class _EngineCollector(Collector):
         floor = GaugeMetricFamily(
             "dtem_rate_floor", "Least rate of requests that consent, while it is raised", labels=VARIANT[:2]
         )
-        for (model, _, policy), r in self._engine.floors().items():
-            floor.add_metric([model, policy], r)
+        floors = sorted(self._engine.floors().items(), key=lambda item: item[1])
+        for labels, r in {
+            (model, policy): r for (model, _, policy), r in floors
+        }.items():  # the highest of all versions
+            floor.add_metric(list(labels), r)
         yield depth
         yield floor

@@ -218,6 +218,7 @@ def _record(done: Done, chosen: Selection) -> Run:
         queue_seconds=done.queue_seconds,
         inference_seconds=done.inference_seconds,
         kept_tokens=entry.tokens[-1] if done.tokens is None else done.tokens[-1],
+        gmacs=gmacs,
         gmacs_saved=max(0.0, chosen.model.unmerged_gmacs - gmacs),
         is_degraded=done.is_degraded,
     )

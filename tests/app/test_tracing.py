@@ -68,7 +68,17 @@ def finished_exchange() -> Exchange:
         r="16",
         decodes=[(100.01, 0.001), (100.02, 0.002)],
         runs=[
-            Run(("vit", "dtem", "16"), 8, 100.034, 0.004, 0.05, kept_tokens=9, gmacs_saved=1.0, is_degraded=degraded)
+            Run(
+                ("vit", "dtem", "16"),
+                8,
+                100.034,
+                0.004,
+                0.05,
+                kept_tokens=9,
+                gmacs=1.0,
+                gmacs_saved=1.0,
+                is_degraded=degraded,
+            )
             for degraded in (False, True)
         ],
     )
