@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.keys import Keys, read_keys
-from tests.deploy.manifests import FOLDER, Object, container, find, render
+from tests.deploy.manifests import FOLDER, ROOT, Object, container, find, read_objects, render
 from tests.deploy.schemas import LATEST, OLDEST, validate
 from tests.deploy.test_kubernetes import environment, start_with
 
@@ -56,7 +56,7 @@ def test_overlay_has_settings_and_image_of_its_device(
     deployment, settings = find(objects, "Deployment"), find(objects, "ConfigMap")
     read = start_with(monkeypatch, environment(deployment, settings["data"]))
     only = container(deployment)
-    assert (read.device, str(read.n_threads)) == (device, only["resources"]["limits"]["cpu"])
+    assert read.device == device
     assert only["image"] == f"dtem-serve:{'gpu' if device == 'cuda' else 'cpu'}"
     assert only["resources"]["limits"].get("nvidia.com/gpu") == ("1" if device == "cuda" else None)
     assert only["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
@@ -121,6 +121,16 @@ def test_readme_keys_are_what_the_service_and_prometheus_read(
     assert repr(keys) == "<Keys n=2>"
 
 
+def test_readme_alerts_become_rules_of_the_prometheus_operator(own: list[Object]) -> None:
+    commands = read_block("sh", "PrometheusRule").replace("kubectl -n dtem-serve apply -f -", "cat")
+    done = subprocess.run(["sh", "-ec", commands], cwd=ROOT, capture_output=True, text=True, check=True)
+    (rule,) = read_objects(done.stdout)
+    assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert [rule["spec"]] == read_objects((ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8"))
+    job = find(own, "Service")["metadata"]["labels"][find(own, "ServiceMonitor")["spec"]["jobLabel"]]
+    assert f'up{{job="{job}"}}' in done.stdout
+
+
 def test_components_all_work_together_and_without_prometheus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     components = [f"../deploy/kubernetes/components/{name}" for name in ("keys", "model-store", "traces")]
     kustomization = {"namespace": "dtem-serve", "resources": ["../deploy/kubernetes/base"], "components": components}
@@ -129,6 +139,10 @@ def test_components_all_work_together_and_without_prometheus(tmp_path: Path, mon
         validate(item, LATEST)
     settings = start_with(monkeypatch, environment(find(objects, "Deployment"), find(objects, "ConfigMap")["data"]))
     assert settings.trace_endpoint is not None
+    assert [variable["name"] for variable in container(find(objects, "Deployment"))["env"]][:2] == [
+        "POD_NAME",  # before what refers to it
+        "OTEL_RESOURCE_ATTRIBUTES",
+    ]
     (rule, _names) = find(objects, "NetworkPolicy", "dtem-serve-traces")["spec"]["egress"]
     assert f":{rule['ports'][0]['port']}/" in settings.trace_endpoint
     namespace = rule["to"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]

@@ -40,7 +40,7 @@ def expose() -> str:
     """Say what a service that has answered one request exposes."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: True, _Nothing(), lambda: 0)
-    run = Run(VARIANT, 1, 0.0, 0.25, 0.01, kept_tokens=11, gmacs_saved=0.3, is_degraded=False)
+    run = Run(VARIANT, 1, 0.0, 0.25, 0.01, kept_tokens=11, gmacs=0.3, gmacs_saved=0.3, is_degraded=False)
     metrics.observe(Exchange(model="reference", policy="dtem", r="16", runs=[run]), 200)
     return generate_latest(metrics.registry).decode()
 
