@@ -13,7 +13,8 @@ from app.settings import Settings
 from tests.deploy.manifests import Object, read_file
 
 VARIANT = ("reference", "dtem", "16")
-SERIES = 'dtem_stage_seconds_{part}{{namespace="dtem-serve",pod="{pod}",stage="{stage}",r="{r}"}}'
+
+Samples = dict[str, str]  # a series, and its values
 
 
 @pytest.fixture
@@ -84,44 +85,35 @@ def test_adapter_reads_series_that_the_service_exposes(rule: Object) -> None:
     assert waited is not None
 
 
+def stage(pod: str, wait: str, count: str, r: int = 0, name: str = "queue", namespace: str = "dtem-serve") -> Samples:
+    """Make up what a pod's histogram of one stage says at each scrape, in promtool's words."""
+    labels = f'{{namespace="{namespace}",pod="{pod}",stage="{name}",r="{r}"}}'
+    return {f"dtem_stage_seconds_sum{labels}": wait, f"dtem_stage_seconds_count{labels}": count}
+
+
+def evaluate(query: str, series: Samples, expected: dict[str, float], folder: Path) -> None:
+    """Let promtool say what a query is after two minutes of a scrape every 15 seconds."""
+    samples = [{"labels": f'{{pod="{pod}"}}', "value": value} for pod, value in expected.items()]
+    test = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [{"expr": query, "eval_time": "2m", "exp_samples": samples}],
+    }
+    file = folder / "test.yaml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [test]}), encoding="utf-8")
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.container
 def test_adapter_query_is_the_mean_wait_of_each_pod_and_zero_without_traffic(rule: Object, tmp_path: Path) -> None:
-    """Scraped every 15 s for two minutes, on made-up series: `busy` has two rates, whose images wait 0.2 s and 0.4 s,
-    three of the former for one of the latter; `idle` had traffic before; `new` has never had any. A pod of another
-    namespace, and the other stages, must not count.
-    """
-    values = {
-        SERIES.format(part="sum", pod="busy", stage="queue", r="0"): "0+9x8",  # 45 images every 15 s
-        SERIES.format(part="count", pod="busy", stage="queue", r="0"): "0+45x8",
-        SERIES.format(part="sum", pod="busy", stage="queue", r="16"): "0+6x8",  # 15
-        SERIES.format(part="count", pod="busy", stage="queue", r="16"): "0+15x8",
-        SERIES.format(part="sum", pod="busy", stage="inference", r="0"): "0+900x8",
-        SERIES.format(part="count", pod="busy", stage="inference", r="0"): "0+45x8",
-        SERIES.format(part="sum", pod="idle", stage="queue", r="0"): "7+0x8",
-        SERIES.format(part="count", pod="idle", stage="queue", r="0"): "30+0x8",
-        SERIES.format(part="sum", pod="busy", stage="queue", r="0").replace("dtem-serve", "other"): "0+900x8",
-        SERIES.format(part="count", pod="busy", stage="queue", r="0").replace("dtem-serve", "other"): "0+1x8",
-        **{f'dtem_ready{{namespace="dtem-serve",pod="{pod}"}}': "1+0x8" for pod in ("busy", "idle", "new")},
-        'dtem_ready{namespace="other",pod="new"}': "1+0x8",
+    ready = {f'dtem_ready{{namespace="dtem-serve",pod="{pod}"}}': "1+0x8" for pod in ("busy", "idle", "new")}
+    series = {
+        **ready,  # `new` has nothing else: no image yet
+        **stage("busy", "0+9x8", "0+45x8"),  # 45 images in 15 s, that wait 0.2 s each
+        **stage("busy", "0+6x8", "0+15x8", r=16),  # and 15 that wait 0.4 s
+        **stage("busy", "0+900x8", "0+45x8", name="inference"),
+        **stage("busy", "0+900x8", "0+1x8", namespace="other"),
+        **stage("idle", "7+0x8", "30+0x8"),
     }
-    expected = [("busy", 0.25), ("idle", 0), ("new", 0)]
-    document = {
-        "evaluation_interval": "15s",
-        "tests": [
-            {
-                "interval": "15s",
-                "input_series": [{"series": series, "values": steps} for series, steps in values.items()],
-                "promql_expr_test": [
-                    {
-                        "expr": fill_in(rule["metricsQuery"]),
-                        "eval_time": "2m",
-                        "exp_samples": [{"labels": f'{{pod="{pod}"}}', "value": value} for pod, value in expected],
-                    }
-                ],
-            }
-        ],
-    }
-    (tmp_path / "test.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
-    command = ["promtool", "test", "rules", str(tmp_path / "test.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    evaluate(fill_in(rule["metricsQuery"]), series, {"busy": 0.25, "idle": 0, "new": 0}, tmp_path)
