@@ -194,9 +194,8 @@ class Metrics:
             if run.is_degraded:
                 self._degraded.labels(*run.variant).inc()
         for stage, seconds in exchange.stages.items():
-            histogram = self._stages.labels(stage, *variant)
             for value in seconds:
-                histogram.observe(value)
+                self._stages.labels(stage, *variant).observe(value)
 
     def observe_run(self, variant: Labels, n_images: int, seconds: float) -> None:
         """Count a batch that has run."""
@@ -223,10 +222,10 @@ class _EngineCollector(Collector):
         floor = GaugeMetricFamily(
             "dtem_rate_floor", "Least rate of requests that consent, while it is raised", labels=VARIANT[:2]
         )
-        floors = sorted(self._engine.floors().items(), key=lambda item: item[1])
-        for labels, r in {
-            (model, policy): r for (model, _, policy), r in floors
-        }.items():  # the highest of all versions
-            floor.add_metric(list(labels), r)
+        highest: dict[tuple[str, str], int] = {}  # of all versions
+        for (model, _, policy), r in self._engine.floors().items():
+            highest[model, policy] = max(r, highest.get((model, policy), 0))
+        for family, r in highest.items():
+            floor.add_metric(list(family), r)
         yield depth
         yield floor

@@ -47,3 +47,11 @@ def test_gmacs_taken_and_saved_add_up_to_those_unmerged(make_client: ClientFacto
     counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines())
     taken, saved = (float(counted[f"{name}{{{r16}}}"]) for name in ("dtem_gmacs_total", "dtem_gmacs_saved_total"))
     assert (taken, saved) == pytest.approx((1 - 16 / 50, 16 / 50))
+
+
+def test_a_refused_request_leaves_no_empty_histograms(make_client: ClientFactory) -> None:
+    client = make_client()
+    client.post("/classify?r=3", content=PNG)
+    text = client.get("/metrics").text
+    assert 'dtem_requests_total{code="422"' in text
+    assert "dtem_stage_seconds_bucket{" not in text

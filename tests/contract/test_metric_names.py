@@ -1,0 +1,74 @@
+"""What dashboards and alerts ask for exists, and what the service measures is shown."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+
+from app.metrics import Exchange, Metrics, Run
+from tests.deploy.queries import alert_queries, dashboard_queries
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+VARIANT = ("vit", "dtem", "16")
+ADDED_BY_PROMETHEUS = {"job", "instance"}
+MADE_BY_ADAPTER = "dtem_queue_wait_seconds"  # out of ours, for the autoscaler: tests/deploy/test_queue_wait.py
+NOT_SHOWN: set[str] = set()  # metrics of ours that no panel needs
+METRIC = re.compile(r"\b((?:dtem|process|python)_[a-z_]+)(?:{([^}]*)})?")
+LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
+GROUPING = re.compile(r"\bby \(([^)]*)\)")
+
+
+class BusyEngine:
+    def depths_by_label(self) -> dict[tuple[str, str, str], int]:
+        return {VARIANT: 1}
+
+    def floors(self) -> dict[tuple[str, str, str], int]:
+        return {("vit", "1", "dtem"): 8}
+
+
+def labels_by_series() -> dict[str, set[str]]:
+    """Map the name of every series that the service can have to its labels: all metrics, after one of every event."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.watch(lambda: True, BusyEngine(), lambda: 1)
+    metrics.announce_models([("vit", "1")], "onnx", "cpu")
+    run = Run(VARIANT, 1, 0.0, 0.1, 0.1, kept_tokens=11, gmacs=0.3, gmacs_saved=0.3, is_degraded=True)
+    metrics.observe(Exchange(runs=[run], decodes=[(0.0, 0.1)], total_seconds=0.3), 200)
+    metrics.observe_run(VARIANT, 1, 0.1)
+    families: Iterator[Metric] = iter(metrics.registry.collect())
+    return {sample.name: set(sample.labels) for family in families for sample in family.samples}
+
+
+SERIES = labels_by_series()
+
+
+def asked_for() -> list[tuple[str, str]]:
+    """List where something is asked for, and how."""
+    queries = dashboard_queries() + alert_queries()
+    found = [(query.title, query.expr) for query in queries]
+    others = [path for kind in ("yml", "yaml") for path in (DEPLOY / "kubernetes").rglob(f"*.{kind}")]
+    names = [(path.name, name) for path in others for name in re.findall(r"\bdtem_[a-z_]+", path.read_text())]
+    return found + [(where, name) for where, name in names if name != MADE_BY_ADAPTER]
+
+
+@pytest.mark.parametrize(("where", "expr"), asked_for())
+def test_metrics_and_labels_that_are_asked_for_exist(where: str, expr: str) -> None:
+    for name, matchers in METRIC.findall(expr):
+        assert name in SERIES, where
+        labels = set(LABEL.findall(re.sub(r'"[^"]*"', "", matchers or "")))
+        assert labels <= SERIES[name] | ADDED_BY_PROMETHEUS, (where, name)
+    for grouping in GROUPING.findall(expr):
+        known = set().union(*(SERIES[name] for name, _ in METRIC.findall(expr)))
+        assert set(re.findall(r"\w+", grouping)) <= known, where
+
+
+def test_every_metric_of_ours_is_on_the_dashboard() -> None:
+    shown = {name for query in dashboard_queries() for name, _ in METRIC.findall(query.expr)}
+    families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in SERIES if name.startswith("dtem_")}
+    shown_families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown}
+    missing = families - shown_families
+    created_only = {name for name in missing if name + "_total" in families}
+    assert missing - created_only == NOT_SHOWN
+    assert families >= NOT_SHOWN

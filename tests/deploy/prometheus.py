@@ -1,0 +1,95 @@
+"""A real Prometheus with our rules and jobs, on this machine's ports, and a stand-in for dcgm-exporter."""
+
+import http.server
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.deploy.queries import DEPLOY
+
+START_SECONDS = 30.0
+EXPOSITION = Path(__file__).parent / "dcgm-exporter.txt"
+
+
+@contextmanager
+def run_prometheus(folder: Path, service_port: int, gpu_port: int | None = None) -> Iterator[str]:
+    """Run Debian's Prometheus (apt-get install prometheus), which scrapes every second. Yields its address."""
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{service_port}"]
+    shutil.copytree(DEPLOY / "prometheus", folder)
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    if gpu_port is not None:  # as docker-compose.gpu.yml mounts one in the place of the other
+        given = (folder / "gpu-targets-dcgm.yml").read_text()
+        (folder / "gpu-targets.yml").write_text(given.replace("dcgm-exporter:9400", f"127.0.0.1:{gpu_port}"))
+    port = _free_port()
+    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}", folder / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def get(prometheus_url: str, path: str) -> Any:
+    """Return the data of an answer of its API."""
+    with urllib.request.urlopen(f"{prometheus_url}/api/v1/{path}", timeout=10) as answer:
+        return json.load(answer)["data"]
+
+
+def _wait_until_ready(url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/-/ready", timeout=5).close()
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+        else:
+            return
+    raise TimeoutError(f"Prometheus did not become ready:\n{log.read_text()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class _Recorded(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.end_headers()
+        self.wfile.write(EXPOSITION.read_bytes())
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (its name in the base class)
+        pass
+
+
+@contextmanager
+def run_dcgm_exporter() -> Iterator[int]:
+    """Serve what dcgm-exporter's documentation shows, on a port that is yielded."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Recorded)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,221 @@
+"""The dashboard's file is what its code says, Grafana's model reads it, and every query of it means something."""
+
+import importlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from jsonschema import Draft7Validator
+
+from deploy.grafana import dashboard, table
+from tests.app.odd_images import encode, make_photo
+from tests.app.test_reload import publish
+from tests.app.test_store import change_byte
+from tests.app.tiny_store import write_store
+from tests.deploy.draw_dashboard import draw
+from tests.deploy.prometheus import get, run_dcgm_exporter, run_prometheus
+from tests.deploy.queries import (
+    DASHBOARD,
+    PanelQuery,
+    Sample,
+    alert_queries,
+    ask,
+    complaints,
+    dashboard_queries,
+    panels,
+)
+from tests.deploy.traffic import Address, send_all_kinds
+from tests.integration.server import Server
+from tests.integration.test_start_and_stop import wait_until
+
+PROVISIONING = DASHBOARD.parents[1] / "provisioning"
+BOARD = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parent / "grafana-schema.json").read_text(encoding="utf-8"))
+PNG = encode(make_photo(64, 64), "PNG")
+# So that this little traffic fills it: small queues, batches that wait, and a device that is soon behind.
+SETTINGS: dict[str, Any] = {
+    "max_queue_images": 6,
+    "max_files": 4,
+    "batch_wait_ms": 30,
+    "patience_ms": 20,
+    "reload_seconds": 0.5,
+}
+
+
+def test_the_file_is_what_the_code_builds() -> None:
+    assert DASHBOARD.read_text(encoding="utf-8") == dashboard.render()
+
+
+def test_the_page_has_the_files_panels() -> None:
+    assert table.PAGE.read_text(encoding="utf-8") == table.render(BOARD)
+    assert all(f"| {panel['title']} |" in table.PAGE.read_text(encoding="utf-8") for _, panel in panels(BOARD))
+
+
+def test_grafanas_builder_reads_the_file_and_loses_nothing() -> None:
+    plugins.register_default_plugins()
+    model = importlib.import_module("grafana_foundation_sdk.models.dashboard")  # which warns, unless ours came first
+    again = json.loads(json.dumps(model.Dashboard.from_json(BOARD), cls=JSONEncoder))
+    for variable in again["templating"]["list"]:
+        for name in ("auto", "auto_min", "auto_count"):
+            del variable[name]
+    assert again == BOARD
+
+
+def test_the_file_is_valid_by_the_types_of_the_grafana_that_is_pinned() -> None:
+    assert list(errors(BOARD)) == []
+    assert BOARD["schemaVersion"] == 42  # of Grafana 13.2
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        ("fieldConfig", {"defaults": {"thresholds": {"mode": "sometimes", "steps": []}}, "overrides": []}),
+        ("fieldConfig", {"defaults": {"custom": {"showPoints": "perhaps"}}, "overrides": []}),
+        ("options", {"legend": {"displayMode": "big"}}),
+        ("gridPos", {"x": "left"}),
+    ],
+)
+def test_a_file_that_is_not_valid_is_noticed(place: str, wrong: dict[str, Any]) -> None:
+    (panel,) = [panel for _, panel in panels(BOARD) if panel["title"] == "CPU"]
+    assert list(errors({**BOARD, "panels": [{**panel, place: wrong}]}))
+
+
+def errors(board: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a dashboard, by Grafana's own types: of itself, and of each kind of panel."""
+    parts = [(SCHEMA["dashboard"], board)]
+    for _, panel in panels(board):
+        known = SCHEMA[panel["type"]]
+        parts.append((known["options"], panel["options"]))
+        parts += [(known["custom"], panel["fieldConfig"]["defaults"].get("custom", {}))] if "custom" in known else []
+    for schema, part in parts:
+        yield from (error.message for error in Draft7Validator(schema).iter_errors(part))
+
+
+def test_every_panel_says_what_it_shows_in_which_unit() -> None:
+    titles = [panel["title"] for _, panel in panels(BOARD)]
+    assert len(titles) == len(set(titles)) > 30
+    for _, panel in panels(BOARD):
+        assert len(panel["description"]) > 20, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
+
+
+def test_panels_lie_beside_each_other_on_the_grid() -> None:
+    taken: Counter[tuple[int, int]] = Counter()
+    for _, panel in panels(BOARD):
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        taken.update((x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"]))
+    assert set(taken.values()) == {1}
+    numbers = [panel["id"] for panel in BOARD["panels"]] + [panel["id"] for _, panel in panels(BOARD)]
+    assert len(set(numbers)) == len([p for p in BOARD["panels"] if p["type"] == "row"]) + len(list(panels(BOARD)))
+
+
+def test_every_query_asks_the_source_that_is_provisioned() -> None:
+    (source,) = yaml.safe_load((PROVISIONING / "datasources/prometheus.yml").read_text())["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    found = set(re.findall(r'"uid": "([^"]+)"', DASHBOARD.read_text(encoding="utf-8"))) - {BOARD["uid"]}
+    assert found == {source["uid"]}
+    (provider,) = yaml.safe_load((PROVISIONING / "dashboards/dtem-serve.yml").read_text())["providers"]
+    assert provider["type"] == "file"
+
+
+def query(**fields: str) -> PanelQuery:
+    return PanelQuery(**({"title": "t", "row": "r", "legend": "{{r}}", "expr": "e", "unit": "s"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("asked", "values"),
+    [
+        (query(), []),
+        (query(), [-0.1, 1.0]),
+        (query(), [61.0]),
+        (query(), [float("inf")]),
+        (query(), [0.0, 0.0]),
+        (query(unit="percentunit"), [1.01]),
+        (query(unit="bytes"), [1000.0]),
+        (query(legend="{{r}} {{policy}}"), [1.0]),
+    ],
+)
+def test_answers_without_sense_are_complained_of(asked: PanelQuery, values: list[float]) -> None:
+    assert complaints(query(), [Sample({"r": "8"}, [0.0, 0.01])]) == []
+    assert len(complaints(asked, [Sample({"r": "8"}, values)])) == 1
+
+
+class Watched(NamedTuple):
+    """A service, the Prometheus that watches it, its store, and how it answered."""
+
+    server: Server
+    prometheus_url: str
+    store: Path
+    statuses: Counter[int]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    write_store(folder / "store")
+    with (
+        Server(folder / "store", folder / "server.log", **SETTINGS) as server,
+        run_dcgm_exporter() as gpu_port,
+        run_prometheus(folder / "prometheus", server.port, gpu_port) as url,
+    ):
+        wait_until(lambda: all(sample.values[-1] == 1 for sample in ask(url, "up", 10, 1)) and bool(ask(url, "up")))
+        time.sleep(2)  # a scrape before the traffic: an increase needs a value to start from
+        statuses = send_all_kinds(Address("127.0.0.1", server.port), PNG, seconds=15, n_callers=32)
+        time.sleep(2)
+        yield Watched(server, url, folder / "store", statuses)
+
+
+@pytest.mark.container
+def test_every_query_of_every_panel_and_alert_gives_sense_after_traffic(watched: Watched) -> None:
+    assert {200, 404, 415, 422, 429, 504} <= set(watched.statuses), watched.statuses
+    queries = dashboard_queries(window="5s") + alert_queries()
+    found = [text for asked in queries for text in complaints(asked, ask(watched.prometheus_url, asked.expr, 60, 1))]
+    assert found == []
+    assert len(queries) > 50
+
+
+@pytest.mark.container
+def test_every_panel_can_be_drawn(watched: Watched) -> None:
+    figure = draw(watched.prometheus_url, 60)
+    collapsed = len(BOARD["panels"][-1]["panels"])
+    assert len(figure.axes) == len(list(panels(BOARD))) - collapsed
+
+
+@pytest.mark.container
+def test_every_rule_is_evaluated_without_an_error_and_nothing_is_down(watched: Watched) -> None:
+    (group,) = get(watched.prometheus_url, "rules")["groups"]
+    assert {rule["health"] for rule in group["rules"]} == {"ok"}
+    assert {target["health"] for target in get(watched.prometheus_url, "targets")["activeTargets"]} == {"up"}
+
+
+@pytest.mark.container
+def test_a_refused_version_raises_its_alert_and_no_other(watched: Watched) -> None:
+    def firing() -> list[str]:
+        alerts = get(watched.prometheus_url, "alerts")["alerts"]
+        return [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
+
+    assert firing() == []
+    publish(watched.store, spoil=change_byte)
+    wait_until(lambda: firing() != [])
+    assert firing() == ["DtemServeReloadRefused"]
+
+
+@pytest.mark.container
+def test_without_a_gpu_there_is_no_target_and_no_alert_for_it(watched: Watched, tmp_path: Path) -> None:
+    with run_prometheus(tmp_path / "prometheus", watched.server.port) as url:
+        wait_until(lambda: bool(ask(url, "up")))
+        assert [target["labels"]["job"] for target in get(url, "targets")["activeTargets"]] == ["dtem-serve"]
+        gpu = [asked for asked in dashboard_queries() if asked.needs_gpu]
+        assert len(gpu) == 4
+        assert [ask(url, asked.expr) for asked in gpu] == [[], [], [], []]
+        assert "DtemServeGpuUnseen" not in [alert["labels"]["alertname"] for alert in get(url, "alerts")["alerts"]]
