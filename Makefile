@@ -4,14 +4,19 @@ PORT ?= 8000
 ENGINE ?= cpu# or gpu: onnxruntime-gpu instead of onnxruntime
 BIN := .venv/bin
 
-.PHONY: serve test check format clean
+.PHONY: serve test test-containers check format clean
 .DELETE_ON_ERROR:
 
 serve: .venv/service-$(ENGINE)
 	@DTEM_PORT=$(PORT) DTEM_LOG_FORMAT=$${DTEM_LOG_FORMAT:-text} exec $(BIN)/python -m app
 
 test: .venv/development
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not container"
+
+# Takes the Docker engine that is there; what it needs besides, .ci/containers brings.
+test-containers: .venv/development
+	.ci/containers
+	$(BIN)/python -m pytest -m container
 
 check: .venv/development
 	$(BIN)/ruff check

@@ -2,11 +2,9 @@
 the log and these collectors.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -16,6 +14,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from app.cgroups import memory_limit_bytes
 from app.errors import PROBLEMS
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -230,21 +229,3 @@ class _EngineCollector(Collector):
             floor.add_metric(list(family), r)
         yield depth
         yield floor
-
-
-def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Return the least limit of the control groups (version 2) that we are in; without any, the machine's memory.
-
-    root: where `proc` and `sys` are.
-    """
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return limits[0]
-    mine = Path(next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), ""))
-    for group in (mine, *mine.parents):
-        file = root / "sys/fs/cgroup" / group / "memory.max"
-        text = file.read_text(encoding="ascii").strip() if file.exists() else "max"
-        limits += [int(text)] if text.isdecimal() else []
-    return min(limits)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.cgroups import count_cpus
 from app.errors import SettingsError
 
 PREFIX = "DTEM_"
@@ -32,7 +33,10 @@ class Settings(BaseSettings):
     precision: str = Field(default="float32", description="which precision of the store to run")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to run them; there is no silent fallback")
     n_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="threads of one inference; else the CPUs we may use"
+        default=None,
+        ge=1,
+        le=1024,
+        description="threads of one inference; else the CPUs that affinity and quota leave us",
     )
     share_weights: bool = Field(
         default=False,
@@ -152,8 +156,7 @@ class Settings(BaseSettings):
 
     @property
     def n_inference_threads(self) -> int:
-        n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.n_threads or n_cpus or 1
+        return self.n_threads or count_cpus()
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:

@@ -29,7 +29,7 @@ from benchmarks.labelled_jpegs import LabelledJpeg, draw_jpegs
 from benchmarks.lone_caller import make_request
 from benchmarks.open_loop import Call, arrival_times, effort, keep_busy, offer, run_measured
 from benchmarks.overload_report import ADAPTIVE, draw_figure, markdown
-from benchmarks.report import describe_host, numbers, positive, write_report
+from benchmarks.report import describe_host, numbers, positive, report
 from benchmarks.served import MeasurementError, Served, add_setting_option, serve_store
 from benchmarks.sub_store import MANIFEST, Variant, publish_part, rates_of
 
@@ -166,18 +166,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = read_options(arguments)
-    try:
-        content = measure(options)
-    except (MeasurementError, ValueError) as error:
-        print(f"cannot measure: {error}", file=sys.stderr)
-        return 1
-    points = [Point(**point) for point in content["points"]]
-    table = markdown(points, content["about"])
-    print(table)
-    if options.out:
-        write_report(options.out, table, content, draw_figure(points, content["about"]))
-    return 0
+    return report(
+        read_options(arguments),
+        measure,
+        lambda content: markdown(points_of(content), content["about"]),
+        lambda content: draw_figure(points_of(content), content["about"]),
+    )
+
+
+def points_of(content: dict[str, Any]) -> list[Point]:
+    return [Point(**point) for point in content["points"]]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.served import n_cores
+from benchmarks.served import MeasurementError, n_cores
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,28 @@ def write_report(out: Path, table: str, content: dict[str, Any], figure: Figure)
     out.with_suffix(".md").write_text(table)
     out.with_suffix(".json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     figure.savefig(out.with_suffix(".png"), dpi=150)
+
+
+def report(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+    draw_figure: Callable[[dict[str, Any]], Figure],
+) -> int:
+    """Measure, print the table, and write the report to `options.out`, if there is one.
+
+    Returns the exit status: 1, with one line that says why, where a figure would mislead.
+    """
+    try:
+        content = measure(options)
+    except (MeasurementError, ValueError) as error:
+        print(f"cannot measure: {error}", file=sys.stderr)
+        return 1
+    table = markdown(content)
+    print(table)
+    if options.out:
+        write_report(options.out, table, content, draw_figure(content))
+    return 0
 
 
 def describe_host() -> dict[str, Any]:

@@ -26,10 +26,9 @@ from benchmarks.bare_loop import ALONE, LoopProcess
 from benchmarks.embedding import find_variant
 from benchmarks.labelled_jpegs import draw_jpegs, write_jpegs
 from benchmarks.lone_caller import Wait, ask_alone, make_request
-from benchmarks.report import describe_host, positive, write_report
+from benchmarks.report import describe_host, positive, report
 from benchmarks.serve_report import draw_figure, markdown
 from benchmarks.served import (
-    MeasurementError,
     Served,
     add_setting_option,
     n_cores,
@@ -182,17 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = read_options(arguments)
-    try:
-        content = measure(options)
-    except (MeasurementError, ValueError) as error:
-        print(f"cannot measure: {error}", file=sys.stderr)
-        return 1
-    table = markdown(content)
-    print(table)
-    if options.out:
-        write_report(options.out, table, content, draw_figure(content))
-    return 0
+    return report(read_options(arguments), measure, markdown, draw_figure)
 
 
 if __name__ == "__main__":

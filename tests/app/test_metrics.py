@@ -1,15 +1,12 @@
-from pathlib import Path
-
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from app.errors import PROBLEMS
-from app.metrics import Metrics, memory_limit_bytes
+from app.metrics import Metrics
 from tests.app.conftest import ClientFactory
 from tests.app.odd_images import encode, make_photo
 
 PNG = encode(make_photo(9, 9), "PNG")
-MACHINE = memory_limit_bytes(Path("/nowhere"))
 
 
 class Floors:
@@ -50,32 +47,6 @@ def test_gmacs_taken_and_saved_add_up_to_those_unmerged(make_client: ClientFacto
     counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines())
     taken, saved = (float(counted[f"{name}{{{r16}}}"]) for name in ("dtem_gmacs_total", "dtem_gmacs_saved_total"))
     assert (taken, saved) == pytest.approx((1 - 16 / 50, 16 / 50))
-
-
-def test_the_memory_limit_is_the_least_of_the_groups_above(tmp_path: Path) -> None:
-    group = tmp_path / "sys/fs/cgroup/system.slice/dtem.service"
-    group.mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/system.slice/dtem.service\n")
-    (group / "memory.max").write_text("max\n")
-    assert memory_limit_bytes(tmp_path) == MACHINE
-    (group.parent / "memory.max").write_text("1000000\n")
-    assert memory_limit_bytes(tmp_path) == 1_000_000
-    (group / "memory.max").write_text("500000\n")
-    assert memory_limit_bytes(tmp_path) == 500_000
-
-
-def test_the_memory_limit_of_a_container_is_its_own(tmp_path: Path) -> None:
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
-    (tmp_path / "sys/fs/cgroup/memory.max").write_text("2000000\n")
-    assert memory_limit_bytes(tmp_path) == 2_000_000
-
-
-def test_without_groups_the_memory_limit_is_the_machines(tmp_path: Path) -> None:
-    assert MACHINE > 100e6
-    assert memory_limit_bytes(tmp_path) == MACHINE
 
 
 def test_a_refused_request_leaves_no_empty_histograms(make_client: ClientFactory) -> None:

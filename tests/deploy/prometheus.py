@@ -28,12 +28,11 @@ def run_prometheus(folder: Path, service_port: int, gpu_port: int | None = None)
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{service_port}"]
-    (folder / "targets").mkdir(parents=True)
+    shutil.copytree(DEPLOY / "prometheus", folder)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    shutil.copy(DEPLOY / "prometheus/alerts.yml", folder)
-    if gpu_port is not None:
-        given = (DEPLOY / "prometheus/gpu.yml").read_text()
-        (folder / "targets/gpu.yml").write_text(given.replace("dcgm-exporter:9400", f"127.0.0.1:{gpu_port}"))
+    if gpu_port is not None:  # as docker-compose.gpu.yml mounts one in the place of the other
+        given = (folder / "gpu-targets-dcgm.yml").read_text()
+        (folder / "gpu-targets.yml").write_text(given.replace("dcgm-exporter:9400", f"127.0.0.1:{gpu_port}"))
     port = _free_port()
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "log").open("wb") as log:

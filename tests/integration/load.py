@@ -18,10 +18,12 @@ class Load:
     could not be sent whole. A client ends when it can connect no more, or at the end of the block.
     """
 
-    def __init__(self, port: int, body: bytes, n_clients: int, is_kept: bool, path: str = "/classify") -> None:
+    def __init__(
+        self, port: int, body: bytes, n_clients: int, is_kept: bool, path: str = "/classify", host: str = "127.0.0.1"
+    ) -> None:
         ends = b"" if is_kept else b"Connection: close\r\n"
         head = b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n" % (path.encode(), ends, len(body))
-        self._port, self._request = port, head + body
+        self._address, self._request = (host, port), head + body
         self._is_over = threading.Event()
         self.outcomes: Counter[int | str] = Counter()
         self.versions: Counter[str] = Counter()
@@ -44,8 +46,8 @@ class Load:
     def _post_on(self) -> None:
         while not self._is_over.is_set():
             try:
-                wire = socket.create_connection(("127.0.0.1", self._port), timeout=SECONDS)
-            except ConnectionError:
+                wire = socket.create_connection(self._address, timeout=SECONDS)
+            except OSError:
                 return
             with wire:
                 while not self._is_over.is_set() and self._post(wire):
@@ -57,14 +59,14 @@ class Load:
             return False
         try:
             wire.sendall(self._request)
-        except ConnectionError:
+        except OSError:
             self.outcomes["unsent"] += 1
             return False
         response = http.client.HTTPResponse(wire)
         try:
             response.begin()
             answer = response.read()
-        except (ConnectionError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException):
             self.outcomes["lost"] += 1
             return False
         self.outcomes[response.status] += 1

@@ -1,0 +1,54 @@
+# The service in a container, for the CPU (the default) or, with `--target gpu`, for CUDA 13:
+#   docker build -t dtem-serve:cpu .
+#   docker run --rm --read-only --cap-drop ALL --stop-timeout 30 -p 127.0.0.1:8000:8000 dtem-serve:cpu
+# Stages stand in an order in which a builder that builds all stages above its target builds no CUDA for the CPU.
+ARG PYTHON=python:3.11-slim-bookworm
+
+FROM ${PYTHON} AS build
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+# Without the sources: this layer changes only with what is to be installed.
+COPY pyproject.toml constraints.txt ./
+RUN touch README.md
+
+FROM ${PYTHON} AS bytecode
+COPY app /app/app
+RUN python -m compileall -q --invalidation-mode checked-hash /app/app
+
+FROM ${PYTHON} AS runtime
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="dtem-serve" \
+      org.opencontainers.image.description="Vision Transformer inference where each request chooses its compute" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN groupadd --gid 10001 dtem && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin dtem
+ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 DTEM_HOST=0.0.0.0
+WORKDIR /app
+USER 10001:10001
+EXPOSE 8000
+# Drains within DTEM_DRAIN_SECONDS (20): give `docker stop` more than its usual 10 seconds.
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/app/healthcheck.py"]
+ENTRYPOINT ["python", "-m", "app"]
+
+FROM build AS build-cpu
+RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[cpu]'
+
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/venv /opt/venv
+COPY deploy/docker/healthcheck.py ./
+COPY model_store model_store
+COPY --from=bytecode /app/app app
+
+FROM build AS build-gpu
+RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[gpu]'
+
+FROM runtime AS gpu
+ENV DTEM_DEVICE=cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-gpu /opt/venv /opt/venv
+COPY deploy/docker/healthcheck.py ./
+COPY model_store model_store
+COPY --from=bytecode /app/app app
+
+FROM cpu

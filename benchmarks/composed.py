@@ -1,0 +1,141 @@
+"""`docker compose up`, as a project of its own on free ports: started, asked, and gone at the end with its volumes."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+from benchmarks.served import PAGE_BYTES, ROOT, MeasurementError
+
+IMAGE = "dtem-serve:cpu"
+PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
+START_SECONDS = 120.0
+COMMAND_SECONDS = 600.0
+LOOK_SECONDS = 0.1
+
+
+def docker(*arguments: str) -> str:
+    """Run a command of Docker's. Returns what it prints.
+
+    Raises: MeasurementError with what it said, if it fails.
+    """
+    return run(["docker", *arguments])
+
+
+def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise MeasurementError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}".strip())
+    return done.stdout.strip()
+
+
+def build_image(target: str = "cpu", image: str = IMAGE) -> str:
+    """Build a target of the Dockerfile. The network is the host's: that is where the package index is reached from."""
+    docker("build", "--network", "host", "--target", target, "--tag", image, ".")
+    return image
+
+
+@cache
+def compose_command() -> tuple[str, ...]:
+    """Return how Compose is called here: as Docker's plugin, or as the program that it was before."""
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    return ("docker", "compose") if plugin.returncode == 0 else ("docker-compose",)
+
+
+class Composed:
+    """Services of docker-compose.yml, from an image that was built before."""
+
+    def __init__(self, project: str, services: Sequence[str], **variables: object) -> None:
+        self._services = services
+        self._command = [*compose_command(), "--project-name", project]
+        self.ports = {service: find_free_port() for service in PORTS}
+        chosen = {PORTS[service]: port for service, port in self.ports.items()} | variables
+        self._environment = os.environ | {name: str(value) for name, value in chosen.items()}
+        self.ready_seconds = self.healthy_seconds = 0.0  # from the command on
+
+    def __enter__(self) -> Self:
+        """Raises: MeasurementError with the logs, if a service does not become healthy."""
+        started_at = time.monotonic()
+        try:
+            self.compose("up", "--detach", "--no-build", *self._services)
+            self.wait_until("api", self.is_ready)
+            self.ready_seconds = time.monotonic() - started_at
+            for service in self._services:
+                self.wait_until_healthy(service)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.healthy_seconds = time.monotonic() - started_at
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+
+    def compose(self, *arguments: str) -> str:
+        return run([*self._command, *arguments], self._environment)
+
+    def container(self, service: str) -> str:
+        return self.compose("ps", "--quiet", service)
+
+    def inspect(self, service: str, template: str) -> str:
+        return docker("inspect", "--format", template, self.container(service))
+
+    def inside(self, service: str, *command: str) -> str:
+        """Run a command in the container of a service, as its user. Returns what it prints."""
+        return docker("exec", self.container(service), *command)
+
+    def logs(self, service: str) -> str:
+        return self.compose("logs", "--no-color", service)
+
+    def wait_until_healthy(self, service: str) -> None:
+        """Wait for Docker's own check. Raises: MeasurementError with its log."""
+        self.wait_until(service, lambda: self.inspect(service, "{{.State.Health.Status}}") == "healthy")
+
+    def wait_until(self, service: str, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_so():
+            if time.monotonic() > deadline:
+                raise MeasurementError(f"{service} did not become ready or healthy:\n{self.logs(service)}")
+            time.sleep(LOOK_SECONDS)
+
+    def is_ready(self) -> bool:
+        try:
+            return self.ask("api", "GET", "/health/ready")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def ask(self, service: str, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Send one request to the published port of a service. Returns status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports[service], timeout=60)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def resident_bytes(self, service: str) -> int:
+        """Read what the service's process holds."""
+        pid = self.inspect(service, "{{.State.Pid}}")
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,83 @@
+"""The image itself: what is in it, what it may do, and how it ends."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.composed import docker, run
+from benchmarks.served import MeasurementError
+from tests.app.certificates import make_certificate
+from tests.integration.test_start_and_stop import wait_until
+
+pytestmark = pytest.mark.container
+BASE = "python:3.11-slim-bookworm"
+MAX_OWN_BYTES = 350_000_000
+CONFINED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+
+
+def inspect(image: str) -> dict[str, Any]:
+    (described,) = json.loads(docker("image", "inspect", image))
+    return dict(described)
+
+
+def run_inside(image: str, *command: str) -> str:
+    return docker("run", "--rm", *CONFINED, "--entrypoint", command[0], image, *command[1:])
+
+
+def test_image_adds_at_most_350_mb(image: str) -> None:
+    assert inspect(image)["Size"] - inspect(BASE)["Size"] <= MAX_OWN_BYTES
+
+
+def test_image_is_described_and_ends_by_sigterm_as_nobody_special(image: str) -> None:
+    config = inspect(image)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "/app/healthcheck.py"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "dtem-serve"
+
+
+def test_image_has_neither_torch_nor_a_compiler_nor_the_training_half(image: str) -> None:
+    listing = run_inside(
+        image, "sh", "-c", "ls /app /opt/venv/lib/python3*/site-packages; command -v gcc cc g++ || true"
+    )
+    words = set(listing.split())
+    assert {"app", "model_store", "healthcheck.py", "onnxruntime"} <= words
+    assert not words & {"torch", "timm", "torchvision", "training", "tests", "pip"}
+    assert not re.search(r"/(gcc|cc|g\+\+)$", listing, re.MULTILINE)
+
+
+def test_image_writes_nowhere(image: str) -> None:
+    """Nothing in its folders belongs to its user: not even a writable root would let it change itself."""
+    assert run_inside(image, "find", "/app", "/opt/venv", "-writable") == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [("DTEM_DEVICE=cuda", "CUDAExecutionProvider"), ("DTEM_PORTS=1", "no such setting"), ("DTEM_MODEL_STORE=/x", "/x")],
+)
+def test_image_that_cannot_start_says_why(image: str, setting: str, reason: str) -> None:
+    with pytest.raises(MeasurementError, match="cannot start") as caught:
+        run(["docker", "run", "--rm", *CONFINED, "--env", setting, image])
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_healthcheck_asks_the_service_as_it_is_set(image: str, tmp_path: Path, is_tls: bool) -> None:
+    settings = ["--env", "DTEM_PORT=9000", "--env", "DTEM_API_KEYS=secret"]
+    if is_tls:
+        certificate, key = make_certificate(tmp_path)
+        key.chmod(0o444)
+        tmp_path.chmod(0o755)
+        settings += ["--volume", f"{tmp_path}:/tls:ro"]
+        settings += ["--env", f"DTEM_TLS_CERTIFICATE=/tls/{certificate.name}", "--env", f"DTEM_TLS_KEY=/tls/{key.name}"]
+    container = docker("run", "--detach", *CONFINED, *settings, image)
+    try:
+        wait_until(lambda: docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy")
+        docker("exec", container, "python", "/app/healthcheck.py")
+        with pytest.raises(MeasurementError, match="ended with 1"):
+            docker("exec", "--env", "DTEM_PORT=9001", container, "python", "/app/healthcheck.py")
+    finally:
+        docker("rm", "--force", container)

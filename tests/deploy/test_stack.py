@@ -1,0 +1,114 @@
+"""`docker-compose up api prometheus` on a real engine: asked through the published ports, as its users would."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.composed import Composed, docker
+from tests.integration.load import Load
+from tests.integration.test_start_and_stop import wait_until
+
+pytestmark = pytest.mark.container
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").iterdir())
+NO_CAPABILITIES = "0" * 16
+N_BEFORE = 100  # requests answered before the signal
+
+
+@pytest.fixture(scope="module")
+def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of our own, as the host would have it: the reference model's last version."""
+    store = tmp_path_factory.mktemp("model_store")
+    shutil.copytree(ROOT / "model_store/reference/4", store / "reference/4")
+    store.chmod(0o755)  # made for us alone, but the service has a user of its own
+    return store
+
+
+@pytest.fixture(scope="module")
+def stack(image: str, model_store: Path) -> Iterator[Composed]:
+    with Composed("dtem-test", ["api", "prometheus"], MODEL_STORE=model_store, API_MEMORY="2g", API_CPUS=2) as stack:
+        yield stack
+
+
+def classify(stack: Composed, image: Path, query: str) -> dict[str, object]:
+    status, body = stack.ask("api", "POST", f"/classify?{query}", image.read_bytes())
+    assert status == 200, body
+    return dict(json.loads(body))
+
+
+def test_stack_classifies_through_the_published_port(stack: Composed) -> None:
+    answers = [classify(stack, image, f"r={r}&top_k=1") for image in EXAMPLES for r in (0, 8, 16)]
+    assert {answer["r"] for answer in answers} == {0, 8, 16}
+    wanted = [image.stem.rsplit("-", 1)[1] for image in EXAMPLES for _ in (0, 8, 16)]
+    found = [answer["predictions"][0]["label"] for answer in answers]  # type: ignore[index]
+    assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 33  # 11 of the dozen, as the README says
+
+
+@pytest.mark.parametrize("service", ["api", "prometheus"])
+def test_stack_is_confined(stack: Composed, service: str) -> None:
+    status = dict(line.split(":\t", 1) for line in stack.inside(service, "cat", "/proc/1/status").splitlines())
+    assert 0 not in {int(uid) for uid in status["Uid"].split()}
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {NO_CAPABILITIES}
+    assert status["NoNewPrivs"] == "1"
+    for folder in ("/", "/tmp", "/etc", "/app" if service == "api" else "/usr"):
+        refused = stack.inside(service, "sh", "-c", f"touch {folder}/probe 2>&1 || true")
+        assert "Read-only file system" in refused, refused
+
+
+def test_stack_listens_on_loopback_alone(stack: Composed) -> None:
+    for service in ("api", "prometheus"):
+        ports = json.loads(stack.inspect(service, "{{json .NetworkSettings.Ports}}"))
+        assert {binding["HostIp"] for bindings in ports.values() for binding in bindings or []} == {"127.0.0.1"}
+
+
+def test_stack_is_limited_and_can_drain(stack: Composed) -> None:
+    memory, cpus, pids = stack.inspect(
+        "api", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"
+    ).split()
+    assert (int(memory), int(cpus), int(pids)) == (2 << 30, 2_000_000_000, 1024)
+    assert int(stack.inspect("api", "{{.Config.StopTimeout}}")) >= 20 + 5
+    said = stack.ask("api", "GET", "/metrics")[1].decode()
+    (limit,) = [line.split()[1] for line in said.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
+    assert float(limit) == 2 << 30
+
+
+def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_store: Path) -> None:
+    """What is mounted read-only into the container is updated outside of it; to take it away is the way back."""
+    unfinished, published = model_store / "reference/.5.partial", model_store / "reference/5"
+    shutil.copytree(model_store / "reference/4", unfinished)
+    manifest = unfinished / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": "4"', '"version": "5"'))
+    unfinished.rename(published)
+
+    def version() -> object:
+        return classify(stack, EXAMPLES[0], "r=8")["model"]["version"]  # type: ignore[index]
+
+    assert version() == "4"
+    wait_until(lambda: version() == "5")
+    published.rename(model_store / ".5.gone")
+    wait_until(lambda: version() == "4")
+    shutil.rmtree(model_store / ".5.gone")
+
+
+def test_docker_stop_under_load_loses_nothing(stack: Composed) -> None:
+    """Asked at the container's own address: Docker's proxy for published ports takes connections for a container that
+    is gone, and then drops them.
+    """
+    container = stack.container("api")
+    address = stack.inspect("api", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
+    try:
+        with Load(
+            8000, EXAMPLES[0].read_bytes(), n_clients=16, is_kept=True, path="/classify?r=16", host=address
+        ) as load:
+            wait_until(lambda: load.outcomes[200] >= N_BEFORE)
+            docker("stop", container)
+            load.join()
+        assert set(load.outcomes) == {200}, load.outcomes
+        assert docker("inspect", "--format", "{{.State.ExitCode}}", container) == "0"
+        assert "Traceback" not in docker("logs", container)
+    finally:
+        docker("start", container)
+        stack.wait_until_healthy("api")
