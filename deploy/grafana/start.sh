@@ -1,7 +1,7 @@
 #!/bin/sh
-# Entrypoint of the grafana service: start.sh COMMAND. There is no default password and no default key: on first use random
-# ones are made, kept in Grafana's own volume, and never printed. GF_SECURITY_ADMIN_PASSWORD and GF_SECURITY_SECRET_KEY, or
-# their …__FILE, set others. The user is admin.
+# Entrypoint of the grafana service: start.sh [COMMAND], the image's own /run.sh if none is given. There is no default
+# password and no default key: on first use random ones are made, kept in Grafana's own volume, and never printed.
+# GF_SECURITY_ADMIN_PASSWORD and GF_SECURITY_SECRET_KEY, or their …__FILE, set others. The user is admin.
 set -eu
 
 data="${GF_PATHS_DATA:-/var/lib/grafana}"
@@ -22,4 +22,4 @@ if [ -z "${GF_SECURITY_ADMIN_PASSWORD:-}${GF_SECURITY_ADMIN_PASSWORD__FILE:-}" ]
     export GF_SECURITY_ADMIN_PASSWORD__FILE="$data/admin-password"
     echo "Grafana's user is admin; its password: docker compose exec grafana cat $data/admin-password"
 fi
-exec "$@"
+exec "${@:-/run.sh}"

@@ -36,6 +36,8 @@ from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.server import Server
 from tests.integration.test_start_and_stop import wait_until
 
+ROOT = Path(__file__).parents[2]
+GRAFANA = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]["grafana"]
 PROVISIONING = DASHBOARD.parents[1] / "provisioning"
 BOARD = json.loads(DASHBOARD.read_text(encoding="utf-8"))
 SCHEMA = json.loads((Path(__file__).parent / "grafana-schema.json").read_text(encoding="utf-8"))
@@ -125,7 +127,13 @@ def test_every_query_asks_the_source_that_is_provisioned() -> None:
     found = set(re.findall(r'"uid": "([^"]+)"', DASHBOARD.read_text(encoding="utf-8"))) - {BOARD["uid"]}
     assert found == {source["uid"]}
     (provider,) = yaml.safe_load((PROVISIONING / "dashboards/dtem-serve.yml").read_text())["providers"]
-    assert provider["type"] == "file"
+    mounts = dict(volume.split(":")[:2] for volume in GRAFANA["volumes"])
+    assert (provider["type"], provider["options"]["path"]) == ("file", mounts["./deploy/grafana/dashboards"])
+
+
+def test_panels_are_of_the_grafana_that_runs() -> None:
+    assert GRAFANA["image"] == f"grafana/grafana:{dashboard.GRAFANA}"
+    assert {panel["pluginVersion"] for _, panel in panels(BOARD)} == {dashboard.GRAFANA}
 
 
 def query(**fields: str) -> PanelQuery:

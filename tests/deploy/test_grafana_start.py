@@ -60,6 +60,14 @@ def test_a_password_that_is_given_is_used_and_none_is_made(shell: list[str], tmp
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_without_a_command_the_images_own_is_run(shell: list[str], tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "GF_PATHS_DATA": str(tmp_path)}
+    done = subprocess.run([*shell, str(START)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 127
+    assert "/run.sh: not found" in done.stderr
+
+
 def test_a_volume_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         start(["sh"], tmp_path / "missing")
