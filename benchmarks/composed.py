@@ -58,11 +58,12 @@ def compose_command() -> tuple[str, ...]:
 
 
 class Composed:
-    """Services of docker-compose.yml, from an image that was built before."""
+    """Services of docker-compose.yml and of files over it, from an image that was built before."""
 
-    def __init__(self, project: str, services: Sequence[str], **variables: object) -> None:
+    def __init__(self, project: str, services: Sequence[str], files: Sequence[str] = (), **variables: object) -> None:
         self._services = services
-        self._command = [*compose_command(), "--project-name", project]
+        named = [part for file in ("docker-compose.yml", *files) for part in ("--file", file)]
+        self._command = [*compose_command(), "--project-name", project, *named]
         self.ports = {service: find_free_port() for service in PORTS}
         chosen = {PORTS[service]: port for service, port in self.ports.items()} | variables
         self._environment = os.environ | {name: str(value) for name, value in chosen.items()}
@@ -75,7 +76,7 @@ class Composed:
             self.compose("up", "--detach", "--no-build", *self._services)
             self.wait_until("api", self.is_ready)
             self.ready_seconds = time.monotonic() - started_at
-            for service in self._services:
+            for service in PORTS.keys() & set(self._services):
                 self.wait_until_healthy(service)
         except BaseException:
             self.__exit__()

@@ -5,9 +5,7 @@ from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
-    FAULTS,
     MODEL,
-    NO_ROOM,
     POLICY,
     SERVICE,
     STAGE,
@@ -25,8 +23,7 @@ from deploy.grafana.panels import GREEN, ORANGE, RED, Query, figure, graph
 
 def glance() -> Sequence[Any]:
     requests, all_requests = (per_second("dtem_requests_total", where=where) for where in (MODEL, ""))
-    failed = per_second("dtem_refusals_total", where=f'reason=~"{FAULTS}"')
-    refused = per_second("dtem_refusals_total", where=f'reason=~"{NO_ROOM}"')
+    failed, refused = (per_second("dtem_requests_total", where=f'code=~"{codes}"') for codes in ("500|503", "429"))
     saved, taken = per_second("dtem_gmacs_saved_total"), per_second("dtem_gmacs_total")
     memory = f"max(process_resident_memory_bytes{{{SERVICE}}} / dtem_memory_limit_bytes)"
     return [
@@ -60,7 +57,7 @@ def glance() -> Sequence[Any]:
         ),
         figure(
             "Failed",
-            "Requests and files answered with 500, or 503 without a drain, of all requests, of all models. Good is 0. "
+            "Answered with 500 or 503, of all requests, of all models. Good is 0. "
             "Otherwise: read the log, and Failing in the runbook.",
             "percentunit",
             Query(f"{share(failed, all_requests)} or vector(0)", "failed"),

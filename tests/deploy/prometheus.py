@@ -1,11 +1,9 @@
-"""A real Prometheus with our rules and jobs, on this machine's ports, and a stand-in for dcgm-exporter."""
+"""A real Prometheus with our rules and jobs, on this machine's ports."""
 
-import http.server
 import json
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +17,6 @@ import yaml
 from tests.deploy.queries import DEPLOY
 
 START_SECONDS = 30.0
-EXPOSITION = Path(__file__).parent / "dcgm-exporter.txt"
 
 
 @contextmanager
@@ -68,28 +65,3 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-class _Recorded(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4")
-        self.end_headers()
-        self.wfile.write(EXPOSITION.read_bytes())
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (its name in the base class)
-        pass
-
-
-@contextmanager
-def run_dcgm_exporter() -> Iterator[int]:
-    """Serve what dcgm-exporter's documentation shows, on a port that is yielded."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Recorded)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

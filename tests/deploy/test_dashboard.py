@@ -20,8 +20,9 @@ from tests.app.odd_images import encode, make_photo
 from tests.app.test_reload import publish
 from tests.app.test_store import change_byte
 from tests.app.tiny_store import write_store
+from tests.deploy.dcgm_exporter import run_dcgm_exporter
 from tests.deploy.draw_dashboard import draw
-from tests.deploy.prometheus import get, run_dcgm_exporter, run_prometheus
+from tests.deploy.prometheus import get, run_prometheus
 from tests.deploy.queries import (
     DASHBOARD,
     PanelQuery,

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.composed import Composed, docker
+from tests.deploy.prometheus import get
+from tests.deploy.queries import alert_queries, ask, complaints, dashboard_queries
+from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.load import Load
 from tests.integration.test_start_and_stop import wait_until
 
@@ -15,6 +19,8 @@ pytestmark = pytest.mark.container
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 NO_CAPABILITIES = "0" * 16
+SCRAPE_SECONDS = 5
+TRAFFIC_SECONDS = 60
 N_BEFORE = 100  # requests answered before the signal
 
 
@@ -29,7 +35,9 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(image: str, model_store: Path) -> Iterator[Composed]:
-    with Composed("dtem-test", ["api", "prometheus"], MODEL_STORE=model_store, API_MEMORY="2g", API_CPUS=2) as stack:
+    services, files = ["api", "prometheus", "dcgm-exporter"], ["tests/deploy/docker-compose.test.yml"]
+    variables = {"MODEL_STORE": model_store, "API_MEMORY": "2g", "API_CPUS": 2}
+    with Composed("dtem-test", services, files, **variables) as stack:
         yield stack
 
 
@@ -45,6 +53,23 @@ def test_stack_classifies_through_the_published_port(stack: Composed) -> None:
     wanted = [image.stem.rsplit("-", 1)[1] for image in EXAMPLES for _ in (0, 8, 16)]
     found = [answer["predictions"][0]["label"] for answer in answers]  # type: ignore[index]
     assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 33  # 11 of the dozen, as the README says
+
+
+def test_every_query_of_the_dashboard_and_the_alerts_makes_sense_after_traffic(stack: Composed) -> None:
+    """Scraped as an operator's Prometheus scrapes, every 5 s, and asked through its own API."""
+    prometheus = f"http://127.0.0.1:{stack.ports['prometheus']}"
+    wait_until(lambda: [sample.values[-1] for sample in ask(prometheus, "up")] == [1, 1])
+    time.sleep(2 * SCRAPE_SECONDS)  # an increase needs a value to start from
+    image = EXAMPLES[0].read_bytes()
+    statuses = send_all_kinds(Address("127.0.0.1", stack.ports["api"]), image, TRAFFIC_SECONDS, n_callers=64)
+    assert {200, 404, 415, 422, 429, 504} <= set(statuses), statuses
+    time.sleep(2 * SCRAPE_SECONDS)
+    queries = dashboard_queries() + alert_queries()
+    assert len({query.title for query in queries}) > 40
+    found = [text for query in queries for text in complaints(query, ask(prometheus, query.expr, 120))]
+    assert found == []
+    (group,) = get(prometheus, "rules")["groups"]
+    assert {rule["health"] for rule in group["rules"]} == {"ok"}
 
 
 @pytest.mark.parametrize("service", ["api", "prometheus"])
