@@ -44,10 +44,10 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
     return done.stdout.strip()
 
 
-def build_image(target: str = "cpu", image: str = IMAGE) -> str:
-    """Build a target of the Dockerfile. The network is the host's: that is where the package index is reached from."""
-    docker("build", "--network", "host", "--target", target, "--tag", image, ".")
-    return image
+def build_image() -> str:
+    """Build the image for the CPU. The network is the host's: that is where the package index is reached from."""
+    docker("build", "--network", "host", "--target", "cpu", "--tag", IMAGE, ".")
+    return IMAGE
 
 
 @cache

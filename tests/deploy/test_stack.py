@@ -5,12 +5,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.composed import Composed, docker
 from tests.deploy.prometheus import get
-from tests.deploy.queries import alert_queries, ask, complaints, dashboard_queries
+from tests.deploy.queries import DASHBOARD, alert_queries, ask, complaints, dashboard_queries
 from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.load import Load
 from tests.integration.test_start_and_stop import wait_until
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.container
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 NO_CAPABILITIES = "0" * 16
+SERVICES = ("api", "prometheus", "grafana")
 SCRAPE_SECONDS = 5
 TRAFFIC_SECONDS = 60
 N_BEFORE = 100  # requests answered before the signal
@@ -35,7 +38,8 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stack(image: str, model_store: Path) -> Iterator[Composed]:
-    services, files = ["api", "prometheus", "dcgm-exporter"], ["tests/deploy/docker-compose.test.yml"]
+    docker("build", "--tag", "dtem-grafana-stand-in", "--file", "tests/deploy/grafana.Dockerfile", "tests/deploy")
+    services, files = ["api", "grafana", "dcgm-exporter"], ["tests/deploy/docker-compose.test.yml"]
     variables = {"MODEL_STORE": model_store, "API_MEMORY": "2g", "API_CPUS": 2}
     with Composed("dtem-test", services, files, **variables) as stack:
         yield stack
@@ -72,19 +76,19 @@ def test_every_query_of_the_dashboard_and_the_alerts_makes_sense_after_traffic(s
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
 
 
-@pytest.mark.parametrize("service", ["api", "prometheus"])
+@pytest.mark.parametrize("service", SERVICES)
 def test_stack_is_confined(stack: Composed, service: str) -> None:
     status = dict(line.split(":\t", 1) for line in stack.inside(service, "cat", "/proc/1/status").splitlines())
     assert 0 not in {int(uid) for uid in status["Uid"].split()}
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {NO_CAPABILITIES}
     assert status["NoNewPrivs"] == "1"
-    for folder in ("/", "/tmp", "/etc", "/app" if service == "api" else "/usr"):
+    for folder in ("/", "/etc", "/app" if service == "api" else "/usr", "/var" if service == "grafana" else "/tmp"):
         refused = stack.inside(service, "sh", "-c", f"touch {folder}/probe 2>&1 || true")
         assert "Read-only file system" in refused, refused
 
 
 def test_stack_listens_on_loopback_alone(stack: Composed) -> None:
-    for service in ("api", "prometheus"):
+    for service in SERVICES:
         ports = json.loads(stack.inspect(service, "{{json .NetworkSettings.Ports}}"))
         assert {binding["HostIp"] for bindings in ports.values() for binding in bindings or []} == {"127.0.0.1"}
 
@@ -98,6 +102,37 @@ def test_stack_is_limited_and_can_drain(stack: Composed) -> None:
     said = stack.ask("api", "GET", "/metrics")[1].decode()
     (limit,) = [line.split()[1] for line in said.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
     assert float(limit) == 2 << 30
+
+
+def test_stack_makes_grafanas_password_once_and_tells_nobody(stack: Composed) -> None:
+    def read() -> str:
+        return stack.inside("grafana", "cat", "/var/lib/grafana/admin-password")
+
+    password = read()
+    assert len(password) >= 32
+    assert stack.inside("grafana", "stat", "--format", "%a %u", "/var/lib/grafana/admin-password") == "600 472"
+    assert password not in stack.logs("grafana")
+    assert "docker compose exec grafana cat" in stack.logs("grafana")
+    stack.compose("restart", "grafana")
+    stack.wait_until_healthy("grafana")
+    assert read() == password
+
+
+def test_stack_gives_grafana_its_dashboard_and_its_prometheus(stack: Composed) -> None:
+    home = stack.inside("grafana", "sh", "-c", "cat $GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH")
+    assert json.loads(home) == json.loads(DASHBOARD.read_text())
+    (source,) = read_provisioning(stack, "datasources")
+    answer = stack.inside("grafana", "curl", "-fsS", f"{source['url']}/api/v1/query?query=up")  # by its name
+    assert json.loads(answer)["status"] == "success"
+    (provider,) = read_provisioning(stack, "dashboards")
+    assert "dtem-serve.json" in stack.inside("grafana", "ls", provider["options"]["path"])
+
+
+def read_provisioning(stack: Composed, kind: str) -> list[dict[str, Any]]:
+    """Read what Grafana finds in its only file of a kind."""
+    content = yaml.safe_load(stack.inside("grafana", "sh", "-c", f"cat /etc/grafana/provisioning/{kind}/*.yml"))
+    found: list[dict[str, Any]] = content["datasources" if kind == "datasources" else "providers"]
+    return found
 
 
 def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_store: Path) -> None:
