@@ -7,10 +7,11 @@ from collections.abc import Awaitable, Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
+from deploy.ray.body import GONE
 
 SERVED_BY = b"x-served-by"
 ELAPSED = b"x-dtem-elapsed-seconds"  # since the request came to the proxy; the proxy lets no caller say it
-GONE: Message = {"type": "http.disconnect"}
+BODY = "dtem.body"  # key in the scope: the whole body, where it has travelled with the request
 
 
 class Inlet:
@@ -27,7 +28,7 @@ class Inlet:
         send = self._signed(send)
         if scope["path"] == "/metrics":
             send = self._completed(send)
-        await self._serve(scope, _Leaving(receive), send)
+        await self._serve(scope, _Leaving(receive, scope.pop(BODY, None)), send)
 
     async def _serve(self, scope: Scope, receive: "_Leaving", send: Send) -> None:
         """Tell the application that its caller left, where Ray would cancel it in the middle of anything."""
@@ -69,14 +70,17 @@ class Inlet:
 class _Leaving:
     """A `receive` that can be told that the caller has left."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, receive: Receive, body: bytes | None) -> None:
+        self._receive, self._body = receive, body
         self._waiting: asyncio.Future[Message] | None = None
         self._has_left = False
 
     async def __call__(self) -> Message:
         if self._has_left:
             return GONE
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
         self._waiting = asyncio.ensure_future(self._receive())
         try:
             return await self._waiting

@@ -1,7 +1,6 @@
 """Proxy: what is done in Ray's HTTP proxies, so that a caller meets the service and not what is in front of it.
 
-Ray's proxies get it by `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.proxy:middlewares` in the environment of
-`ray start`, on every node.
+They get it from their environment (`ray.env`): Ray calls `middlewares` as each of them starts.
 """
 
 import logging
@@ -15,13 +14,14 @@ from app.api.boundary import render
 from app.api.headers import server_headers, with_headers
 from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.logs import name_request
-from deploy.ray.inlet import ELAPSED, SERVED_BY
+from deploy.ray.body import Body
+from deploy.ray.inlet import BODY, ELAPSED, SERVED_BY
 
 logger = logging.getLogger("ray.serve")  # the proxy's own log
 
 MAX_ATTEMPTS = 3  # a request that kills its replica kills no more than these
-MAX_KEPT_BYTES = 100_000_000  # a longer body is not kept, and its request not sent again
 RETRY_SECONDS = 1
+DRAIN_SECONDS = 3.0
 OWN_PATHS = "/-/"  # of Ray's proxies
 REQUEST_ID = b"x-request-id"
 TIMEOUT = b"x-request-timeout-seconds"  # Ray's
@@ -35,8 +35,8 @@ def middlewares() -> list[Middleware]:
 class Resend:
     """Pure ASGI middleware. A request whose replica died before it answered is sent to another one.
 
-    It is safe to: nothing that the service does changes anything. Of Ray's own answers none reaches a caller but those
-    of `/-/…`.
+    It is safe to: nothing that the service does for a caller changes anything. Of Ray's own answers none reaches a
+    caller but those of `/-/…`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -48,60 +48,25 @@ class Resend:
         elif scope["path"].startswith(OWN_PATHS):
             await self._app(scope, receive, send)
         else:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, Body(receive), send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, body: Body, send: Send) -> None:
         started_at, deadline_seconds, request_id = time.perf_counter(), read_deadline(scope), name_request(scope)
-        body = _Body(receive)
         answer = _Answer(scope, request_id, body, send)
-        while answer.is_missing and not body.has_left and body.is_kept and answer.n_attempts < MAX_ATTEMPTS:
+        await body.read_ahead()
+        while answer.is_missing and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
             elapsed = time.perf_counter() - started_at
             if answer.n_attempts:
                 logger.warning("request %s lost its replica after %.3f s: sent again", request_id, elapsed)
             answer.n_attempts += 1
-            forwarded = {**scope, "headers": forward_headers(scope, request_id, elapsed, deadline_seconds)}
-            await self._app(forwarded, body.replay(), answer.take)
+            headers = forward_headers(scope, request_id, elapsed, deadline_seconds)
+            await self._app({**scope, "headers": headers, BODY: body.whole}, body.replay(), answer.take)
         if answer.is_missing and not body.has_left:
             is_late = deadline_seconds is not None and time.perf_counter() - started_at >= deadline_seconds
             await answer.refuse(explain(scope["path"], is_late))
-
-
-class _Body:
-    """A request's body as it comes, kept until the answer begins."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._kept: list[Message] = []
-        self._n_bytes = 0
-        self.is_kept = True
-        self.has_left = False
-
-    def replay(self) -> Receive:
-        """Make a `receive` that begins with what has come already."""
-        n_read = 0
-
-        async def receive() -> Message:
-            nonlocal n_read
-            n_read += 1
-            if n_read <= len(self._kept):
-                return self._kept[n_read - 1]
-            message = await self._receive()
-            self._note(message)
-            return message
-
-        return receive
-
-    def _note(self, message: Message) -> None:
-        self.has_left = self.has_left or message["type"] == "http.disconnect"
-        self._n_bytes += len(message.get("body", b""))
-        if self._n_bytes > MAX_KEPT_BYTES:
-            self.drop()
-        if self.is_kept:
-            self._kept.append(message)
-
-    def drop(self) -> None:
-        self.is_kept = False
-        self._kept.clear()
+        elif answer.is_open and not body.has_left:
+            await body.swallow(DRAIN_SECONDS)
+            await send({"type": "http.response.body", "body": b""})
 
 
 class _Answer:
@@ -109,12 +74,11 @@ class _Answer:
     body has begun to come, so that a replica can die anywhere before.
     """
 
-    def __init__(self, scope: Scope, request_id: str, body: _Body, send: Send) -> None:
+    def __init__(self, scope: Scope, request_id: str, body: Body, send: Send) -> None:
         self._scope, self._request_id, self._body, self._send = scope, request_id, body, send
-        self._fixed = [(name.lower().encode(), value.encode()) for name, value in _fixed_headers(scope)]
         self._start: Message | None = None
-        self.is_missing = True
         self.n_attempts = 0
+        self.is_missing, self.is_open = True, False
 
     async def take(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -123,11 +87,14 @@ class _Answer:
         elif self._start is not None:
             if self.is_missing:
                 self.is_missing = False
-                self._body.drop()
                 await self._send(self._complete(self._start))
+            self.is_open = message.get("more_body", False)
+            self._body.release()  # of a body that is refused as it comes, no more goes to the replica
             await self._send(message)
 
     async def refuse(self, error: ServiceError) -> None:
+        """Answer in the place of the replicas."""
+
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = self._complete(with_headers(message, self._request_id))
@@ -137,26 +104,21 @@ class _Answer:
 
     def _complete(self, start: Message) -> Message:
         """Ray names each request a second time; and what our own server would add is missing."""
+        is_tls = self._scope.get("scheme") == "https"
+        ours = [(name.lower().encode(), value.encode()) for name, value in server_headers(is_tls=is_tls)]
         again = b"; attempt=%d" % self.n_attempts * (self.n_attempts > 1)
-        headers = [
-            (name, value + again if name == SERVED_BY else value)
-            for name, value in start["headers"]
-            if name != REQUEST_ID
-        ]
-        return {**start, "headers": [*self._fixed, *headers, (REQUEST_ID, self._request_id.encode())]}
+        headers = [(name, value + again * (name == SERVED_BY)) for name, value in start["headers"]]
+        kept = [header for header in headers if header[0] != REQUEST_ID]
+        return {**start, "headers": [*ours, *kept, (REQUEST_ID, self._request_id.encode())]}
 
 
 def explain(path: str, is_late: bool) -> ServiceError:
-    """Find the words for what Ray has no answer of a replica's to."""
+    """Find the words for what no replica has answered."""
     if not path.startswith("/"):  # Ray knows no way for `OPTIONS *`
         return UnknownPath(f"There is nothing at {echo(path)!r}.")
     if is_late:
         return DeadlinePassed("The deadline is past.")
     return NotReady("No replica could answer.", retry_after_seconds=RETRY_SECONDS)
-
-
-def _fixed_headers(scope: Scope) -> list[tuple[str, str]]:
-    return server_headers(is_tls=scope.get("scheme") == "https")
 
 
 def read_deadline(scope: Scope) -> float | None:

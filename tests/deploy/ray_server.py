@@ -23,7 +23,6 @@ from tests.integration.test_start_and_stop import wait_until
 DRIVER_SECONDS = 120.0
 STOP_SECONDS = 20.0
 MARK = "RAY_OF_TEST"  # in the environment of every process of the cluster
-MIDDLEWARES = "deploy.ray.proxy:middlewares"
 
 
 class RayServer(Address):
@@ -46,14 +45,13 @@ class RayServer(Address):
         )
 
     def _variables(self) -> dict[str, str]:
+        lines = (ROOT / "deploy" / "ray" / "ray.env").read_text(encoding="utf-8").splitlines()
         return {
+            **dict(line.split("=", 1) for line in lines if not line.startswith("#")),
             MARK: self._mark,
             "PYTHONPATH": str(ROOT),
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": MIDDLEWARES,
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),  # the nodes share a machine
             "RAY_TMPDIR": str(self._temp_dir),
-            "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
         }
 
     def __enter__(self) -> Self:
