@@ -51,6 +51,7 @@ def build(arguments: Arguments) -> Application:
         max_ongoing_requests=2 * settings.max_inside_images,
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=settings.stall_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
     application: Application = deployment(serve.ingress()(Replica)).bind()

@@ -118,11 +118,17 @@ class RayServer(Address):
     def replica_pids(self) -> list[int]:
         return self.pids("ray::ServeReplica")
 
+    def is_on_head(self, pid: int) -> bool:
+        """Tell by the raylet that a process comes from."""
+        parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        return b"--head" in Path(f"/proc/{parent}/cmdline").read_bytes()
+
     @property
     def log(self) -> str:
         """What the replicas said."""
         files = sorted(self._temp_dir.glob("ray/session_2*/logs/worker-*.err"))
-        return "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        return "".join(text for text in texts if ":actor_name:ServeReplica" in text)
 
     @property
     def resident_bytes(self) -> int:

@@ -38,14 +38,50 @@ def count_resent(load: Load) -> int:
     return sum(n for name, n in load.servers.items() if "; attempt=" in name)
 
 
-def kill_while_busy(server: RayServer, load: Load) -> None:
-    """Kill a replica so that requests die in it, and wait until another one in its place has served."""
-    before = served_by(load)
-    os.kill(server.replica_pids()[0], signal.SIGKILL)
-    wait_until(lambda: bool(served_by(load) - before))
+def freeze_with_requests_inside(load: Load, pid: int) -> None:
+    """Stop a replica, and wait until the others have answered so much that it must have been given its share."""
+    os.kill(pid, signal.SIGSTOP)
+    before = load.outcomes[200]
+    wait_until(lambda: load.outcomes[200] >= before + N_BEFORE)
 
 
 def test_a_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
-    kill_while_busy(server, load)
+    before = served_by(load)
+    pid = server.replica_pids()[0]
+    freeze_with_requests_inside(load, pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: bool(served_by(load) - before))
     assert set(load.outcomes) == {200}, load.outcomes
     assert count_resent(load) > 0
+
+
+def test_versions_come_and_go_on_all_replicas_under_load(server: RayServer, load: Load) -> None:
+    with server.published("tiny", "2"):
+        wait_until(lambda: load.versions["2"] >= N_BEFORE)
+    before = load.versions["2"]
+    wait_until(lambda: load.versions["1"] >= 2 * N_BEFORE)
+    assert load.versions["2"] - before <= N_CLIENTS  # what was under way
+    assert set(load.outcomes) == {200}, load.outcomes
+
+
+def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
+    before = served_by(load)
+    (pid,) = [pid for pid in server.replica_pids() if not server.is_on_head(pid)]
+    freeze_with_requests_inside(load, pid)
+    server.tell("kill node")
+    wait_until(lambda: bool(served_by(load) - before))
+    server.tell("add node")
+    assert set(load.outcomes) == {200}, load.outcomes
+    assert count_resent(load) > 0
+
+
+def test_replicas_come_with_the_load_and_go_with_it(server: RayServer) -> None:
+    quick = {"metrics_interval_s": 0.2, "look_back_period_s": 1, "upscale_delay_s": 0.2, "downscale_delay_s": 1}
+    with Load(server.port, PNG, n_clients=1, is_kept=True) as lone:
+        server.deploy(1, 2, target_ongoing_requests=4, **quick)
+        wait_until(lambda: len(server.replica_pids()) == 1)
+        with Load(server.port, PNG, n_clients=N_CLIENTS, is_kept=True) as load:
+            wait_until(lambda: len(served_by(load)) == 2)
+        wait_until(lambda: len(server.replica_pids()) == 1)
+        server.deploy()
+    assert set(load.outcomes) | set(lone.outcomes) == {200}, (load.outcomes, lone.outcomes)
