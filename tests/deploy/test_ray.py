@@ -45,6 +45,18 @@ def freeze_with_requests_inside(load: Load, pid: int) -> None:
     wait_until(lambda: load.outcomes[200] >= before + N_BEFORE)
 
 
+def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
+    before = served_by(load)
+    pid = next(pid for pid in server.replica_pids() if not server.is_on_head(pid))
+    freeze_with_requests_inside(load, pid)
+    server.tell("kill node")
+    os.kill(pid, signal.SIGKILL)  # it stands still, and would not notice
+    wait_until(lambda: bool(served_by(load) - before))
+    server.tell("add node")
+    assert set(load.outcomes) == {200}, load.outcomes
+    assert count_resent(load) > 0
+
+
 def test_a_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
     before = served_by(load)
     pid = server.replica_pids()[0]
@@ -62,17 +74,6 @@ def test_versions_come_and_go_on_all_replicas_under_load(server: RayServer, load
     wait_until(lambda: load.versions["1"] >= 2 * N_BEFORE)
     assert load.versions["2"] - before <= N_CLIENTS  # what was under way
     assert set(load.outcomes) == {200}, load.outcomes
-
-
-def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
-    before = served_by(load)
-    (pid,) = [pid for pid in server.replica_pids() if not server.is_on_head(pid)]
-    freeze_with_requests_inside(load, pid)
-    server.tell("kill node")
-    wait_until(lambda: bool(served_by(load) - before))
-    server.tell("add node")
-    assert set(load.outcomes) == {200}, load.outcomes
-    assert count_resent(load) > 0
 
 
 def test_replicas_come_with_the_load_and_go_with_it(server: RayServer) -> None:
