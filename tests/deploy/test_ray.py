@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -45,26 +46,35 @@ def freeze_with_requests_inside(load: Load, pid: int) -> None:
     wait_until(lambda: load.outcomes[200] >= before + N_BEFORE)
 
 
-def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
-    before = served_by(load)
-    pid = next(pid for pid in server.replica_pids() if not server.is_on_head(pid))
-    freeze_with_requests_inside(load, pid)
-    server.tell("kill node")
-    os.kill(pid, signal.SIGKILL)  # it stands still, and would not notice
+def kill(load: Load, what: str, end: Callable[[], object]) -> None:
+    """End something, wait until another replica has served in the place of the one that is gone, and count."""
+    before, started_at = served_by(load), time.monotonic()
+    end()
     wait_until(lambda: bool(served_by(load) - before))
-    server.tell("add node")
+    seconds = time.monotonic() - started_at
+    lost = sum(n for outcome, n in load.outcomes.items() if outcome != 200)
+    n_all, n_resent = load.outcomes.total(), count_resent(load)
+    print(f"killed {what}: {n_all} requests, {lost} lost, {n_resent} sent again, replaced after {seconds:.1f} s")
     assert set(load.outcomes) == {200}, load.outcomes
-    assert count_resent(load) > 0
+    assert n_resent > 0
+
+
+def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
+    pid = next(pid for pid in server.replica_pids() if not server.is_on_head(pid))
+
+    def end() -> None:
+        server.tell("kill node")
+        os.kill(pid, signal.SIGKILL)  # it stands still, and would not notice
+
+    freeze_with_requests_inside(load, pid)
+    kill(load, "a node", end)
+    server.tell("add node")
 
 
 def test_a_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
-    before = served_by(load)
     pid = server.replica_pids()[0]
     freeze_with_requests_inside(load, pid)
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: bool(served_by(load) - before))
-    assert set(load.outcomes) == {200}, load.outcomes
-    assert count_resent(load) > 0
+    kill(load, "a replica", lambda: os.kill(pid, signal.SIGKILL))
 
 
 def test_versions_come_and_go_on_all_replicas_under_load(server: RayServer, load: Load) -> None:
