@@ -54,7 +54,7 @@ class Resend:
         started_at, deadline_seconds, request_id = time.perf_counter(), read_deadline(scope), name_request(scope)
         answer = _Answer(scope, request_id, body, send)
         await body.read_ahead()
-        while answer.is_missing and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
+        while answer.is_lost and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
             elapsed = time.perf_counter() - started_at
             if answer.n_attempts:
                 logger.warning("request %s lost its replica after %.3f s: sent again", request_id, elapsed)
@@ -79,11 +79,17 @@ class _Answer:
         self._start: Message | None = None
         self.n_attempts = 0
         self.is_missing, self.is_open = True, False
+        self._is_rays = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody has said anything to the end, as when a replica dies; Ray's own words are about no replica."""
+        return self.is_missing and not self._is_rays
 
     async def take(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            is_replicas = any(name == SERVED_BY for name, _ in message["headers"])
-            self._start = message if is_replicas else None
+            self._is_rays = all(name != SERVED_BY for name, _ in message["headers"])
+            self._start = None if self._is_rays else message
         elif self._start is not None:
             if self.is_missing:
                 self.is_missing = False

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from app.errors import SettingsError
 from app.logs import configure_logs
 from app.main import create_app
+from app.reload import Reloader
 from app.settings import Settings, read_settings
 from app.start import load, make_service, prepare_process
 from deploy.ray.inlet import Inlet
@@ -32,6 +33,7 @@ class Replica:
         configure_logs(self._settings.log_level, self._settings.log_format)
         self._service = make_service(self._settings)
         self._context = serve.get_replica_context()
+        self._reloader: Reloader | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Load and verify the store; before that is done, no request comes.
@@ -67,7 +69,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Ray has waited for the requests inside, and stopped the application."""
-        await asyncio.to_thread(self._reloader.stop, RELOAD_STOP_SECONDS)
+        if self._reloader is not None:
+            await asyncio.to_thread(self._reloader.stop, RELOAD_STOP_SECONDS)
 
 
 def refuse_meaningless(settings: Settings) -> None:

@@ -32,7 +32,7 @@ def load(server: RayServer) -> Iterator[Load]:
 
 
 def served_by(load: Load) -> set[str]:
-    return {name for name in load.servers.copy() if ";" not in name}
+    return {name for name in load.servers.copy() if name and ";" not in name}
 
 
 def count_resent(load: Load) -> int:
