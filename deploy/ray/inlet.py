@@ -1,6 +1,7 @@
 """Inlet: where requests from Ray's proxies come into the application of a replica."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -8,6 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
 from deploy.ray.body import GONE
+
+logger = logging.getLogger(__name__)
 
 SERVED_BY = b"x-served-by"
 ELAPSED = b"x-dtem-elapsed-seconds"  # since the request came to the proxy; the proxy lets no caller say it
@@ -19,16 +22,23 @@ class Inlet:
 
     def __init__(self, app: ASGIApp, name: str, gather_metrics: Callable[[], Awaitable[bytes]]) -> None:
         self._app, self._name, self._gather_metrics = app, name.encode(), gather_metrics
+        self._has_warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._warn_if_unprotected(scope)
         scope[STARTED_AT] = time.perf_counter() - elapsed_seconds(scope)
         send = self._signed(send)
         if scope["path"] == "/metrics":
             send = self._completed(send)
         await self._serve(scope, _Leaving(receive, scope.pop(BODY, None)), send)
+
+    def _warn_if_unprotected(self, scope: Scope) -> None:
+        if BODY not in scope and not self._has_warned:
+            logger.warning("requests come past deploy.ray.proxy, and die with their replica: see deploy/ray/ray.env")
+            self._has_warned = True
 
     async def _serve(self, scope: Scope, receive: "_Leaving", send: Send) -> None:
         """Tell the application that its caller left, where Ray would cancel it in the middle of anything."""

@@ -94,3 +94,16 @@ def test_merged_metrics_keep_every_series_apart() -> None:
     assert 'dtem_images_total{r="8",replica="b"} 2.0' in lines
     assert 'dtem_stage_seconds_bucket{le="1.0",replica="a"} 1.0' in lines
     assert 'dtem_stage_seconds_sum{replica="b"} 2.0' in lines
+
+
+def test_it_says_once_that_nobody_would_send_requests_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+    inlet = Inlet(application, "one", gather_nothing)
+    asyncio.run(inlet({**scope_of(), BODY: None}, never, send_nowhere))
+    assert not caplog.records
+    for _ in range(2):
+        asyncio.run(inlet(scope_of(), never, send_nowhere))
+    (record,) = caplog.records
+    assert "ray.env" in record.message
