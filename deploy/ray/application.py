@@ -53,6 +53,7 @@ def build(arguments: Arguments) -> Application:
         health_check_timeout_s=settings.stall_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds,
+        logging_config={"enable_access_log": False},  # the service has its own
     )
     application: Application = deployment(serve.ingress()(Replica)).bind()
     return application

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from ray.exceptions import RayError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
@@ -98,6 +99,9 @@ class _Leaving:
             if self._has_left:
                 return GONE
             raise
+        except RayError:  # the proxy is gone, or has let go of the request
+            self._has_left = True
+            return GONE
 
     def leave(self) -> None:
         self._has_left = True

@@ -3,6 +3,7 @@ import time
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from ray.exceptions import TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
@@ -46,6 +47,19 @@ def test_who_is_cancelled_has_left() -> None:
 
     asyncio.run(leave())
     assert seen == [b"image", "http.disconnect", "http.disconnect"]
+
+
+def test_a_caller_whose_proxy_is_gone_has_left() -> None:
+    seen: list[str] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([(await receive())["type"], (await receive())["type"]])
+
+    async def fail() -> Message:
+        raise TaskCancelledError
+
+    asyncio.run(Inlet(application, "one", gather_nothing)(scope_of(), fail, send_nowhere))
+    assert seen == ["http.disconnect", "http.disconnect"]
 
 
 @pytest.mark.parametrize(("said", "seconds"), [(b"1.5", 1.5), (b"-3", 0), (b"x", 0), (b"nan", 0)])
