@@ -13,22 +13,16 @@ from types import FrameType
 
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from app.api.headers import server_headers
-from app.backends import BackendOptions, open_backend
 from app.catalogue import Catalogue
 from app.drain import LAST_SECONDS, Server
-from app.errors import BackendError, SettingsError, StartupError
-from app.images import limit_pillow
+from app.errors import SettingsError, StartupError
 from app.logs import configure_logs
 from app.main import create_app
-from app.memory import return_large_blocks
-from app.metrics import Metrics
-from app.reload import Reloader
 from app.serving.service import Service
 from app.settings import Settings, read_settings
-from app.store import StoreOptions, load_catalogue, load_version
+from app.start import load, make_service, prepare_process
 from app.tls import open_tls
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,8 +36,7 @@ def main() -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, _exit)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime reports to its maker as soon as imported
-    return_large_blocks()
+    prepare_process()
     try:
         settings = read_settings()
         configure_logs(settings.log_level, settings.log_format)
@@ -81,9 +74,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     From then on the store is looked at again from time to time, and at once at SIGHUP.
     Raises: StartupError.
     """
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter, which nobody reads
-    service = Service(settings, Metrics(CollectorRegistry()))
-    limit_pillow(settings.max_pixels)
+    service = make_service(settings)
     server = Server(configure(settings, service, open_tls(settings)), service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(asyncio.to_thread(load, settings, service, asyncio.get_running_loop()))
@@ -126,26 +117,6 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=LAST_SECONDS,  # our Server has waited before
-    )
-
-
-def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) -> Reloader:
-    """Open the engine and load the store; the reloader has what was loaded, and publishes to the loop.
-
-    Raises: StartupError.
-    """
-    options = BackendOptions(settings.device, settings.n_inference_threads, settings.share_weights)
-    try:
-        backend = open_backend(settings.format, options)
-    except BackendError as error:
-        raise SettingsError(f"DTEM_FORMAT={settings.format} DTEM_DEVICE={settings.device}: {error}") from error
-    wanted = StoreOptions(settings.format, settings.precision, settings.default_model, settings.max_batch_images)
-    return Reloader(
-        settings,
-        service.metrics,
-        load_catalogue(settings.model_store, backend, wanted),
-        load=lambda folder: load_version(folder, backend, wanted, n_threads=1),  # requests come first
-        publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),
     )
 
 

@@ -45,6 +45,7 @@ CLASSIFY_PATH = "/classify"
 PROTOCOL_PREFIX = "/v2"
 CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")
 EXCHANGE = "dtem.exchange"  # key in the ASGI scope
+STARTED_AT = "dtem.started_at"  # the same, of a server that knows better than we when the request came: perf_counter
 UNAUTHORIZED = PROBLEMS[Unauthorized]
 
 
@@ -58,7 +59,8 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope[EXCHANGE] = Exchange(request_id=name_request(scope))
+        started_at = scope.get(STARTED_AT, time.perf_counter())
+        exchange = scope[EXCHANGE] = Exchange(name_request(scope), started_at)
         # Of HEAD the server leaves the body out: it looks at its own scope, not at this copy.
         asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = await self._answer(asked, receive, send, exchange)
@@ -89,7 +91,7 @@ class Boundary:
             if status:  # half an answer is out: only a broken connection can tell
                 raise
             exchange.refusals.append(status_and_code(known)[1])
-            await _render(known, scope["path"], exchange)(scope, receive, send_noting_status)
+            await render(known, scope["path"], exchange.request_id)(scope, receive, send_noting_status)
         return status
 
 
@@ -103,9 +105,10 @@ def _translate(error: BaseException) -> ServiceError:
     return InternalError()
 
 
-def _render(error: ServiceError, path: str, exchange: Exchange) -> Response:
+def render(error: ServiceError, path: str, request_id: str) -> Response:
+    """Write an error down as those who ask under its path expect it."""
     is_protocol = path == PROTOCOL_PREFIX or path.startswith(PROTOCOL_PREFIX + "/")
-    return protocol_error_response(error) if is_protocol else problem_response(error, request_id=exchange.request_id)
+    return protocol_error_response(error) if is_protocol else problem_response(error, request_id=request_id)
 
 
 def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_id: str | None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.app.tiny_store import write_store
-from tests.integration.server import Server
+from tests.integration.server import Address, Server
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
+    """The service as a process; for modules that carry `on_both`, on a Ray cluster as well."""
+    if getattr(request, "param", "process") == "ray":
+        yield request.getfixturevalue("ray_server")
+        return
     with Server(store, tmp_path_factory.mktemp("log") / "server.log", max_body_bytes=1_000_000) as server:
         yield server

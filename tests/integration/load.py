@@ -27,6 +27,7 @@ class Load:
         self._is_over = threading.Event()
         self.outcomes: Counter[int | str] = Counter()
         self.versions: Counter[str] = Counter()
+        self.servers: Counter[str] = Counter()  # what `X-Served-By` says, on a cluster
         self._threads = [threading.Thread(target=self._post_on) for _ in range(n_clients)]
 
     def __enter__(self) -> Self:
@@ -70,6 +71,7 @@ class Load:
             self.outcomes["lost"] += 1
             return False
         self.outcomes[response.status] += 1
+        self.servers[response.headers.get("X-Served-By", "")] += 1
         if response.status == 200:
             self.versions[json.loads(answer)["model"]["version"]] += 1
         return not response.will_close

@@ -9,10 +9,14 @@ import ssl
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+on_both = pytest.mark.parametrize("server", ["process", "ray"], indirect=True)  # the contract is the same
 START_SECONDS = 60.0  # what a busy machine may take; how long it should take is a test of its own
 
 
@@ -28,7 +32,53 @@ class Reply(NamedTuple):
     body: bytes
 
 
-class Server:
+def read_resident_bytes(pid: int) -> int:
+    pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Address(ABC):
+    """A port of this machine at which the service answers, whoever listens there."""
+
+    port: int
+
+    @property
+    @abstractmethod
+    def log(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def resident_bytes(self) -> int: ...
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """Send one request on a connection of its own."""
+        connection = self._connect()
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        """Send one request on a connection of its own. Returns status and body."""
+        status, _, answer = self.request(method, path, body, headers)
+        return status, answer
+
+    def series(self, metric: str) -> list[float]:
+        """Read the values of a metric, whatever its labels; the name may be a pattern with some of them."""
+        text = self.ask("GET", "/metrics")[1].decode()
+        return [float(value) for value in re.findall(rf"^{metric}(?:{{.*}})? (\S+)$", text, re.MULTILINE)]
+
+
+class Server(Address):
     """`python -m app` on a free port, until the block is left."""
 
     def __init__(self, model_store: Path, log: Path, tmpdir: Path | None = None, **settings: object) -> None:
@@ -78,8 +128,7 @@ class Server:
 
     @property
     def resident_bytes(self) -> int:
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return read_resident_bytes(self.process.pid)
 
     @property
     def cpu_seconds(self) -> float:
@@ -90,27 +139,8 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(timeout_seconds)
 
-    def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Reply:
-        """Send one request on a connection of its own."""
-        connection = self._connect()
-        try:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            return Reply(response.status, response.headers, response.read())
-        finally:
-            connection.close()
-
     def _connect(self) -> http.client.HTTPConnection:
         if self._certificate is None:
-            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            return super()._connect()
         context = ssl.create_default_context(cafile=str(self._certificate))
         return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=context)
-
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        """Send one request on a connection of its own. Returns status and body."""
-        status, _, answer = self.request(method, path, body, headers)
-        return status, answer

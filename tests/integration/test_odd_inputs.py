@@ -9,12 +9,13 @@ from PIL import Image
 
 from tests.app.odd_images import encode, exif_bytes, make_photo, ordinary_images, refused_images, truncated_images
 from tests.app.tiny_store import expected_logits
-from tests.integration.server import Server
+from tests.integration.server import Address, on_both
 
 GOOD = make_photo(8, 8)
 GOOD_PNG = encode(GOOD, "PNG")
 GROWTH_BYTES = 32_000_000  # what the allocator may keep; a 12 Mpx picture that stays would exceed it
 ROUNDS = 3
+pytestmark = on_both
 
 
 def odd_bodies() -> Iterator[tuple[str, bytes, dict[str, str]]]:
@@ -41,14 +42,14 @@ def odd_bodies() -> Iterator[tuple[str, bytes, dict[str, str]]]:
     yield "huge content type", GOOD_PNG, {"Content-Type": "image/" + "x" * 20_000}
 
 
-def assert_answers_well(server: Server) -> None:
+def assert_answers_well(server: Address) -> None:
     status, body = server.ask("POST", "/classify?r=16", GOOD_PNG)
     assert status == 200, body
     logits = expected_logits(np.asarray(GOOD)[None], 16)[0]
     assert json.loads(body)["predictions"][0]["index"] == int(logits.argmax())
 
 
-def test_odd_inputs_never_get_a_5xx_and_memory_does_not_grow(server: Server) -> None:
+def test_odd_inputs_never_get_a_5xx_and_memory_does_not_grow(server: Address) -> None:
     inputs = list(odd_bodies())
     assert len(inputs) >= 100
     for data in ordinary_images().values():  # whatever the decoders keep, they keep from the first time on

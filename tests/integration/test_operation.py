@@ -8,7 +8,7 @@ import pytest
 
 from tests.app.certificates import encrypt_key, make_certificate
 from tests.app.odd_images import encode, make_photo
-from tests.integration.server import Server
+from tests.integration.server import Address, Server, on_both
 from tests.integration.test_http import exchange, status_of
 from tests.integration.test_start_and_stop import assert_one_clear_line, run_failing
 
@@ -172,7 +172,8 @@ def test_bad_tls_files_stop_the_start(store: Path, tmp_path: Path) -> None:
     assert_one_clear_line(errors, "DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY")
 
 
-def test_every_answer_has_the_headers_of_the_server(server: Server) -> None:
+@on_both
+def test_every_answer_has_the_headers_of_the_server(server: Address) -> None:
     for method, path in (
         ("GET", "/docs"),
         ("HEAD", "/docs"),
@@ -187,5 +188,5 @@ def test_every_answer_has_the_headers_of_the_server(server: Server) -> None:
         for name in (*FIXED, "Cache-Control", "Content-Security-Policy", "X-Request-ID"):
             assert len(headers.get_all(name) or []) == 1, (method, path, name)
         assert "Strict-Transport-Security" not in headers
-        assert "Server" not in headers
+        assert "Server" not in headers or not isinstance(server, Server)  # Ray's proxies say what they are
         assert not [name for name in headers if name.lower().startswith("access-control-")]

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from tests.app.tiny_store import LABELS, SIDE, write_store
-from tests.integration.server import ROOT, Server
+from tests.deploy.ray_server import RayServer
+from tests.integration.server import ROOT, Address, Server, on_both
 
 PAGE = (ROOT / "docs" / "open-inference-protocol.md").read_text(encoding="utf-8")
 SECONDS = 60
+pytestmark = on_both
 UNKNOWN_PARAMETER = json.dumps(
     {
         "parameters": {"speed": 1},
@@ -25,7 +27,13 @@ UNKNOWN_PARAMETER = json.dumps(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
+    """A service with a model of that name; on the cluster, which is there for all, only for a while."""
+    if request.param == "ray":
+        on_ray: RayServer = request.getfixturevalue("ray_server")
+        with on_ray.published("reference"):
+            yield on_ray
+        return
     root = tmp_path_factory.mktemp("reference")
     write_store(root / "store", name="reference")
     with Server(root / "store", root / "server.log") as server:
@@ -39,7 +47,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_of_the_page_runs(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Address, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("SERVER", f"127.0.0.1:{server.port}")
@@ -57,7 +65,7 @@ def test_the_python_of_the_page_runs(
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_the_curl_of_the_page_runs(server: Server, block: str) -> None:
+def test_the_curl_of_the_page_runs(server: Address, block: str) -> None:
     environment = {**os.environ, "SERVER": f"127.0.0.1:{server.port}", "SIDE": str(SIDE)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.replace("curl -sS", "curl -sS -w '\\n'")],
@@ -75,7 +83,7 @@ def test_the_curl_of_the_page_runs(server: Server, block: str) -> None:
         assert {label for item in answer["outputs"] if item["name"] == "label" for label in item["data"]} <= set(LABELS)
 
 
-def test_the_page_tells_of_every_parameter_and_output(server: Server) -> None:
+def test_the_page_tells_of_every_parameter_and_output(server: Address) -> None:
     metadata = json.loads(server.ask("GET", "/v2/models/reference")[1])
     accepted = json.loads(server.ask("POST", "/v2/models/reference/infer", UNKNOWN_PARAMETER)[1])["error"]
     names = [item["name"] for item in metadata["inputs"] + metadata["outputs"]]

@@ -164,7 +164,7 @@ def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
 
 def test_the_service_needs_nothing_of_training() -> None:
     """What `python -m app` imports, engine included, is what the service alone installs."""
-    forbidden = {"torch", "timm", "jsonschema", "onnx", "scipy", "sklearn", "matplotlib", "training", "httpx"}
+    forbidden = {"torch", "timm", "jsonschema", "onnx", "scipy", "sklearn", "matplotlib", "training", "httpx", "ray"}
     program = "import sys, app.__main__, app.backends.onnx; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
     assert {name.split(".")[0] for name in done.stdout.split()} & forbidden == set()

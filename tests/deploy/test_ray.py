@@ -1,0 +1,98 @@
+"""Two nodes with a replica each: what dies, grows or changes under load costs nobody an answer."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.app.odd_images import encode, make_photo
+from tests.deploy.ray_server import RayServer
+from tests.integration.load import Load
+from tests.integration.test_start_and_stop import wait_until
+
+PNG = encode(make_photo(8, 8), "PNG")
+N_CLIENTS = 16
+N_BEFORE = 100  # requests answered before something happens
+
+
+@pytest.fixture
+def server(ray_server: RayServer) -> Iterator[RayServer]:
+    wait_until(lambda: len(ray_server.series("dtem_ready")) == 2)
+    yield ray_server
+    assert "Traceback" not in ray_server.log
+
+
+@pytest.fixture
+def load(server: RayServer) -> Iterator[Load]:
+    with Load(server.port, PNG, n_clients=N_CLIENTS, is_kept=True) as load:
+        wait_until(lambda: load.outcomes[200] >= N_BEFORE and len(served_by(load)) == 2)
+        yield load
+
+
+def served_by(load: Load) -> set[str]:
+    return {name for name in load.servers.copy() if name and ";" not in name}
+
+
+def count_resent(load: Load) -> int:
+    return sum(n for name, n in load.servers.items() if "; attempt=" in name)
+
+
+def freeze_with_requests_inside(load: Load, pid: int) -> None:
+    """Stop a replica, and wait until the others have answered so much that it must have been given its share."""
+    os.kill(pid, signal.SIGSTOP)
+    before = load.outcomes[200]
+    wait_until(lambda: load.outcomes[200] >= before + N_BEFORE)
+
+
+def kill(load: Load, what: str, end: Callable[[], object]) -> None:
+    """End something, wait until another replica has served in the place of the one that is gone, and count."""
+    before, started_at = served_by(load), time.monotonic()
+    end()
+    wait_until(lambda: bool(served_by(load) - before))
+    seconds = time.monotonic() - started_at
+    lost = sum(n for outcome, n in load.outcomes.items() if outcome != 200)
+    n_all, n_resent = load.outcomes.total(), count_resent(load)
+    print(f"killed {what}: {n_all} requests, {lost} lost, {n_resent} sent again, replaced after {seconds:.1f} s")
+    assert set(load.outcomes) == {200}, load.outcomes
+    assert n_resent > 0
+
+
+def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
+    pid = next(pid for pid in server.replica_pids() if not server.is_on_head(pid))
+
+    def end() -> None:
+        server.tell("kill node")
+        os.kill(pid, signal.SIGKILL)  # it stands still, and would not notice
+
+    freeze_with_requests_inside(load, pid)
+    kill(load, "a node", end)
+    server.tell("add node")
+
+
+def test_a_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
+    pid = server.replica_pids()[0]
+    freeze_with_requests_inside(load, pid)
+    kill(load, "a replica", lambda: os.kill(pid, signal.SIGKILL))
+
+
+def test_versions_come_and_go_on_all_replicas_under_load(server: RayServer, load: Load) -> None:
+    with server.published("tiny", "2"):
+        wait_until(lambda: load.versions["2"] >= N_BEFORE)
+    before = load.versions["2"]
+    wait_until(lambda: load.versions["1"] >= 2 * N_BEFORE)
+    assert load.versions["2"] - before <= N_CLIENTS  # what was under way
+    assert set(load.outcomes) == {200}, load.outcomes
+
+
+def test_replicas_come_with_the_load_and_go_with_it(server: RayServer) -> None:
+    quick = {"metrics_interval_s": 0.2, "look_back_period_s": 1, "upscale_delay_s": 0.2, "downscale_delay_s": 1}
+    with Load(server.port, PNG, n_clients=1, is_kept=True) as lone:
+        server.deploy(1, 2, target_ongoing_requests=4, **quick)
+        wait_until(lambda: len(server.replica_pids()) == 1)
+        with Load(server.port, PNG, n_clients=N_CLIENTS, is_kept=True) as load:
+            wait_until(lambda: len(served_by(load)) == 2)
+        wait_until(lambda: len(server.replica_pids()) == 1)
+        server.deploy()
+    assert set(load.outcomes) | set(lone.outcomes) == {200}, (load.outcomes, lone.outcomes)
