@@ -63,6 +63,7 @@ class Carried:
 class Bench:
     wrk: str
     script: Path
+    model: str  # of the query
     n_connections: int
     seconds: int
 
@@ -79,23 +80,22 @@ def measure_round(bench: Bench, variants: Sequence[dict[str, Any]], index: int) 
 def measure_variant(bench: Bench, stack: Composed, variant: dict[str, Any], index: int) -> Carried:
     policy, r = variant["policy"], variant["r"]
     rate = "" if r is None else f"&r={r}"
-    url = f"http://127.0.0.1:{stack.ports['api']}/classify?policy={policy}{rate}"
+    url = f"http://127.0.0.1:{stack.ports['api']}/classify?{bench.model}&policy={policy}{rate}"
     saturate(bench.wrk, bench.script, url, bench.n_connections, WARM_SECONDS)
     full = saturate(bench.wrk, bench.script, url, bench.n_connections, bench.seconds)
     alone = saturate(bench.wrk, bench.script, url, 1, bench.seconds)
     return Carried(policy, r, index, full.per_second, full.p50_ms, full.p99_ms, alone.p50_ms)
 
 
-def read_variants(manifest: Path, policies: Sequence[str]) -> list[dict[str, Any]]:
+def find_variants(manifest: dict[str, Any], policies: Sequence[str]) -> list[dict[str, Any]]:
     """List the graphs of these policies, in the order of the manifest.
 
     Raises: MeasurementError if a policy has none.
     """
-    variants = json.loads(manifest.read_text())["variants"]
-    found = [one for one in variants if one["format"] == "onnx" and one["policy"] in policies]
+    found = [one for one in manifest["variants"] if one["format"] == "onnx" and one["policy"] in policies]
     missing = set(policies) - {variant["policy"] for variant in found}
     if missing:
-        raise MeasurementError(f"{manifest}: has no variant of policy {', '.join(sorted(missing))}")
+        raise MeasurementError(f"{manifest['name']} has no graph of policy {', '.join(sorted(missing))}")
     return found
 
 
@@ -114,13 +114,19 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Raises: MeasurementError."""
     wrk = find_wrk()
-    variants = read_variants(options.published / "manifest.json", options.policies.split(","))
+    manifest = json.loads((options.published / "manifest.json").read_text())
+    variants, model, version = (
+        find_variants(manifest, options.policies.split(",")),
+        manifest["name"],
+        manifest["version"],
+    )
     build_image()
     starts: list[Start] = []
     carried: list[Carried] = []
     with tempfile.TemporaryDirectory(prefix="dtem-sizing-") as name:
         files = write_jpegs(Path(name) / "images", draw_jpegs(options.n_images))
-        bench = Bench(wrk, write_script(Path(name) / "post.lua", files), options.connections, options.seconds)
+        script = write_script(Path(name) / "post.lua", files)
+        bench = Bench(wrk, script, f"model={model}&version={version}", options.connections, options.seconds)
         for index in tqdm(range(options.rounds), unit="round"):
             start, more = measure_round(bench, variants, index)
             starts, carried = [*starts, start], carried + more
