@@ -1,6 +1,6 @@
 # The service in a container, for the CPU (the default) or, with `--target gpu`, for CUDA 13:
 #   docker build -t dtem-serve:cpu .
-#   docker run --rm --read-only --cap-drop ALL --stop-timeout 30 -p 127.0.0.1:8000:8000 dtem-serve:cpu
+#   docker run --rm --read-only --cap-drop ALL --stop-timeout 30 -p 127.0.0.1:8000:8000 dtem-serve:cpu  (:gpu with --gpus all)
 # Stages stand in an order in which a builder that builds all stages above its target builds no CUDA for the CPU.
 ARG PYTHON=python:3.11-slim-bookworm
 
@@ -11,9 +11,12 @@ RUN python -m venv --without-pip /opt/venv
 COPY pyproject.toml constraints.txt ./
 RUN touch README.md
 
-FROM ${PYTHON} AS bytecode
+FROM ${PYTHON} AS content
+COPY deploy/docker/healthcheck.py /app/
+COPY model_store /app/model_store
 COPY app /app/app
-RUN python -m compileall -q --invalidation-mode checked-hash /app/app
+# Readable to the service's user, whatever the umask of the clone was.
+RUN chmod -R a+rX /app && python -m compileall -q --invalidation-mode checked-hash /app/app
 
 FROM ${PYTHON} AS runtime
 ARG VERSION=0.1.0
@@ -37,9 +40,7 @@ RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/venv /opt/venv
-COPY deploy/docker/healthcheck.py ./
-COPY model_store model_store
-COPY --from=bytecode /app/app app
+COPY --from=content /app /app
 
 FROM build AS build-gpu
 RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[gpu]'
@@ -47,8 +48,6 @@ RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable
 FROM runtime AS gpu
 ENV DTEM_DEVICE=cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/venv /opt/venv
-COPY deploy/docker/healthcheck.py ./
-COPY model_store model_store
-COPY --from=bytecode /app/app app
+COPY --from=content /app /app
 
 FROM cpu

@@ -13,7 +13,7 @@ serve: .venv/service-$(ENGINE)
 test: .venv/development
 	$(BIN)/python -m pytest -m "not gpu and not container"
 
-# Takes the Docker engine that is there; what it needs besides, .ci/containers brings.
+# On a real Docker engine: .ci/containers says what that takes, and brings what it can.
 test-containers: .venv/development
 	.ci/containers
 	$(BIN)/python -m pytest -m container

@@ -14,25 +14,29 @@ from typing import Self
 
 from benchmarks.served import PAGE_BYTES, ROOT, MeasurementError
 
-IMAGE = "dtem-serve:cpu"
+IMAGE = "dtem-serve:measured"  # not the tag that an operator's stack on this machine would use
 PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
 START_SECONDS = 120.0
 COMMAND_SECONDS = 600.0
 LOOK_SECONDS = 0.1
 
 
+class DockerError(MeasurementError):
+    """A command of Docker's failed; the message has what it said."""
+
+
 def docker(*arguments: str) -> str:
     """Run a command of Docker's. Returns what it prints.
 
-    Raises: MeasurementError with what it said, if it fails.
+    Raises: DockerError.
     """
-    return run(["docker", *arguments])
+    return _run(["docker", *arguments])
 
 
-def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+def _run(command: Sequence[str], environment: dict[str, str] | None = None, folder: Path = ROOT) -> str:
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -40,7 +44,7 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
         check=False,
     )
     if done.returncode:
-        raise MeasurementError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}".strip())
+        raise DockerError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}".strip())
     return done.stdout.strip()
 
 
@@ -60,12 +64,16 @@ def compose_command() -> tuple[str, ...]:
 class Composed:
     """Services of docker-compose.yml and of files over it, from an image that was built before."""
 
-    def __init__(self, project: str, services: Sequence[str], files: Sequence[str] = (), **variables: object) -> None:
-        self._services = services
+    def __init__(
+        self, project: str, services: Sequence[str], files: Sequence[str] = (), folder: Path = ROOT, **variables: object
+    ) -> None:
+        self._services, self._folder = services, folder
         named = [part for file in ("docker-compose.yml", *files) for part in ("--file", file)]
-        self._command = [*compose_command(), "--project-name", project, *named]
+        # A file that sets no variable of Compose's, in the place of the operator's .env.
+        alone = ["--env-file", "deploy/settings.env", "--project-name", project]
+        self._command = [*compose_command(), *alone, *named]
         self.ports = {service: find_free_port() for service in PORTS}
-        chosen = {PORTS[service]: port for service, port in self.ports.items()} | variables
+        chosen = {PORTS[service]: port for service, port in self.ports.items()} | {"API_IMAGE": IMAGE} | variables
         self._environment = os.environ | {name: str(value) for name, value in chosen.items()}
         self.ready_seconds = self.healthy_seconds = 0.0  # from the command on
 
@@ -88,7 +96,7 @@ class Composed:
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
 
     def compose(self, *arguments: str) -> str:
-        return run([*self._command, *arguments], self._environment)
+        return _run([*self._command, *arguments], self._environment, self._folder)
 
     def container(self, service: str) -> str:
         return self.compose("ps", "--quiet", service)
@@ -120,11 +128,13 @@ class Composed:
         except (OSError, http.client.HTTPException):
             return False
 
-    def ask(self, service: str, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def ask(
+        self, service: str, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """Send one request to the published port of a service. Returns status and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.ports[service], timeout=60)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             return response.status, response.read()
         finally:

@@ -115,18 +115,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Raises: MeasurementError."""
     wrk = find_wrk()
     manifest = json.loads((options.published / "manifest.json").read_text())
-    variants, model, version = (
-        find_variants(manifest, options.policies.split(",")),
-        manifest["name"],
-        manifest["version"],
-    )
+    variants = find_variants(manifest, options.policies.split(","))
+    model = f"model={manifest['name']}&version={manifest['version']}"
     build_image()
     starts: list[Start] = []
     carried: list[Carried] = []
     with tempfile.TemporaryDirectory(prefix="dtem-sizing-") as name:
         files = write_jpegs(Path(name) / "images", draw_jpegs(options.n_images))
         script = write_script(Path(name) / "post.lua", files)
-        bench = Bench(wrk, script, f"model={model}&version={version}", options.connections, options.seconds)
+        bench = Bench(wrk, script, model, options.connections, options.seconds)
         for index in tqdm(range(options.rounds), unit="round"):
             start, more = measure_round(bench, variants, index)
             starts, carried = [*starts, start], carried + more

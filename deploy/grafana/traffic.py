@@ -31,7 +31,7 @@ def glance() -> Sequence[Any]:
             "Ready?",
             "Whether every instance takes requests. No: see NotReady and Down in the runbook.",
             "none",
-            Query("min(dtem_ready) or vector(0)", "ready"),
+            Query(f"min(dtem_ready or up{{{SERVICE}}}) or vector(0)", "ready"),
             words={"0": ("no", RED), "1": ("yes", GREEN)},
         ),
         figure(

@@ -14,6 +14,7 @@ from app.api.boundary import render
 from app.api.headers import server_headers, with_headers
 from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.logs import name_request
+from app.selection import MAX_DEADLINE_MS
 from deploy.ray.body import Body
 from deploy.ray.inlet import BODY, ELAPSED, SERVED_BY
 
@@ -22,6 +23,7 @@ logger = logging.getLogger("ray.serve")  # the proxy's own log
 MAX_ATTEMPTS = 3  # a request that kills its replica kills no more than these
 RETRY_SECONDS = 1
 DRAIN_SECONDS = 3.0
+REPLICA_SAYS_SECONDS = 0.1  # a replica's own word on a deadline is better: refused at once with 429, or past with 504
 OWN_PATHS = "/-/"  # of Ray's proxies
 REQUEST_ID = b"x-request-id"
 TIMEOUT = b"x-request-timeout-seconds"  # Ray's
@@ -56,6 +58,8 @@ class Resend:
         await body.read_ahead()
         while answer.is_lost and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
             elapsed = time.perf_counter() - started_at
+            if answer.n_attempts and deadline_seconds is not None and elapsed >= deadline_seconds:
+                break
             if answer.n_attempts:
                 logger.warning("request %s lost its replica after %.3f s: sent again", request_id, elapsed)
             answer.n_attempts += 1
@@ -128,12 +132,13 @@ def explain(path: str, is_late: bool) -> ServiceError:
 
 
 def read_deadline(scope: Scope) -> float | None:
-    """Read `deadline_ms`, if it is there and a number; what is wrong with it, a replica says. Units: seconds."""
+    """Read `deadline_ms`, if it is there and can be one; what is wrong with it, a replica says. Units: seconds."""
     query = parse_qs(scope["query_string"].decode("latin-1"))
     try:
-        return float(query["deadline_ms"][0]) / 1e3
+        deadline_ms = float(query["deadline_ms"][0])
     except (KeyError, ValueError):
         return None
+    return deadline_ms / 1e3 if 0 < deadline_ms <= MAX_DEADLINE_MS else None
 
 
 def forward_headers(
@@ -142,6 +147,8 @@ def forward_headers(
     """Make the headers that go to a replica. Units: seconds."""
     headers = [(name, value) for name, value in scope["headers"] if name not in NOT_FROM_CALLERS]
     headers += [(REQUEST_ID, request_id.encode()), (ELAPSED, b"%f" % elapsed)]
-    if deadline_seconds is not None:  # for those that wait for a replica; one that has them says so itself
-        headers.append((TIMEOUT, b"%f" % max(0.001, deadline_seconds - elapsed)))
+    if (
+        deadline_seconds is not None
+    ):  # for those that wait for a replica; one that has them says so itself, a little later
+        headers.append((TIMEOUT, b"%f" % (max(0.0, deadline_seconds - elapsed) + REPLICA_SAYS_SECONDS)))
     return headers

@@ -21,7 +21,7 @@ from tests.app.odd_images import encode, make_photo
 from tests.app.simulation import make_served
 from tests.app.test_classify import PNG, SECONDS, assert_problem
 from tests.app.test_models import sample
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import wait_until
 
 WHITE = encode(make_photo(8, 8).point(lambda value: 255), "PNG")
 

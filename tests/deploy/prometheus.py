@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.composed import find_free_port
 from tests.deploy.queries import DEPLOY
 
 START_SECONDS = 30.0
@@ -30,7 +30,7 @@ def run_prometheus(folder: Path, service_port: int, gpu_port: int | None = None)
     if gpu_port is not None:  # as docker-compose.gpu.yml mounts one in the place of the other
         given = (folder / "gpu-targets-dcgm.yml").read_text()
         (folder / "gpu-targets.yml").write_text(given.replace("dcgm-exporter:9400", f"127.0.0.1:{gpu_port}"))
-    port = _free_port()
+    port = find_free_port()
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
@@ -58,10 +58,3 @@ def _wait_until_ready(url: str, log: Path) -> None:
         else:
             return
     raise TimeoutError(f"Prometheus did not become ready:\n{log.read_text()}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

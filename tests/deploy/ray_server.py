@@ -7,7 +7,6 @@ import secrets
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from benchmarks.composed import find_free_port
 from tests.app.test_reload import publish
-from tests.integration.server import ROOT, Address, environment, read_resident_bytes
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import ROOT, Address, environment, read_resident_bytes, wait_until
 
 DRIVER_SECONDS = 120.0
 STOP_SECONDS = 20.0
@@ -31,7 +30,7 @@ class RayServer(Address):
     def __init__(self, model_store: Path, **settings: object) -> None:
         self._temp_dir = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets have short paths
         self._mark = secrets.token_hex(8)
-        self.port, self.model_store = free_port(), model_store
+        self.port, self.model_store = find_free_port(), model_store
         variables = {f"DTEM_{name.upper()}": str(value) for name, value in settings.items()}
         self._settings = {"DTEM_MODEL_STORE": str(model_store), **variables}
         self._errors = (self._temp_dir / "driver.log").open("wb")
@@ -50,7 +49,7 @@ class RayServer(Address):
             **dict(line.split("=", 1) for line in lines if not line.startswith("#")),
             MARK: self._mark,
             "PYTHONPATH": str(ROOT),
-            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),  # the nodes share a machine
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(find_free_port()),  # the nodes share a machine
             "RAY_TMPDIR": str(self._temp_dir),
         }
 
@@ -133,8 +132,3 @@ class RayServer(Address):
     @property
     def resident_bytes(self) -> int:
         return sum(map(read_resident_bytes, self.replica_pids()))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -34,8 +34,7 @@ from tests.deploy.queries import (
     panels,
 )
 from tests.deploy.traffic import Address, send_all_kinds
-from tests.integration.server import Server
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import Server, wait_until
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]["grafana"]

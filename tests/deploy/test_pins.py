@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
-PINNED = re.compile(r"dtem-serve:(cpu|gpu)|[\w./-]+:v?\d+\.\d+[\w.-]*")
+PINNED = re.compile(r"\$\{API_IMAGE:-dtem-serve:(cpu|gpu)\}|[\w./-]+:v?\d+\.\d+[\w.-]*")
 
 
 def test_dockerfile_pins_its_base_once() -> None:

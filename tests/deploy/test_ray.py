@@ -10,7 +10,7 @@ import pytest
 from tests.app.odd_images import encode, make_photo
 from tests.deploy.ray_server import RayServer
 from tests.integration.load import Load
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 N_CLIENTS = 16

@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deploy.ray import body as bodies
 from deploy.ray.inlet import BODY, ELAPSED, SERVED_BY
-from deploy.ray.proxy import MAX_ATTEMPTS, TIMEOUT, Resend
+from deploy.ray.proxy import MAX_ATTEMPTS, REPLICA_SAYS_SECONDS, TIMEOUT, Resend
 
 Play = Callable[[Scope, Receive, Send], Any]
 START: Message = {
@@ -148,7 +148,18 @@ def test_what_goes_to_a_replica_is_not_for_callers_to_say() -> None:
     assert first.keys() == {ELAPSED, TIMEOUT, b"x-request-id", b"accept"}
     assert first[b"x-request-id"] == caller.headers[b"x-request-id"] == b"mine"
     assert 0 <= float(first[ELAPSED]) <= float(second[ELAPSED]) < 5
-    assert 0 < float(second[TIMEOUT]) <= float(first[TIMEOUT]) <= 5
+    assert 5 < float(second[TIMEOUT]) <= float(first[TIMEOUT]) <= 5 + REPLICA_SAYS_SECONDS
+
+
+@pytest.mark.parametrize("text", [b"-5", b"0", b"nan", b"inf", b"1e9", b"soon", b""])
+def test_a_deadline_that_is_none_is_left_to_the_replica(text: bytes) -> None:
+    caller = Caller([answers], query_string=b"deadline_ms=" + text)
+    assert TIMEOUT not in dict(caller.seen[0]["headers"])
+
+
+def test_a_request_is_not_sent_again_when_its_deadline_is_past() -> None:
+    caller = Caller([dies, answers], query_string=b"deadline_ms=0.001")
+    assert (len(caller.seen), caller.status) == (1, 504)
 
 
 def test_the_proxys_own_paths_are_rays() -> None:

@@ -1,7 +1,9 @@
 """`docker-compose up api prometheus` on a real engine: asked through the published ports, as its users would."""
 
 import json
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,11 @@ from tests.deploy.prometheus import get
 from tests.deploy.queries import DASHBOARD, alert_queries, ask, complaints, dashboard_queries
 from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.load import Load
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import wait_until
 
 pytestmark = pytest.mark.container
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 NO_CAPABILITIES = "0" * 16
 SERVICES = ("api", "prometheus", "grafana")
@@ -40,7 +43,7 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stack(image: str, model_store: Path) -> Iterator[Composed]:
     docker("build", "--tag", "dtem-grafana-stand-in", "--file", "tests/deploy/grafana.Dockerfile", "tests/deploy")
     services, files = ["api", "grafana", "dcgm-exporter"], ["tests/deploy/docker-compose.test.yml"]
-    variables = {"MODEL_STORE": model_store, "API_MEMORY": "2g", "API_CPUS": 2}
+    variables: dict[str, Any] = {"MODEL_STORE": model_store, "API_MEMORY": "2g", "API_CPUS": 2}
     with Composed("dtem-test", services, files, **variables) as stack:
         yield stack
 
@@ -93,11 +96,17 @@ def test_stack_listens_on_loopback_alone(stack: Composed) -> None:
         assert {binding["HostIp"] for bindings in ports.values() for binding in bindings or []} == {"127.0.0.1"}
 
 
-def test_stack_is_limited_and_can_drain(stack: Composed) -> None:
-    memory, cpus, pids = stack.inspect(
-        "api", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"
-    ).split()
-    assert (int(memory), int(cpus), int(pids)) == (2 << 30, 2_000_000_000, 1024)
+@pytest.mark.parametrize(
+    ("service", "limits"),
+    [("api", (2 << 30, 2e9, 1024)), ("prometheus", (1 << 30, 1e9, 256)), ("grafana", (1 << 30, 1e9, 1024))],
+)
+def test_stack_is_limited(stack: Composed, service: str, limits: tuple[int, float, int]) -> None:
+    """Memory in bytes, CPUs in billionths, processes and threads."""
+    template = "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"
+    assert tuple(int(word) for word in stack.inspect(service, template).split()) == limits
+
+
+def test_stack_has_time_to_drain_and_knows_its_memory(stack: Composed) -> None:
     assert int(stack.inspect("api", "{{.Config.StopTimeout}}")) >= 20 + 5
     said = stack.ask("api", "GET", "/metrics")[1].decode()
     (limit,) = [line.split()[1] for line in said.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
@@ -172,3 +181,17 @@ def test_docker_stop_under_load_loses_nothing(stack: Composed) -> None:
     finally:
         docker("start", container)
         stack.wait_until_healthy("api")
+
+
+def test_keys_as_the_readme_has_them(image: str, tmp_path: Path) -> None:
+    """Its block is run as it stands, but for the last line."""
+    (block,) = re.findall(r"```sh\n(mkdir -m 700 secrets.*?)docker compose up --detach\n```", README, re.DOTALL)
+    shutil.copy(ROOT / "docker-compose.yml", tmp_path)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
+    key = {"X-API-Key": (tmp_path / "secrets/caller.key").read_text().strip()}
+    files, store = ["docker-compose.override.yml"], ROOT / "model_store"
+    with Composed("dtem-keys", ["api", "prometheus"], files, tmp_path, MODEL_STORE=store) as stack:
+        assert stack.ask("api", "GET", "/models")[0] == 401
+        assert stack.ask("api", "GET", "/models", headers=key)[0] == 200
+        wait_until(lambda: [s.values[-1] for s in ask(f"http://127.0.0.1:{stack.ports['prometheus']}", "up")] == [1])

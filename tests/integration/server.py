@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 on_both = pytest.mark.parametrize("server", ["process", "ray"], indirect=True)  # the contract is the same
+WAIT_SECONDS = 60.0
 START_SECONDS = 60.0  # what a busy machine may take; how long it should take is a test of its own
 
 
@@ -144,3 +146,10 @@ class Server(Address):
             return super()._connect()
         context = ssl.create_default_context(cafile=str(self._certificate))
         return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=context)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -12,8 +12,7 @@ from PIL import Image
 from tests.app.odd_images import encode, make_photo
 from tests.app.test_store import renew_digests
 from tests.app.tiny_store import make_graph, write_store
-from tests.integration.server import Server
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import Server, wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 WHITE = encode(Image.new("RGB", (8, 8), "white"), "PNG")

@@ -163,3 +163,15 @@ def test_curl_as_in_the_documentation(server: Address, tmp_path: Path) -> None:
     assert curl("--data-binary", f"@{large}")["code"] == "body_too_large"
     assert curl("-F", f"file=@{large}")["code"] == "body_too_large"
     assert curl("-T", str(large), "-X", "POST")["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("text", ["-5", "0", "nan", "inf", "1e9", "soon"])
+def test_a_deadline_that_is_none_is_refused_by_name(server: Address, text: str) -> None:
+    status, body = server.ask("POST", f"/classify?deadline_ms={text}", PNG)
+    assert status == 422
+    assert "deadline_ms" in json.loads(body)["detail"]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Address) -> None:
+    status, body = server.ask("POST", "/classify?deadline_ms=0.01", PNG)
+    assert (status, json.loads(body)["code"]) in {(429, "deadline_unmeetable"), (504, "deadline_passed")}

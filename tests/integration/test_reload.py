@@ -11,8 +11,7 @@ from tests.app.test_reload import publish
 from tests.app.test_store import change_byte
 from tests.app.tiny_store import write_store
 from tests.integration.load import Load
-from tests.integration.server import Server
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import Server, wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from tests.app.odd_images import encode, make_photo
 from tests.app.test_store import BREAKAGES
 from tests.app.tiny_store import write_store
-from tests.integration.server import ROOT, Server, environment
+from tests.integration.server import ROOT, Server, environment, wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 SECONDS = 60
@@ -110,13 +109,6 @@ def is_refused(port: int) -> bool:
     except OSError:
         return True
     return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_announcement_says_where_everything_is(store: Path, tmp_path: Path) -> None:

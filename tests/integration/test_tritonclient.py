@@ -16,8 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.app.odd_images import encode, make_photo
 from tests.app.tiny_store import LABELS, SIDE, expected_logits
-from tests.integration.server import Address, Server, on_both
-from tests.integration.test_start_and_stop import wait_until
+from tests.integration.server import Address, Server, on_both, wait_until
 
 PHOTO = make_photo(SIDE, SIDE)
 PNG = encode(PHOTO, "PNG")
