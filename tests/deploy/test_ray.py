@@ -15,6 +15,7 @@ from tests.integration.server import wait_until
 PNG = encode(make_photo(8, 8), "PNG")
 N_CLIENTS = 16
 N_BEFORE = 100  # requests answered before something happens
+HELD_SECONDS = 3.0  # the proxy looks elsewhere after one, unless a replica has the request already
 
 
 @pytest.fixture
@@ -40,10 +41,18 @@ def count_resent(load: Load) -> int:
 
 
 def freeze_with_requests_inside(load: Load, pid: int) -> None:
-    """Stop a replica, and wait until the others have answered so much that it must have been given its share."""
-    os.kill(pid, signal.SIGSTOP)
-    before = load.outcomes[200]
-    wait_until(lambda: load.outcomes[200] >= before + N_BEFORE)
+    """Stop a replica at a moment when it has requests: while others are answered, theirs are not."""
+
+    def is_holding() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        frozen_at, before = time.monotonic(), load.outcomes[200]
+        wait_until(lambda: load.outcomes[200] >= before + N_BEFORE and time.monotonic() >= frozen_at + HELD_SECONDS)
+        is_held = load.has_waited_since(frozen_at)
+        if not is_held:
+            os.kill(pid, signal.SIGCONT)
+        return is_held
+
+    wait_until(is_holding)
 
 
 def kill(load: Load, what: str, end: Callable[[], object]) -> None:
@@ -52,6 +61,7 @@ def kill(load: Load, what: str, end: Callable[[], object]) -> None:
     end()
     wait_until(lambda: bool(served_by(load) - before))
     seconds = time.monotonic() - started_at
+    wait_until(lambda: not load.has_waited_since(started_at))
     lost = sum(n for outcome, n in load.outcomes.items() if outcome != 200)
     n_all, n_resent = load.outcomes.total(), count_resent(load)
     print(f"killed {what}: {n_all} requests, {lost} lost, {n_resent} sent again, replaced after {seconds:.1f} s")

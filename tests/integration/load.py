@@ -5,6 +5,7 @@ import json
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from typing import Self
 
@@ -28,6 +29,7 @@ class Load:
         self.outcomes: Counter[int | str] = Counter()
         self.versions: Counter[str] = Counter()
         self.servers: Counter[str] = Counter()  # what `X-Served-By` says, on a cluster
+        self._sent_at: dict[int, float] = {}  # what waits for its answer, by client
         self._threads = [threading.Thread(target=self._post_on) for _ in range(n_clients)]
 
     def __enter__(self) -> Self:
@@ -44,6 +46,10 @@ class Load:
             thread.join(SECONDS)
             assert not thread.is_alive()
 
+    def has_waited_since(self, moment: float) -> bool:
+        """Tell whether a request is unanswered that was sent before. Units: seconds of time.monotonic."""
+        return any(sent_at < moment for sent_at in list(self._sent_at.values()))
+
     def _post_on(self) -> None:
         while not self._is_over.is_set():
             try:
@@ -58,11 +64,13 @@ class Load:
         """Send a request and read its answer. Returns whether the connection can be used again."""
         if select.select([wire], [], [], 0)[0]:  # closed meanwhile: every pool of connections looks before it sends
             return False
+        client = threading.get_ident()
         try:
             wire.sendall(self._request)
         except OSError:
             self.outcomes["unsent"] += 1
             return False
+        self._sent_at[client] = time.monotonic()
         response = http.client.HTTPResponse(wire)
         try:
             response.begin()
@@ -70,6 +78,8 @@ class Load:
         except (OSError, http.client.HTTPException):
             self.outcomes["lost"] += 1
             return False
+        finally:
+            del self._sent_at[client]
         self.outcomes[response.status] += 1
         self.servers[response.headers.get("X-Served-By", "")] += 1
         if response.status == 200:
