@@ -35,7 +35,7 @@ from benchmarks.open_loop import (
     offer,
     run_measured,
 )
-from benchmarks.report import describe_host, positive, write_report
+from benchmarks.report import describe_host, positive, report
 from benchmarks.served import MeasurementError, Served, add_setting_option, serve_store
 from benchmarks.sub_store import MANIFEST, publish_part
 
@@ -195,18 +195,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = read_options(arguments)
-    try:
+    violations: list[str] = []
+
+    def measure_in_a_folder(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="dtem-mixed-") as name:
-            content, violations = measure(options, Path(name))
-    except (MeasurementError, ValueError) as error:
-        print(f"cannot measure: {error}", file=sys.stderr)
-        return 1
-    table = markdown(content)
-    print(table)
-    if options.out:
-        write_report(options.out, table, content, draw_figure(content))
-    return 1 if violations else 0
+            content, found = measure(options, Path(name))
+        violations.extend(found)
+        return content
+
+    status = report(read_options(arguments), measure_in_a_folder, markdown, draw_figure)
+    return 1 if violations else status
 
 
 if __name__ == "__main__":
