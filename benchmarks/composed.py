@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
-from benchmarks.served import PAGE_BYTES, ROOT, MeasurementError
+from benchmarks.served import ROOT, MeasurementError, read_resident_bytes
 
 IMAGE = "dtem-serve:measured"  # not the tag that an operator's stack on this machine would use
 PORTS = {"api": "API_PORT", "prometheus": "PROMETHEUS_PORT", "grafana": "GRAFANA_PORT"}
@@ -142,8 +142,7 @@ class Composed:
 
     def resident_bytes(self, service: str) -> int:
         """Read what the service's process holds."""
-        pid = self.inspect(service, "{{.State.Pid}}")
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+        return read_resident_bytes(int(self.inspect(service, "{{.State.Pid}}")))
 
 
 def find_free_port() -> int:

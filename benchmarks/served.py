@@ -125,7 +125,8 @@ class Served:
 
     @property
     def resident_bytes(self) -> int:
-        return int(self._read("statm").split()[1]) * PAGE_BYTES
+        self.require_running()
+        return read_resident_bytes(self.process.pid)
 
     def require_running(self) -> None:
         """Raises: MeasurementError with the end of its log, if the process has ended."""
@@ -161,6 +162,10 @@ def serve_module(module: str, arguments: Mapping[str, object], ready_path: str, 
     """Make `python -m <module> --port 0 --<name> <value> …`."""
     named = [part for name, value in {"port": 0, **arguments}.items() for part in (f"--{name}", str(value))]
     return Served([sys.executable, "-m", module, *named], ready_path, log, clean_environment())
+
+
+def read_resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
 
 
 def clean_environment() -> dict[str, str]:

@@ -9,8 +9,6 @@ VARIANT = f'{POLICY}, r=~"$r"'
 SERVICE = 'job="dtem-serve"'
 STAGE = "dtem_stage_seconds"
 BY_VARIANT = "policy, r"
-NO_ROOM = "queue_full|deadline_unmeetable"  # reasons of refusals; 429
-FAULTS = "inference_failed|internal_error|engine_stalled|not_ready"  # 500, or 503 without a drain
 VARIANT_NAME = "{{policy}} {{r}}"
 
 

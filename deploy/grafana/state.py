@@ -5,9 +5,7 @@ from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
-    FAULTS,
     MODEL,
-    NO_ROOM,
     SERVICE,
     STAGE,
     VARIANT,
@@ -21,6 +19,8 @@ from deploy.grafana.expressions import (
 )
 from deploy.grafana.panels import ORANGE, RED, Query, buckets, figure, graph
 
+NO_ROOM = "queue_full|deadline_unmeetable"  # 429
+FAULTS = "inference_failed|internal_error|engine_stalled|not_ready"  # 500, or 503 without a drain
 OUR_REASONS = f"{NO_ROOM}|{FAULTS}|deadline_passed|shutting_down"
 
 

@@ -60,6 +60,6 @@ def container(deployment: Object) -> Object:
 
 
 def read_settings_file(text: str) -> dict[str, str]:
-    """Read a file of kustomize's `envs`."""
+    """Read a file of NAME=value lines, such as kustomize's `envs`."""
     lines = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     return dict(line.split("=", 1) for line in lines)

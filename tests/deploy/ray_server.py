@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Self
 
 from benchmarks.composed import find_free_port
+from benchmarks.served import read_resident_bytes
 from tests.app.test_reload import publish
-from tests.integration.server import ROOT, Address, environment, read_resident_bytes, wait_until
+from tests.deploy.manifests import read_settings_file
+from tests.integration.server import ROOT, Address, environment, wait_until
 
 DRIVER_SECONDS = 120.0
 STOP_SECONDS = 20.0
@@ -44,9 +46,8 @@ class RayServer(Address):
         )
 
     def _variables(self) -> dict[str, str]:
-        lines = (ROOT / "deploy" / "ray" / "ray.env").read_text(encoding="utf-8").splitlines()
         return {
-            **dict(line.split("=", 1) for line in lines if not line.startswith("#")),
+            **read_settings_file((ROOT / "deploy" / "ray" / "ray.env").read_text(encoding="utf-8")),
             MARK: self._mark,
             "PYTHONPATH": str(ROOT),
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(find_free_port()),  # the nodes share a machine

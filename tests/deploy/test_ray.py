@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from PIL import Image
 
 from tests.app.odd_images import encode, make_photo
 from tests.deploy.ray_server import RayServer
@@ -13,6 +14,7 @@ from tests.integration.load import Load
 from tests.integration.server import wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
+SLOW = encode(Image.new("RGB", (2000, 2000)), "PNG")  # to decode: so requests are inside replicas, not on their way
 N_CLIENTS = 16
 N_BEFORE = 100  # requests answered before something happens
 HELD_SECONDS = 3.0  # the proxy looks elsewhere after one, unless a replica has the request already
@@ -27,7 +29,7 @@ def server(ray_server: RayServer) -> Iterator[RayServer]:
 
 @pytest.fixture
 def load(server: RayServer) -> Iterator[Load]:
-    with Load(server.port, PNG, n_clients=N_CLIENTS, is_kept=True) as load:
+    with Load(server.port, SLOW, n_clients=N_CLIENTS, is_kept=True) as load:
         wait_until(lambda: load.outcomes[200] >= N_BEFORE and len(served_by(load)) == 2)
         yield load
 

@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 
 import pytest
 
+from benchmarks.served import read_resident_bytes
+
 ROOT = Path(__file__).parents[2]
 on_both = pytest.mark.parametrize("server", ["process", "ray"], indirect=True)  # the contract is the same
 WAIT_SECONDS = 60.0
@@ -32,11 +34,6 @@ class Reply(NamedTuple):
     status: int
     headers: http.client.HTTPMessage
     body: bytes
-
-
-def read_resident_bytes(pid: int) -> int:
-    pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Address(ABC):
