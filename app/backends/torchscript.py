@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,20 @@ class TorchScriptBackend:
                 module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise BackendError(f"PyTorch cannot load it: {_last_line(error)}") from error
+        move_constants(module, self._device)
         return TorchScriptRunner(module.eval(), self._device, len(output_names))
+
+
+def move_constants(module: torch.jit.ScriptModule, device: torch.device) -> None:
+    """Have the tensors that a graph makes itself made on a device.
+
+    A trace names the device that it was made on, and `map_location` moves weights alone: the graph of a merging model,
+    traced on a CPU, would mix row numbers made there with tokens on the GPU.
+    """
+    parts: list[Any] = [part for part in module.modules() if hasattr(part, "forward")]
+    for node in (node for part in parts for node in part.graph.findAllNodes("prim::Constant")):
+        if str(node.output().type()) == "Device":
+            node.s_("value", str(device))
 
 
 class TorchScriptRunner:

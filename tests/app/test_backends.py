@@ -2,9 +2,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 
 from app.backends import BackendOptions, open_backend
+from app.backends.torchscript import move_constants
 from app.errors import BackendError
 from tests.app.conftest import OPTIONS
 from tests.app.tiny_store import ATM_BIAS, SIDE, expected_costs, expected_logits, write_store
@@ -104,10 +107,28 @@ def test_open_backend_says_which_engine_is_not_installed(
         open_backend(graph_format, OPTIONS)
 
 
+class Counting(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels + torch.arange(pixels.shape[0], device=pixels.device).unsqueeze(1)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_torchscript_moves_what_a_graph_makes_itself() -> None:
+    traced = torch.jit.trace(Counting(), torch.zeros(2, 3))  # type: ignore[no-untyped-call]
+    move_constants(traced, torch.device("cuda:1"))
+    assert 'Device = prim::Constant[value="cuda:1"]' in str(traced.graph)
+    assert '"cpu"' not in str(traced.graph)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph_format", FORMATS)
 def test_runner_computes_the_same_on_cuda(folder: Path, graph_format: str) -> None:
-    options = BackendOptions("cuda", 1, share_weights=False)
-    runner = open_backend(graph_format, options).load(folder / f"tome-r8.{FORMATS[graph_format]}", "pixels", ["logits"])
+    if graph_format == "onnx" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    options, extension = BackendOptions("cuda", 1, share_weights=False), FORMATS[graph_format]
     pixels = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
+    runner = open_backend(graph_format, options).load(folder / f"tome-r8.{extension}", "pixels", ["logits"])
     np.testing.assert_allclose(runner.run(pixels).logits, expected_logits(pixels, 8), atol=1e-4)
+    names = ["logits", "tokens", "gmacs"]
+    adaptive = open_backend(graph_format, options).load(folder / f"atm.{extension}", "pixels", names)
+    np.testing.assert_array_equal(adaptive.run(pixels).tokens, expected_costs(pixels)[0])
