@@ -57,6 +57,7 @@ class Plan:
     """What to export: rates, formats, and what is promised of them. Units: tolerance in logits.
 
     default_policy: dtem where there is an embedding, or tome where it is None.
+    git_commit: of the code that exports; None asks git.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Plan:
     formats: tuple[str, ...] = ("onnx",)
     parity_tolerance: float = 1e-4
     golden_tolerance: float = 1e-3
+    git_commit: str | None = None
 
     def __post_init__(self) -> None:
         if self.default_r not in self.rates:
@@ -108,7 +110,7 @@ def publish(
     """
     graphs = _planned(vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
-    commit = git_commit()
+    commit = plan.git_commit or git_commit()
     target = store / plan.name / plan.version
     if target.exists():
         raise FileExistsError(f"{target} exists, and versions are immutable: give another version")
