@@ -7,8 +7,9 @@ ARG PYTHON=python:3.11-slim-bookworm
 FROM ${PYTHON} AS build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv
-# Without the sources: this layer changes only with what is to be installed.
+# Only what names the dependencies and the version, so that the layer below stays cached when other sources change.
 COPY pyproject.toml constraints.txt ./
+COPY app/__init__.py app/
 RUN touch README.md
 
 FROM ${PYTHON} AS content
@@ -19,7 +20,7 @@ COPY app /app/app
 RUN chmod -R a+rX /app && python -m compileall -q --invalidation-mode checked-hash /app/app
 
 FROM ${PYTHON} AS runtime
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="dtem-serve" \
       org.opencontainers.image.description="Vision Transformer inference where each request chooses its compute" \

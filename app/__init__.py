@@ -1,1 +1,3 @@
-"""The service: classify images over HTTP with the variants of a model store."""
+"""The service: loads graphs from the model store and answers requests. Knows nothing of training."""
+
+__version__ = "0.1.0"

@@ -15,19 +15,19 @@ import uvicorn
 import uvloop
 
 from app.api.headers import server_headers
-from app.catalogue import Catalogue
-from app.drain import LAST_SECONDS, Server
+from app.api.shutdown import LAST_SECONDS, Server
+from app.api.tls import open_tls
+from app.bootstrap import load, make_service, prepare_process
 from app.errors import SettingsError, StartupError
-from app.logs import configure_logs
 from app.main import create_app
+from app.observability.logs import configure_logs
 from app.serving.service import Service
 from app.settings import Settings, read_settings
-from app.start import load, make_service, prepare_process
-from app.tls import open_tls
+from app.store.catalogue import Catalogue
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKLOG = 2048
-RELOAD_STOP_SECONDS = 0.5
+WATCHER_STOP_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -85,18 +85,18 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     if server.should_exit:  # a signal came first
         return await serving
     try:
-        reloader = loading.result()
+        watcher = loading.result()
     except BaseException:
         server.should_exit = True
         with contextlib.suppress(asyncio.CancelledError):
             await serving
         raise
-    service.publish(reloader.catalogue)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.look_soon)
-    reloader.start()
-    print(announce(reloader.catalogue, listener, settings), flush=True)
+    service.publish(watcher.catalogue)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.scan_soon)
+    watcher.start()
+    print(announce(watcher.catalogue, listener, settings), flush=True)
     await serving
-    if not reloader.stop(RELOAD_STOP_SECONDS) or not service.engine.has_ended():
+    if not watcher.stop(WATCHER_STOP_SECONDS) or not service.engine.has_ended():
         os._exit(0)  # a thread in foreign code cannot be interrupted, and there is nothing left to lose
 
 

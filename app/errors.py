@@ -1,18 +1,10 @@
-# ruff: noqa: N818 (the names say what went wrong; `Error` at the end of each would say it twice)
-"""Errors: what can go wrong, and the one table that says which HTTP answer each becomes.
+# ruff: noqa: N818 (the names say what went wrong, without the suffix `Error`)
+"""Errors: what can go wrong, and the table of their HTTP statuses and codes. `app.api.problems` renders them."""
 
-Answers are RFC 9457 problem documents: `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
-Under `/v2` they are what the Open Inference Protocol says: `{"error": "..."}`.
-"""
-
-import json
-from http import HTTPStatus
 from typing import Any, Self
 
-from starlette.responses import Response
-
-PROBLEM_MEDIA_TYPE = "application/problem+json"
-MAX_ECHO_CHARACTERS = 100  # of a caller's own words in an answer
+# Of a client's own words in an answer.
+MAX_ECHO_CHARACTERS = 100
 
 
 class StartupError(Exception):
@@ -241,30 +233,3 @@ def status_and_code(error: ServiceError) -> tuple[int, str]:
 def echo(text: str) -> str:
     """Shorten a caller's own words for an answer or a log line."""
     return text if len(text) <= MAX_ECHO_CHARACTERS else text[:MAX_ECHO_CHARACTERS] + "…"
-
-
-def problem_document(error: ServiceError) -> dict[str, Any]:
-    """Describe an error; the type is `about:blank`, so the title is the status' own phrase (RFC 9457, 4.2.1)."""
-    status, code = status_and_code(error)
-    title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Client Closed Request"
-    base = {"type": "about:blank", "title": title, "status": status, "detail": error.detail, "code": code}
-    return {**base, **error.members}
-
-
-def problem_response(error: ServiceError, **members: Any) -> Response:
-    """Render an error; the further members are of this answer alone, where several may share the error."""
-    document = {**problem_document(error), **members}
-    # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
-    content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
-    return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)
-
-
-def protocol_error_response(error: ServiceError) -> Response:
-    """Render an error as the Open Inference Protocol does, which has one text and no members beside it."""
-    known = {name: error.members.get(name) for name in ("accepted", "minimum", "maximum")}
-    if isinstance(known["accepted"], list):
-        known["accepted"] = ", ".join(map(str, known["accepted"]))
-    text = " ".join([error.detail, *(f"{name.capitalize()}: {value}." for name, value in known.items() if value)])
-    content = json.dumps({"error": text}, ensure_ascii=True).encode("ascii")
-    # To the letter "application/json": KServe's client looks into no other type for the reason.
-    return Response(content, status_and_code(error)[0], headers=error.headers, media_type="application/json")

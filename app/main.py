@@ -10,20 +10,22 @@ from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 
+from app import __version__
 from app.api import classify, docs, health, models
+from app.api.body_limit import BodyLimit
 from app.api.boundary import Boundary, translate_framework_errors
-from app.api.documents import Problem
-from app.api.inference_protocol import routes as inference_protocol
-from app.api.inference_protocol.documents import InferRequest, RequestInput, RequestOutput
-from app.drain import EndConnections
+from app.api.inference import inference_paths
+from app.api.keys import Keys, is_open, read_keys
+from app.api.schemas import Problem
+from app.api.shutdown import EndConnections
+from app.api.v2 import routes as v2
+from app.api.v2.messages import InferRequest, RequestInput, RequestOutput
 from app.errors import SettingsError
-from app.keys import Keys, is_open, read_keys
-from app.limits import BodyLimit
 from app.serving.service import Service
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    from app.tracing import Tracing
+    from app.observability.tracing import Tracing
 
 DESCRIPTION = "Image classification in which each request chooses how many tokens are merged, and so its cost."
 
@@ -33,7 +35,8 @@ SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-NO_TELEMETRY: TelemetryConfig = {  # of the framework: it would look for providers at every request
+# FastAPI's own telemetry would look for providers at every request.
+NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
     "logs": False,
@@ -59,22 +62,31 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title=TITLE,
-        version="0.1.0",
+        version=__version__,
         description=DESCRIPTION,
         lifespan=run_service,
-        redirect_slashes=False,  # a redirect would make the caller send the image twice
-        docs_url=None,  # ours has a content policy
+        # A redirect would make the client send the image twice.
+        redirect_slashes=False,
+        # Ours has a content policy.
+        docs_url=None,
         redoc_url=None,
         telemetry=NO_TELEMETRY,
     )
-    for part in (classify, models, inference_protocol, health):
-        app.include_router(part.make_router(service))
-    app.include_router(docs.make_router(TITLE))
+    routers = [part.make_router(service) for part in (classify, models, v2, health)]
+    for router in (*routers, docs.make_router(TITLE)):
+        app.include_router(router)
     translate_framework_errors(app)
-    app.add_middleware(classify.Directly, service=service)
-    app.add_middleware(Boundary, metrics=service.metrics, keys=keys, tracing=tracing)
+    app.add_middleware(
+        Boundary,
+        metrics=service.metrics,
+        keys=keys,
+        tracing=tracing,
+        inference_paths=inference_paths(route for router in routers for route in router.routes),
+    )
     settings = service.settings
-    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, max_inside_bytes=settings.max_inside_bytes)
+    app.add_middleware(
+        BodyLimit, max_body_bytes=settings.max_body_bytes, max_in_flight_bytes=settings.max_in_flight_bytes
+    )
     app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)
     _complete_document(app, keys)
     return app
@@ -88,7 +100,7 @@ def open_tracing(settings: Settings) -> "Tracing | None":
     if settings.trace_endpoint is None:
         return None
     try:
-        module = importlib.import_module("app.tracing")  # its libraries cost memory and time at the start
+        module = importlib.import_module("app.observability.tracing")  # its libraries cost memory and time at the start
         tracing: Tracing = module.Tracing(settings.trace_endpoint, settings.trace_sample_ratio)
     except ValueError as error:
         raise SettingsError(f"DTEM_TRACE_ENDPOINT={settings.trace_endpoint}: {error}") from error

@@ -4,117 +4,136 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from app.cgroups import count_cpus
+from app.backends import ENGINES
 from app.errors import SettingsError
+from app.system.cgroups import count_cpus
 
 PREFIX = "DTEM_"
-SECRETS = {"api_keys"}  # their values are never said back
-USERINFO = re.compile(r"//[^/@]*@")  # nor the password of an address
+# Values that no message may repeat; nor may it repeat the password of an address.
+SECRETS = {"api_keys"}
+USERINFO = re.compile(r"//[^/@]*@")
 
 
-class Settings(BaseSettings):
+def _require_engine(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"no such engine; accepted: {', '.join(ENGINES)}")
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_require_engine), Field(json_schema_extra={"enum": list(ENGINES)})]
+
+
+class Settings(BaseModel):
     """One field per environment variable: `DTEM_` and the field's name in capitals."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0: any free one")
     model_store: Path = Field(default=Path("model_store"), description="folder with <model>/<version>/manifest.json")
     default_model: str | None = Field(
-        default=None, description="model for requests that name none; else the first by name"
+        default=None, description="model of requests that name none; default: the first by name"
     )
-    format: Literal["onnx", "torchscript"] = Field(default="onnx", description="which graphs of the store to run")
-    precision: str = Field(default="float32", description="which precision of the store to run")
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to run them; there is no silent fallback")
+    engine: EngineName = Field(default="onnxruntime", description="engine that runs the graphs")
+    precision: str = Field(default="float32", description="precision of the graphs to run")
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="device to run them on; never falls back to another one"
+    )
     n_threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="threads of one inference; else the CPUs that affinity and quota leave us",
+        description="threads per inference; default: the CPUs that affinity and quota allow",
     )
     share_weights: bool = Field(
         default=False,
-        description="ONNX: all rates share one mapped copy of the weights; 2-16 % slower, a fraction of the memory",
+        description="ONNX Runtime on the CPU: all rates share one mapped copy of the weights; "
+        "2-16 % slower, a fraction of the memory",
     )
-    max_body_bytes: int = Field(default=20_000_000, ge=1, description="largest request body, bytes")
-    max_inside_bytes: int = Field(
-        default=1_000_000_000, ge=1, description="bodies of all requests inside together, bytes"
+    max_body_bytes: int = Field(default=20_000_000, ge=1, description="largest request body")
+    max_in_flight_bytes: int = Field(
+        default=1_000_000_000, ge=1, description="total size of the request bodies in flight"
     )
-    max_pixels: int = Field(
-        default=50_000_000, ge=1, description="largest image, pixels of its header and after resizing"
+    max_pixels: int = Field(default=50_000_000, ge=1, description="largest image, by its header and after resizing")
+    max_files: int = Field(default=32, ge=1, description="files per multipart request")
+    n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded concurrently")
+    max_in_flight_images: int = Field(default=256, ge=1, description="images in flight: decoding, queued or running")
+    max_queue_images: int = Field(default=64, ge=1, description="images queued per variant")
+    max_batch_images: int = Field(default=8, ge=1, description="images per batch")
+    max_concurrent_batches: int = Field(
+        default=2, ge=1, le=16, description="batches that share the device; one fills the gaps of the other"
     )
-    max_files: int = Field(default=32, ge=1, description="most files in one multipart request")
-    n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded at the same time")
-    max_inside_images: int = Field(
-        default=256, ge=1, description="most images inside the service (decoding, queued, running)"
+    max_batch_delay_ms: float = Field(
+        default=0.0, ge=0, description="how long an incomplete batch waits for more images, from its first one"
     )
-    max_queue_images: int = Field(default=64, ge=1, description="most images waiting for one variant")
-    max_batch_images: int = Field(default=8, ge=1, description="most images in one run of the model")
-    n_lanes: int = Field(
-        default=2, ge=1, le=16, description="runs that share the device: one fills the gaps of the other"
-    )
-    batch_wait_ms: float = Field(
-        default=0.0, ge=0, description="how long an incomplete batch waits for more, from its first image"
-    )
-    patience_ms: float = Field(
+    target_latency_ms: float = Field(
         default=250.0,
         gt=0,
-        description="requests without a deadline are ordered among those with one as if it were this; "
-        "where it is not kept, requests that consent are degraded",
+        description="target latency of requests without a deadline. "
+        "When it is exceeded, requests that opted in run at a higher r",
     )
     stall_seconds: float = Field(
-        default=10.0, gt=0, description="a run of a batch that takes longer makes the service neither live nor ready"
+        default=10.0, gt=0, description="a batch that runs longer makes the service neither live nor ready"
     )
     reload_seconds: float = Field(
-        default=5.0, ge=0, le=86400, description="between two looks at the model store; 0: at SIGHUP only"
+        default=5.0, ge=0, le=86400, description="interval between scans of the model store; 0: only at SIGHUP"
     )
     keep_alive_seconds: int = Field(
-        default=65, ge=1, description="idle connections are kept; above the usual balancer's 60"
+        default=65, ge=1, description="keep-alive timeout; longer than a typical load balancer's 60 s"
     )
     drain_seconds: int = Field(
-        default=20, ge=2, description="from SIGTERM to the end: what requests in flight have, the grace included"
+        default=20, ge=2, description="from SIGTERM to the end of the process, grace period included"
     )
     drain_grace_seconds: float = Field(
-        default=0.0, ge=0, description="how long SIGTERM leaves the port open, not ready, for balancers to notice"
+        default=0.0,
+        ge=0,
+        description="after SIGTERM, how long the port stays open while not ready, for load balancers to notice",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="least level that is logged; debug: every request has its line"
+        default="info", description="minimum level; debug logs every request, also to other paths"
     )
-    log_format: Literal["json", "text"] = Field(
-        default="json", description="one JSON object a line, or text for people to read"
-    )
+    log_format: Literal["json", "text"] = Field(default="json", description="one JSON object per line, or plain text")
     trace_endpoint: str | None = Field(
-        default=None, description="OTLP/HTTP address that traces are sent to, as http://collector:4318/v1/traces"
+        default=None, description="OTLP/HTTP address for traces, such as http://collector:4318/v1/traces"
     )
     trace_sample_ratio: float = Field(
-        default=1.0, ge=0, le=1, description="share of the requests traced, where their caller has not decided it"
+        default=1.0, ge=0, le=1, description="fraction of requests traced, unless the client has decided it"
     )
     api_keys: SecretStr | None = Field(
-        default=None, description="keys of the callers, with commas between; without any, everyone may call"
+        default=None, description="API keys of the clients, separated by commas; none: no key is needed"
     )
-    api_key_file: Path | None = Field(default=None, description="the same from a file, one key a line")
+    api_key_file: Path | None = Field(default=None, description="file of API keys, one per line")
     tls_certificate: Path | None = Field(
-        default=None, description="PEM file of the certificate and its chain; with it the service speaks HTTPS alone"
+        default=None, description="PEM file of the certificate chain; with it the service speaks only HTTPS"
     )
-    tls_key: Path | None = Field(default=None, description="PEM file of the certificate's key, without a passphrase")
+    tls_key: Path | None = Field(default=None, description="PEM file of the private key, without a passphrase")
 
     @field_validator("trace_endpoint")
     @classmethod
     def _require_address(cls, address: str | None) -> str | None:
         if address is not None:
-            parts = urlsplit(address)  # whose ValueError says what is wrong with a port or a bracket
+            # Its ValueError says what is wrong with a port or a bracket.
+            parts = urlsplit(address)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
                 raise ValueError("not an http:// or https:// address")
             if parts.path in ("", "/"):
-                raise ValueError("has no path; collectors take traces at /v1/traces")
+                raise ValueError("has no path; collectors receive traces at /v1/traces")
             if parts.username is not None or parts.password is not None:
-                raise ValueError("holds a password; send it by OTEL_EXPORTER_OTLP_HEADERS")
+                raise ValueError("contains a password; put it into OTEL_EXPORTER_OTLP_HEADERS")
         return address
 
     @model_validator(mode="after")
@@ -122,24 +141,25 @@ class Settings(BaseSettings):
         if self.max_files > self.max_queue_images:
             raise ValueError(
                 f"DTEM_MAX_FILES ({self.max_files}) exceeds DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}):"
-                " such a request could never be admitted"
+                " such a request would never be admitted"
             )
-        if self.max_body_bytes > self.max_inside_bytes:
+        if self.max_body_bytes > self.max_in_flight_bytes:
             raise ValueError(
-                f"DTEM_MAX_BODY_BYTES ({self.max_body_bytes}) exceeds DTEM_MAX_INSIDE_BYTES ({self.max_inside_bytes}):"
-                " such a body could never be admitted"
+                f"DTEM_MAX_BODY_BYTES ({self.max_body_bytes}) exceeds DTEM_MAX_IN_FLIGHT_BYTES"
+                f" ({self.max_in_flight_bytes}): such a body would never be admitted"
             )
-        if self.max_queue_images > self.max_inside_images:
+        if self.max_queue_images > self.max_in_flight_images:
             raise ValueError(
-                f"DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}) exceeds DTEM_MAX_INSIDE_IMAGES"
-                f" ({self.max_inside_images}): such a queue could never be full"
+                f"DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}) exceeds DTEM_MAX_IN_FLIGHT_IMAGES"
+                f" ({self.max_in_flight_images}): such a queue would never fill up"
             )
-        if self.share_weights and (self.format, self.device) != ("onnx", "cpu"):
-            raise ValueError("DTEM_SHARE_WEIGHTS is for DTEM_FORMAT=onnx on DTEM_DEVICE=cpu alone")
+        if self.share_weights and not (ENGINES[self.engine].can_share_weights and self.device == "cpu"):
+            able = " or ".join(name for name, engine in ENGINES.items() if engine.can_share_weights)
+            raise ValueError(f"DTEM_SHARE_WEIGHTS needs DTEM_ENGINE={able} and DTEM_DEVICE=cpu")
         if self.api_keys is not None and self.api_key_file is not None:
-            raise ValueError("DTEM_API_KEYS and DTEM_API_KEY_FILE exclude each other")
+            raise ValueError("DTEM_API_KEYS and DTEM_API_KEY_FILE are mutually exclusive")
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("DTEM_TLS_CERTIFICATE and DTEM_TLS_KEY need each other")
+            raise ValueError("DTEM_TLS_CERTIFICATE and DTEM_TLS_KEY must be set together")
         if "trace_sample_ratio" in self.model_fields_set and self.trace_endpoint is None:
             raise ValueError("DTEM_TRACE_SAMPLE_RATIO needs DTEM_TRACE_ENDPOINT")
         if self.drain_grace_seconds + 1 > self.drain_seconds:
@@ -151,7 +171,7 @@ class Settings(BaseSettings):
 
     @property
     def is_padded(self) -> bool:
-        """Whether batches are filled up to a few sizes: a GPU plans, and keeps memory, for each size that it meets."""
+        """Whether batches are padded to a few sizes: a GPU plans, and holds memory, for every size that it meets."""
         return self.device == "cuda"
 
     @property
@@ -160,23 +180,26 @@ class Settings(BaseSettings):
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the environment.
+    """Read the settings from environment variables. An empty value counts as unset.
 
     Raises: SettingsError for a value out of range, a contradiction, or a `DTEM_` variable that does not exist.
     """
+    given = {name.upper(): value for name, value in environment.items() if name.upper().startswith(PREFIX)}
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    unknown = sorted(set(given) - known)
     if unknown:
-        raise SettingsError(f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}")
+        raise SettingsError(f"{unknown[0]}: no such setting; accepted: {', '.join(sorted(known))}")
+    values = {name.removeprefix(PREFIX).lower(): value for name, value in given.items() if value}
     try:
-        return Settings()
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError("; ".join(_describe(dict(item)) for item in error.errors())) from error
 
 
 def _describe(item: dict[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
     if not item["loc"]:
-        return str(item["msg"]).removeprefix("Value error, ")
-    name, message = str(item["loc"][0]), str(item["msg"]).removeprefix("Value error, ")
+        return message
+    name = str(item["loc"][0])
     value = "***" if name in SECRETS else USERINFO.sub("//***@", str(item["input"]))
     return f"{PREFIX}{name.upper()}={value}: {message}"

@@ -1,6 +1,6 @@
 """What becomes of images that keep different numbers of tokens when they share a batch: throughput, and agreement.
 
-`python -m benchmarks.adaptive_batches --published model_store/reference/4 --policy atm --out docs/adaptive-batches`
+`python -m benchmarks.adaptive_batches --published model_store/reference/4 --policy atm --out docs/results/adaptive-batches`
 Rules, each against every image alone, on the same images, in turns within one process:
 - padded: each image keeps its own tokens; rows past an image's own are masked. What is exported and served.
 - sorted: the same, batches made of images that a cheap look takes to be alike (how much neighbouring pixels differ).

@@ -23,8 +23,8 @@ from typing import Self
 import numpy as np
 
 from app.backends import BackendOptions, Pixels, Runner, open_backend
-from app.images import decode_image
-from app.manifest import MANIFEST_FILE, Input, Manifest
+from app.store.manifest import MANIFEST_FILE, Input, Manifest
+from app.store.preprocessing import decode_image
 from benchmarks.served import ROOT, MeasurementError, clean_environment
 
 MAX_PIXELS = 50_000_000
@@ -130,8 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of image files")
     options = parser.parse_args(arguments)
     manifest = Manifest.model_validate_json((options.published / MANIFEST_FILE).read_bytes())
-    backend = open_backend("onnx", BackendOptions("cpu", options.threads, share_weights=False))
-    runner = backend.load(options.published / options.graph, manifest.input.name, [manifest.output.name])
+    backend = open_backend("onnxruntime", BackendOptions("cpu", options.threads, share_weights=False))
+    runner = backend.load(options.published / options.graph, manifest.input.name, {"logits": manifest.output.name})
     images = [file.read_bytes() for file in sorted(options.images.iterdir())]
     loop = Loop(runner, manifest.input, images, options.decode_threads)
     for line in sys.stdin:

@@ -1,6 +1,6 @@
 """What DTEM costs over ToMe at the same rate: GMACs, and latency of the exported graphs in turns within one process.
 
-`python -m benchmarks.embedding --published model_store/reference/4 --out docs/embedding-cost`
+`python -m benchmarks.embedding --published model_store/reference/4 --out docs/results/embedding-cost`
 On a machine that has other work add `--clock cpu`. Wanted: at most 1.5 % of GMACs and 2 % of latency.
 """
 

@@ -1,6 +1,6 @@
 """All kinds of callers at once, for minutes, below saturation, while new versions are published: nothing may fail.
 
-`python -m benchmarks.mixed --minutes 5 --load 0.8 --out docs/mixed`
+`python -m benchmarks.mixed --minutes 5 --load 0.8 --out docs/results/mixed`
 Every request has a set of statuses that it may be answered with, and an answer with 200 is held to what was asked for.
 Twice a new version appears in the store, and the old one goes once the new one is served. At the end what the server
 counted must equal what its callers saw, and it must hold no more memory than at the start. Ends with 1 on a violation.

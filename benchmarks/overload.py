@@ -1,7 +1,7 @@
 """More requests than the service can answer at full quality: right and in time, for every fixed rate and for the engine
 that chooses the rate by the deadline.
 
-`python -m benchmarks.overload --published model_store/reference/4 --policy tome --deadline-ms 250 --out docs/overload`
+`python -m benchmarks.overload --published model_store/reference/4 --policy tome --deadline-ms 250 --out docs/results/overload`
 Arrivals are a Poisson process that waits for no answer. Load 1 is what the service can answer at r = 0. Every arm is a
 server that sheds in the same way, by the same deadline; a fixed one has a store with a single variant. All arms meet
 the same arrivals with the same images, one after another at one load before the next. An answer is in time if its last

@@ -12,8 +12,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
-from app.images import decode_image
-from app.manifest import MANIFEST_FILE, Manifest
+from app.store.manifest import MANIFEST_FILE, Manifest
+from app.store.preprocessing import decode_image
 from benchmarks.timing import open_session
 
 MAX_PIXELS = 50_000_000

@@ -1,6 +1,6 @@
 """What a training step through relaxed merging costs: time and peak memory, beside the plain ViT and the plain formula.
 
-`python -m benchmarks.relaxed --out docs/relaxed-cost` on a CPU, `--device cuda --precision bfloat16
+`python -m benchmarks.relaxed --out docs/results/relaxed-cost` on a CPU, `--device cuda --precision bfloat16
 --architecture deit_small_patch16_224 --arguments '{}' --dim 64 --batch-size 256` on a GPU.
 The weights are new ones: nothing measured here depends on their values.
 """

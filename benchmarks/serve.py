@@ -1,7 +1,7 @@
 """What the service costs over the model alone: requests/s at saturation, CPU time and a lone caller's wait, against a
 bare loop around the same graph and against plain FastAPI, in turns within one run.
 
-`python -m benchmarks.serve --published model_store/reference/4 --rates 0,16 --out docs/serve`
+`python -m benchmarks.serve --published model_store/reference/4 --rates 0,16 --out docs/results/serve`
 The client is wrk, which posts JPEGs of the reference task over HTTP. All three decode with the same code, and run the
 graph with as many threads as there are cores. The bare loop has no client: what wrk uses of the same cores is the
 service's loss too.

@@ -1,7 +1,7 @@
 """What `docker compose up` carries: requests/s at each rate within the limits of docker-compose.yml, the time until it
 is ready, and its memory at rest and under load.
 
-`python -m benchmarks.sizing --out docs/sizing`
+`python -m benchmarks.sizing --out docs/results/sizing`
 Needs a Docker engine and wrk, which posts JPEGs of the reference task to the published port and shares the cores with
 the containers. Rates are measured in turns, round by round; each round is a stack of its own.
 """

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import FastAPI
@@ -17,6 +18,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.headers import with_headers
+from app.api.inference import RECORD
+from app.api.keys import Keys
+from app.api.problems import problem_response, protocol_error_response
 from app.errors import (
     PROBLEMS,
     InternalError,
@@ -28,51 +32,57 @@ from app.errors import (
     Unauthorized,
     UnknownPath,
     echo,
-    problem_response,
-    protocol_error_response,
     status_and_code,
 )
-from app.keys import Keys
-from app.logs import name_request, with_fields
-from app.metrics import Exchange, Metrics
+from app.observability.logs import name_request, with_fields
+from app.observability.metrics import Metrics
+from app.observability.record import RequestRecord
 
 if TYPE_CHECKING:
-    from app.tracing import Tracing
+    from app.observability.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-CLASSIFY_PATH = "/classify"
 PROTOCOL_PREFIX = "/v2"
-CLASSIFYING = re.compile(r"/classify|/v2/models/[^/]+(/versions/[^/]+)?/infer")
-EXCHANGE = "dtem.exchange"  # key in the ASGI scope
-STARTED_AT = "dtem.started_at"  # the same, of a server that knows better than we when the request came: perf_counter
+# Key in the ASGI scope, for a server that knows better when the request arrived: seconds of time.perf_counter.
+STARTED_AT = "dtem.started_at"
 UNAUTHORIZED = PROBLEMS[Unauthorized]
 
 
 class Boundary:
-    """Pure ASGI middleware."""
+    """Pure ASGI middleware. Only requests to the inference paths are counted."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Keys, tracing: "Tracing | None") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        keys: Keys,
+        tracing: "Tracing | None",
+        inference_paths: Collection[re.Pattern[str]],
+    ) -> None:
         self._app, self._metrics, self._keys, self._tracing = app, metrics, keys, tracing
+        self._inference_paths = inference_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_at = scope.get(STARTED_AT, time.perf_counter())
-        exchange = scope[EXCHANGE] = Exchange(name_request(scope), started_at)
+        record = scope[RECORD] = RequestRecord(name_request(scope), started_at)
         # Of HEAD the server leaves the body out: it looks at its own scope, not at this copy.
         asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        status = await self._answer(asked, receive, send, exchange)
+        status = await self._answer(asked, receive, send, record)
         ended_at = time.perf_counter()
-        if CLASSIFYING.fullmatch(scope["path"]):
-            self._metrics.observe(exchange, status)
+        is_inference = any(path.fullmatch(scope["path"]) for path in self._inference_paths)
+        if is_inference:
+            self._metrics.observe(record, status)
         elif status == UNAUTHORIZED[0]:
             self._metrics.count_refusal(UNAUTHORIZED[1])
-        trace_id = None if self._tracing is None else self._tracing.record(scope, exchange, status, ended_at)
-        _log(scope, exchange, status, ended_at, trace_id)
+        trace_id = None if self._tracing is None else self._tracing.record(scope, record, status, ended_at)
+        is_notable = is_inference or status == UNAUTHORIZED[0]
+        _log(logging.INFO if is_notable else logging.DEBUG, scope, record, status, ended_at, trace_id)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> int:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> int:
         """Let the application answer, or answer for it. Returns the status."""
         status = 0
 
@@ -80,7 +90,7 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = with_headers(message, exchange.request_id)
+                message = with_headers(message, record.request_id)
             await send(message)
 
         try:
@@ -90,8 +100,8 @@ class Boundary:
             known = _translate(error)
             if status:  # half an answer is out: only a broken connection can tell
                 raise
-            exchange.refusals.append(status_and_code(known)[1])
-            await render(known, scope["path"], exchange.request_id)(scope, receive, send_noting_status)
+            record.refusals.append(status_and_code(known)[1])
+            await render(known, scope["path"], record.request_id)(scope, receive, send_noting_status)
         return status
 
 
@@ -111,23 +121,21 @@ def render(error: ServiceError, path: str, request_id: str) -> Response:
     return protocol_error_response(error) if is_protocol else problem_response(error, request_id=request_id)
 
 
-def _log(scope: Scope, exchange: Exchange, status: int, ended_at: float, trace_id: str | None) -> None:
-    is_notable = CLASSIFYING.fullmatch(scope["path"]) or status == UNAUTHORIZED[0]
-    level = logging.INFO if is_notable else logging.DEBUG
+def _log(level: int, scope: Scope, record: RequestRecord, status: int, ended_at: float, trace_id: str | None) -> None:
     if not logger.isEnabledFor(level):
         return
     fields: dict[str, Any] = {
         "method": echo(scope["method"]),
         "path": echo(scope["path"]),
         "status": status,
-        **exchange.facts(),
+        **record.facts(),
     }
-    if exchange.refusals:
-        fields["refusals"] = exchange.refusals
+    if record.refusals:
+        fields["refusals"] = record.refusals
     if trace_id is not None:
         fields["trace_id"] = trace_id
-    stages = {f"{name}_ms": round(sum(times) * 1e3, 3) for name, times in exchange.stages.items() if times}
-    stages["duration_ms"] = round((ended_at - exchange.started_at) * 1e3, 3)
+    stages = {f"{name}_ms": round(sum(times) * 1e3, 3) for name, times in record.stages.items() if times}
+    stages["duration_ms"] = round((ended_at - record.started_at) * 1e3, 3)
     logger.log(level, "request", extra=with_fields(**fields, **stages))
 
 

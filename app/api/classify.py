@@ -1,4 +1,4 @@
-"""`POST /classify`: an image, or a form of them, and the classes it shows."""
+"""`POST /classify`: classify an image, or a form of several."""
 
 import time
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.boundary import CLASSIFY_PATH, EXCHANGE
-from app.api.documents import Classification, Results, describe_problems
-from app.api.exchanges import note_variant, server_timing, softmax, while_connected
+from app.api.inference import INFERENCE, RECORD, note_selection, server_timing, softmax, while_connected
 from app.api.parameters import describe_query, read_query
+from app.api.problems import problem_document
+from app.api.schemas import Classification, Results, describe_problems
 from app.api.uploads import Upload, form_boundary, read_form, read_image
-from app.backends import Logits
-from app.errors import ClientGone, ServiceError, problem_document
-from app.metrics import Exchange
-from app.selection import Query, Selection, select
-from app.serving.service import Classified, Service
+from app.errors import ClientGone, ServiceError
+from app.observability.record import RequestRecord
+from app.serving.entry import Outcome
+from app.serving.service import Service
+from app.store.outputs import LOGITS
+from app.store.selection import Query, Selection, select
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
@@ -44,36 +44,18 @@ BODY = {
 SERVER_TIMING = {"Server-Timing": {"description": "the stages of `timings_ms`", "schema": {"type": "string"}}}
 
 
-class Directly:
-    """Pure ASGI middleware, the innermost: brings requests to `/classify` to their endpoint, past the framework's
-    routing, which would take a sixth of the whole answer's time. The route that `make_router` adds documents it.
-    """
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._route = next(route for route in make_router(service).routes if isinstance(route, APIRoute))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != CLASSIFY_PATH or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        scope["route"] = self._route
-        response = await self._route.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-
 def make_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post(
-        CLASSIFY_PATH,
+        "/classify",
         summary="Classify one image, or several",
         response_model=Classification | Results,
         responses={
             200: {"headers": SERVER_TIMING},
             **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
         },
-        openapi_extra={"requestBody": BODY, "parameters": describe_query()},
+        openapi_extra={"requestBody": BODY, "parameters": describe_query(), **INFERENCE},
     )
     async def classify(request: Request) -> JSONResponse:
         """The body is the image, or a multipart form with one or more parts named `file`: then a list comes back, in
@@ -86,19 +68,19 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _classify(service: Service, request: Request, query: Query) -> JSONResponse:
-    exchange: Exchange = request.scope[EXCHANGE]
+    record: RequestRecord = request.scope[RECORD]
     chosen = select(service.require_ready(), query)
-    note_variant(exchange, chosen)
+    note_selection(record, chosen)
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)
     started_at = time.perf_counter()
-    work = service.classify(chosen, [upload.data for upload in uploads], exchange)
+    work = service.infer(chosen, [upload.data for upload in uploads], record)
     outcomes = await while_connected(request, work)
-    exchange.total_seconds = time.perf_counter() - started_at
+    record.total_seconds = time.perf_counter() - started_at
     if boundary is None:
-        return _render(_describe(outcomes[0], chosen, exchange), exchange)
+        return _render(_describe(outcomes[0], chosen, record), record)
     named = zip(outcomes, [upload.filename for upload in uploads], strict=True)
-    return _render({"results": [_describe_file(outcome, name, chosen, exchange) for outcome, name in named]}, exchange)
+    return _render({"results": [_describe_file(outcome, name, chosen, record) for outcome, name in named]}, record)
 
 
 async def _read_uploads(request: Request, boundary: bytes | None, max_files: int) -> list[Upload]:
@@ -108,45 +90,43 @@ async def _read_uploads(request: Request, boundary: bytes | None, max_files: int
         raise ClientGone("The caller left before the body was complete.") from error
 
 
-def _describe(outcome: Classified | ServiceError, chosen: Selection, exchange: Exchange) -> dict[str, Any]:
+def _describe(outcome: Outcome, chosen: Selection, record: RequestRecord) -> dict[str, Any]:
     """Raises: the outcome, if it is an error."""
     if isinstance(outcome, ServiceError):
-        exchange.refusals.clear()  # the boundary counts it
+        # The boundary counts it.
+        record.refusals.clear()
         raise outcome
-    manifest, done = chosen.model.manifest, outcome.done
-    entry = done.variant.entry
+    manifest, spec = chosen.model.manifest, outcome.variant.spec
     return {
-        "predictions": _rank(done.logits, manifest.labels, chosen.top_k),
+        "predictions": _rank(outcome.outputs[LOGITS], manifest.labels, chosen.top_k),
         "model": {"name": manifest.name, "version": manifest.version},
-        "policy": entry.policy,
-        "r": entry.r,
-        "gmacs": entry.gmacs if done.gmacs is None else done.gmacs,
-        "accuracy": None if entry.accuracy is None else entry.accuracy.model_dump(mode="json"),
-        "tokens": entry.tokens if done.tokens is None else done.tokens,
-        "batch_size": done.batch_size,
-        "degraded": done.is_degraded,
+        "policy": spec.policy,
+        "r": spec.r,
+        "gmacs": outcome.gmacs,
+        "accuracy": None if spec.accuracy is None else spec.accuracy.model_dump(mode="json"),
+        "tokens": outcome.tokens,
+        "batch_size": outcome.batch_size,
+        "degraded": outcome.is_degraded,
         "timings_ms": {
             "decode": round(outcome.decode_seconds * 1e3, 3),
-            "queue": round(done.queue_seconds * 1e3, 3),
-            "inference": round(done.inference_seconds * 1e3, 3),
-            "total": round((exchange.total_seconds or 0.0) * 1e3, 3),
+            "queue": round(outcome.queue_seconds * 1e3, 3),
+            "inference": round(outcome.inference_seconds * 1e3, 3),
+            "total": round((record.total_seconds or 0.0) * 1e3, 3),
         },
     }
 
 
-def _describe_file(
-    outcome: Classified | ServiceError, name: str | None, chosen: Selection, exchange: Exchange
-) -> dict[str, Any]:
+def _describe_file(outcome: Outcome, name: str | None, chosen: Selection, record: RequestRecord) -> dict[str, Any]:
     if isinstance(outcome, ServiceError):
         return {**problem_document(outcome), "filename": name}
-    return {**_describe(outcome, chosen, exchange), "filename": name}
+    return {**_describe(outcome, chosen, record), "filename": name}
 
 
-def _rank(logits: Logits, labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+def _rank(logits: NDArray[np.float32], labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
     probabilities = softmax(logits)
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
 
 
-def _render(document: dict[str, Any], exchange: Exchange) -> JSONResponse:
-    return JSONResponse(document, headers=server_timing(exchange))
+def _render(document: dict[str, Any], record: RequestRecord) -> JSONResponse:
+    return JSONResponse(document, headers=server_timing(record))

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.api.documents import Health, describe_problems
+from app.api.schemas import Health, describe_problems
 from app.serving.service import Service
 
 
@@ -26,7 +26,7 @@ def make_router(service: Service) -> APIRouter:
         responses=describe_problems(503),
     )
     async def show_readiness() -> Health:
-        service.require_wanting_requests()
+        service.require_accepting()
         return Health(status="ready")
 
     @router.get(

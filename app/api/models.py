@@ -2,7 +2,8 @@
 
 from fastapi import APIRouter, Depends
 
-from app.api.documents import (
+from app.api.parameters import accept_parameters
+from app.api.schemas import (
     DefaultDocument,
     GmacsSpread,
     LatencyMs,
@@ -14,10 +15,10 @@ from app.api.documents import (
     VariantDocument,
     describe_problems,
 )
-from app.api.parameters import accept_parameters
-from app.catalogue import LatencyLog, ServedModel, ServedVariant
-from app.serving.costs import batch_buckets
 from app.serving.service import Service
+from app.store.catalogue import LatencyLog, ServedModel, ServedVariant
+from app.store.costs import batch_buckets
+from app.store.manifest import VariantKey
 
 
 def make_router(service: Service) -> APIRouter:
@@ -62,31 +63,30 @@ def _describe_model(model: ServedModel, service: Service) -> ModelDocument:
         created=manifest.created,
         device=service.settings.device,
         default=DefaultDocument(policy=manifest.default.policy, r=manifest.default.r),
-        variants=[_describe_variant(model.variants[key], service) for key in sorted(model.variants, key=_place)],
+        variants=[_describe_variant(model.variants[key], service) for key in sorted(model.variants, key=_order)],
     )
 
 
-def _place(key: tuple[str, int | None]) -> tuple[str, int]:
-    policy, r = key
-    return policy, -1 if r is None else r
+def _order(key: VariantKey) -> tuple[str, int]:
+    return key.policy, -1 if key.r is None else key.r
 
 
 def _describe_variant(variant: ServedVariant, service: Service) -> VariantDocument:
-    entry = variant.entry
+    spec = variant.spec
     runs = {n: service.engine.expected_seconds(variant, n) for n in batch_buckets(service.settings.max_batch_images)}
     return VariantDocument(
-        id=entry.id,
-        policy=entry.policy,
-        r=entry.r,
-        format=entry.format,
-        precision=entry.precision,
-        gmacs=entry.gmacs,
-        gmacs_spread=None if entry.gmacs_spread is None else GmacsSpread(**entry.gmacs_spread.model_dump()),
-        tokens=list(entry.tokens),
-        schedule=list(entry.schedule),
-        data_dependent=entry.data_dependent,
-        promise=entry.promise,
-        accuracy=None if entry.accuracy is None else MeasuredAccuracy(**entry.accuracy.model_dump()),
+        id=spec.id,
+        policy=spec.policy,
+        r=spec.r,
+        format=spec.format,
+        precision=spec.precision,
+        gmacs=spec.gmacs,
+        gmacs_spread=None if spec.gmacs_spread is None else GmacsSpread(**spec.gmacs_spread.model_dump()),
+        tokens=list(spec.tokens),
+        schedule=list(spec.schedule),
+        data_dependent=spec.data_dependent,
+        promise=spec.promise,
+        accuracy=None if spec.accuracy is None else MeasuredAccuracy(**spec.accuracy.model_dump()),
         latency_ms=_describe_latency(variant.latency),
         run_ms=[RunMs(batch_size=n, expected=round(seconds * 1e3, 3)) for n, seconds in runs.items()],
     )

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import Request
 
 from app.errors import DuplicateParameter, UnknownParameter, echo
-from app.selection import Query
+from app.store.selection import Query
 
 
 def read_parameters(request: Request, accepted: Collection[str]) -> dict[str, str]:

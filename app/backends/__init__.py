@@ -1,10 +1,10 @@
-"""Backend: what turns a graph file into something that runs. One file per engine, one line in the registry."""
+"""Backends: an engine turns a graph file into a runner. A new engine is one file here, and one line in ENGINES."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,28 +12,17 @@ from numpy.typing import NDArray
 from app.errors import BackendError
 
 Pixels = NDArray[np.uint8]
-Logits = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a graph answers for a batch. Units: GMACs.
-
-    Shapes: logits (B, classes); where token counts depend on the image tokens int64 (B, blocks + 1), gmacs float32 (B,)
-    """
-
-    logits: Logits
-    tokens: NDArray[np.int64] | None = None
-    gmacs: NDArray[np.float32] | None = None
+# Arrays with one row per image, by role ("logits", …).
+Outputs = Mapping[str, NDArray[Any]]
 
 
 class Runner(Protocol):
     """A loaded graph."""
 
-    def run(self, pixels: Pixels) -> Answer:
-        """Compute the answer for a batch.
+    def run(self, pixels: Pixels) -> Outputs:
+        """Compute the outputs of a batch.
 
-        Shapes: pixels (B, H, W, 3)
+        Shapes: pixels (B, H, W, 3); each output (B, …)
         Raises: BackendError.
         """
         ...
@@ -42,10 +31,10 @@ class Runner(Protocol):
 class Backend(Protocol):
     """An engine on a device."""
 
-    def load(self, path: Path, input_name: str, output_names: Sequence[str]) -> Runner:
-        """Load a graph file. Safe to call from several threads.
+    def load(self, path: Path, input_name: str, outputs: Mapping[str, str]) -> Runner:
+        """Load a graph file. Thread-safe.
 
-        output_names: of the logits and, where token counts depend on the image, of tokens and GMACs.
+        outputs: name of each output in the graph, by role, in the graph's order.
         Raises: BackendError.
         """
         ...
@@ -58,21 +47,41 @@ class BackendOptions:
     share_weights: bool
 
 
-# Imported when opened: each needs its engine installed, and only one of them is chosen.
-BACKENDS = {
-    "onnx": ("app.backends.onnx", "OnnxBackend"),
-    "torchscript": ("app.backends.torchscript", "TorchScriptBackend"),
+@dataclass(frozen=True)
+class Engine:
+    """What the service needs to know of an engine before it imports it.
+
+    graph_format: which graphs of the store it reads.
+    platform, triton_backend: its names in the Open Inference Protocol and in Triton's model configuration.
+    can_share_weights: whether it reads `BackendOptions.share_weights` on the CPU.
+    """
+
+    module: str
+    backend: str
+    graph_format: str
+    platform: str
+    triton_backend: str
+    can_share_weights: bool = False
+
+
+ENGINES: Mapping[str, Engine] = {
+    "onnxruntime": Engine(
+        "app.backends.onnx", "OnnxBackend", "onnx", "onnxruntime_onnx", "onnxruntime", can_share_weights=True
+    ),
+    "torchscript": Engine(
+        "app.backends.torchscript", "TorchScriptBackend", "torchscript", "pytorch_libtorch", "pytorch"
+    ),
 }
 
 
-def open_backend(graph_format: str, options: BackendOptions) -> Backend:
-    """Open the engine for a graph format.
+def open_backend(engine: str, options: BackendOptions) -> Backend:
+    """Import an engine and open it on a device.
 
-    Raises: BackendError if the engine or the device is not there.
+    Raises: BackendError if the engine is not installed or the device not available.
     """
-    module, name = BACKENDS[graph_format]
     try:
-        backend: Backend = getattr(importlib.import_module(module), name)(options)
+        module = importlib.import_module(ENGINES[engine].module)
     except ImportError as error:
-        raise BackendError(f"the engine for {graph_format} graphs is not installed: {error}") from error
+        raise BackendError(f"the engine {engine} is not installed: {error}") from error
+    backend: Backend = getattr(module, ENGINES[engine].backend)(options)
     return backend

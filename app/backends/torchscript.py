@@ -2,36 +2,39 @@
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from app.backends import Answer, BackendOptions, Pixels, Runner
+from app.backends import BackendOptions, Outputs, Pixels, Runner
 from app.errors import BackendError
 
 
 class TorchScriptBackend:
     def __init__(self, options: BackendOptions) -> None:
         if options.device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("PyTorch finds no CUDA device here")
+            raise BackendError("PyTorch finds no CUDA device")
         torch.set_num_threads(options.n_threads)
-        torch.backends.cuda.matmul.allow_tf32 = False  # golden outputs are float32
+        # Golden outputs are float32.
+        torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         self._device = torch.device(options.device)
-        self._loading = threading.Lock()  # catch_warnings changes the whole process
+        # catch_warnings changes the whole process.
+        self._loading = threading.Lock()
 
-    def load(self, path: Path, input_name: str, output_names: Sequence[str]) -> Runner:
+    def load(self, path: Path, input_name: str, outputs: Mapping[str, str]) -> Runner:
         try:
             with self._loading, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that TorchScript is deprecated is known: it is one backend of two
+                # TorchScript warns at each load that it is deprecated.
+                warnings.simplefilter("ignore")
                 module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise BackendError(f"PyTorch cannot load it: {_last_line(error)}") from error
         move_constants(module, self._device)
-        return TorchScriptRunner(module.eval(), self._device, len(output_names))
+        return TorchScriptRunner(module.eval(), self._device, list(outputs))
 
 
 def move_constants(module: torch.jit.ScriptModule, device: torch.device) -> None:
@@ -47,24 +50,25 @@ def move_constants(module: torch.jit.ScriptModule, device: torch.device) -> None
 
 
 class TorchScriptRunner:
-    """A module that answers with a tensor, or with a tuple of as many as there are outputs: they have no names."""
+    """A module that returns one tensor, or a tuple of one tensor per output: TorchScript outputs have no names."""
 
-    def __init__(self, module: torch.jit.ScriptModule, device: torch.device, n_outputs: int) -> None:
-        self._module, self._device, self._n_outputs = module, device, n_outputs
+    def __init__(self, module: torch.jit.ScriptModule, device: torch.device, roles: list[str]) -> None:
+        self._module, self._device, self._roles = module, device, roles
 
-    def run(self, pixels: Pixels) -> Answer:
+    def run(self, pixels: Pixels) -> Outputs:
         try:
-            # Unoptimised: the profiling executor would recompile, for seconds, at each new batch size.
+            # The profiling executor would recompile for seconds at each new batch size.
             with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 batch = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
                 found = self._module(batch.to(self._device))
-                outputs = [tensor.cpu().numpy() for tensor in (found if isinstance(found, tuple) else (found,))]
+                arrays = [tensor.cpu().numpy() for tensor in (found if isinstance(found, tuple) else (found,))]
         except Exception as error:
             raise BackendError(f"PyTorch cannot run it: {_last_line(error)}") from error
-        if len(outputs) != self._n_outputs:
-            raise BackendError(f"the graph has {len(outputs)} outputs instead of {self._n_outputs}")
-        return Answer(*outputs)
+        if len(arrays) != len(self._roles):
+            raise BackendError(f"the graph has {len(arrays)} outputs instead of {len(self._roles)}")
+        return dict(zip(self._roles, arrays, strict=True))
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[-1]  # TorchScript puts the reason below its own stack
+    # TorchScript puts the reason below its own stack.
+    return str(error).strip().split("\n")[-1]

@@ -1,4 +1,4 @@
-"""Admission: how many images are inside, decoding, waiting or running, whatever they wait for."""
+"""Admission: a bound on the images in flight, whether decoding, queued or running."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from app.errors import QueueFull
 
 
 class Admission:
-    """Counts images from admission to answer. For the event loop alone: it takes no lock."""
+    """Counts images from admission to answer. For the event loop only: it takes no lock."""
 
     def __init__(self, max_images: int, retry_after_seconds: Callable[[], int]) -> None:
         self._max_images, self._retry_after_seconds = max_images, retry_after_seconds
@@ -15,12 +15,12 @@ class Admission:
 
     @contextmanager
     def admit(self, n_images: int) -> Iterator[None]:
-        """Hold room for some images, or refuse at once.
+        """Count images as in flight, or refuse at once.
 
-        Raises: QueueFull with the seconds after which what is inside should be done.
+        Raises: QueueFull, with the seconds after which the present work should be done.
         """
         if self.n_images + n_images > self._max_images:
-            detail = f"{self.n_images} images are inside, of at most {self._max_images}."
+            detail = f"{self.n_images} images are in flight; the limit is {self._max_images}."
             raise QueueFull(detail, retry_after_seconds=self._retry_after_seconds())
         self.n_images += n_images
         try:

@@ -1,5 +1,6 @@
-"""Engine: one scheduler for one device, and a thread for each lane of it: it asks what is next, runs it, and answers
-each entry once.
+"""Engine: the worker threads of one device. A worker asks the scheduler for a batch, runs it and delivers the results.
+
+Several workers share the device: while one waits for the interpreter, another keeps the device busy.
 """
 
 import logging
@@ -9,31 +10,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from app.backends import Answer, Pixels
-from app.catalogue import ServedVariant
+from app.backends import Outputs, Pixels
 from app.errors import BackendError, DeadlinePassed, EngineStalled, InferenceFailed, ServiceError, ShuttingDown
-from app.logs import with_fields
-from app.serving.entry import Batch, Done, Entry
-from app.serving.scheduler import Limits, Scheduler, Turn
+from app.observability.logs import with_fields
+from app.observability.record import ImageResult
+from app.serving.entry import Batch, Entry, Outcomes
+from app.serving.scheduler import Decision, Scheduler, SchedulerLimits
+from app.store.catalogue import ServedVariant
+from app.store.outputs import GMACS, TOKENS
 
 logger = logging.getLogger(__name__)
 
-Outcome = Done | ServiceError
-Outcomes = Sequence[tuple[Entry, Outcome]]
 Deliver = Callable[[Outcomes], None]
 Observe = Callable[[Batch, float], None]
 
 
 class Engine:
-    """Every entry that was taken is delivered exactly once, whatever happens, unless it is withdrawn before.
+    """Delivers every submitted entry exactly once, whatever happens, unless it is withdrawn first.
 
-    deliver: is called in the engine's thread, or in that of `stop` and `abandon`, without a lock held.
-    observe: is told of each batch that has run, and of the seconds it took.
+    deliver: called by a worker, or by the thread of `stop` or `abandon`, with no lock held.
+    observe: called with each batch that ran, and its seconds.
     """
 
     def __init__(
         self,
-        limits: Limits,
+        limits: SchedulerLimits,
         deliver: Deliver,
         observe: Observe = lambda batch, seconds: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -41,11 +42,13 @@ class Engine:
         self._limits, self._deliver, self._observe, self.clock = limits, deliver, observe, clock
         self._scheduler = Scheduler(limits)
         self._owed: set[Entry] = set()
-        self._changed = threading.Condition()  # guards the scheduler and what is owed
+        # Guards the scheduler and the entries owed an outcome.
+        self._changed = threading.Condition()
         self._is_stopping = False
         self._busy_since: dict[threading.Thread, float] = {}
-        self._lanes = [
-            threading.Thread(target=self._serve, name=f"engine-{i}", daemon=True) for i in range(limits.n_lanes)
+        self._workers = [
+            threading.Thread(target=self._serve, name=f"engine-{i}", daemon=True)
+            for i in range(limits.max_concurrent_batches)
         ]
 
     def __repr__(self) -> str:
@@ -53,50 +56,50 @@ class Engine:
 
     @property
     def _is_alive(self) -> bool:
-        return all(lane.is_alive() for lane in self._lanes)
+        return all(worker.is_alive() for worker in self._workers)
 
     def start(self) -> None:
-        for lane in self._lanes:
-            lane.start()
+        for worker in self._workers:
+            worker.start()
 
     def stop(self, timeout_seconds: float) -> None:
-        """Finish what runs, refuse what waits; what still runs after the timeout is refused too."""
+        """Refuse the queue, finish the running batches; after the timeout refuse these too."""
         with self._changed:
             self._is_stopping = True
             waiting = self._scheduler.withdraw(list(self._scheduler.waiting))
             self._changed.notify_all()
         refusal = ShuttingDown("The service is shutting down.", retry_after_seconds=1)
-        self._answer([(entry, refusal) for entry in waiting])
+        self._deliver_owed([(entry, refusal) for entry in waiting])
         until = time.monotonic() + timeout_seconds
-        for lane in self._lanes:
-            if lane.is_alive():
-                lane.join(max(0.0, until - time.monotonic()))
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.join(max(0.0, until - time.monotonic()))
         self.abandon(refusal)
 
     def abandon(self, reason: ServiceError) -> int:
-        """Give all that is inside this answer, because the thread hangs or is dead. Returns how many there were."""
+        """Answer every entry in flight with an error, because a worker hangs or died. Returns their number."""
         with self._changed:
             self._scheduler.waiting.clear()
             owed = list(self._owed)
-        self._answer([(entry, reason) for entry in owed])
+        self._deliver_owed([(entry, reason) for entry in owed])
         return len(owed)
 
     def is_responsive(self, stall_seconds: float) -> bool:
-        """Tell whether every thread lives and no run has lasted too long."""
+        """Return whether every worker is alive and no batch has run longer than this."""
         now = self.clock()
         return self._is_alive and all(now - since < stall_seconds for since in list(self._busy_since.values()))
 
     def has_ended(self) -> bool:
-        """Tell whether no thread is left, not even one that hangs."""
-        return not any(lane.is_alive() for lane in self._lanes)
+        """Return whether all workers have ended."""
+        return not any(worker.is_alive() for worker in self._workers)
 
     def require_room(self, entries: Sequence[Entry]) -> None:
-        """Raises: QueueFull, DeadlineUnmeetable; what `submit` would raise now."""
+        """Raise what `submit` would raise now. Raises: QueueFull, DeadlineUnmeetable."""
         with self._changed:
             self._scheduler.require_room(entries, self.clock())
 
     def submit(self, entries: Sequence[Entry]) -> None:
-        """Queue the entries of one request, all or none.
+        """Queue all entries of a request, or none.
 
         Raises: QueueFull, DeadlineUnmeetable, ShuttingDown, EngineStalled.
         """
@@ -111,63 +114,66 @@ class Engine:
             self._changed.notify()
 
     def withdraw(self, entries: Iterable[Entry]) -> int:
-        """Forget entries whose caller has left; they are not delivered. Returns how many were still waiting."""
+        """Drop entries of a cancelled request; they are not delivered. Returns how many were still queued."""
         with self._changed:
             leaving = list(entries)
             self._owed.difference_update(leaving)
             return len(self._scheduler.withdraw(leaving))
 
     def expected_seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Expect what a run of some images takes now, by itself."""
+        """Estimate the run time of a batch at the present speed, without concurrent batches."""
         return self._scheduler.seconds(variant, n_images)
 
     def seconds_until_drained(self) -> int:
-        """Expect how long what is inside takes, in whole seconds, at least 1: for Retry-After."""
+        """Estimate when the present work will be done, for Retry-After. Units: whole seconds, at least 1."""
         with self._changed:
             return self._scheduler.seconds_until_drained(self.clock())
 
     def depths_by_label(self) -> Mapping[tuple[str, str, str], int]:
-        """Count the images that wait, by model, policy and the rate that they prefer."""
+        """Count queued images by model, policy and preferred rate."""
         with self._changed:
             return self._scheduler.depths_by_label()
 
     def floors(self) -> dict[tuple[str, str, str], int]:
-        """Return the least rate at which those who consent run now, of each family under load."""
+        """Return the raised rate floors: the minimum rate of requests that opted in, by family."""
         with self._changed:
-            return {family: level.floor for family, level in self._scheduler.levels.items()}
+            return {family: floor.r for family, floor in self._scheduler.rate_floors.items()}
 
     def _serve(self) -> None:
         try:
             finished: Outcomes | None = []
             while finished is not None:
-                finished = self._serve_turn(finished)
+                finished = self._step(finished)
         except BaseException:
             logger.exception("the engine has stopped")
             self.abandon(InferenceFailed())
 
-    def _serve_turn(self, finished: Outcomes) -> Outcomes | None:
-        """Answer what has run, and run what is next; in between nothing is kept, lest a dropped version stay in memory.
+    def _step(self, finished: Outcomes) -> Outcomes | None:
+        """Deliver the last batch and run the next one. Returns its outcomes; None when it is time to stop.
 
-        The next batch is ready before the last one's callers are answered: all of them would want the interpreter at
-        once, and the device would stand still meanwhile.
+        The next batch is stacked before the last one is delivered: its requests would all want the interpreter at once,
+        and the device would idle meanwhile. No local outlives the step, or it would keep a dropped version in memory.
         """
-        turn = self._next_turn(may_wait=not finished)
-        pixels = None if turn is None or turn.batch is None else self._stack(turn.batch.entries)
-        lost = DeadlinePassed("The deadline is past, or no run would end before it.")
-        self._answer([*finished, *((entry, lost) for entry in (() if turn is None else turn.expired))])
-        if turn is None:
+        decision = self._next_decision(may_wait=not finished)
+        batch = None if decision is None else decision.batch
+        pixels = None if batch is None else self._stack(batch.entries)
+        error = DeadlinePassed("The deadline has passed, or no run could end before it.")
+        expired = () if decision is None else decision.expired
+        self._deliver_owed([*finished, *((entry, error) for entry in expired)])
+        if decision is None:
             return None
-        return [] if turn.batch is None or pixels is None else self._run(turn.batch, pixels)
+        return [] if batch is None or pixels is None else self._run(batch, pixels)
 
-    def _next_turn(self, *, may_wait: bool) -> Turn | None:
-        """Return what to do now, or if there is nothing once there is; None when it is time to stop."""
+    def _next_decision(self, *, may_wait: bool) -> Decision | None:
+        """Return what to do now; if that is nothing and `may_wait`, wait. None when it is time to stop."""
         with self._changed:
             while not self._is_stopping:
-                turn = self._scheduler.take(self.clock())
-                if turn.expired or turn.batch is not None or not may_wait:
-                    self._wake_another_lane()
-                    return turn
-                self._changed.wait(None if turn.wake_at is None else max(0.0, turn.wake_at - self.clock()))
+                decision = self._scheduler.decide(self.clock())
+                if decision.expired or decision.batch is not None or not may_wait:
+                    self._wake_another_worker()
+                    return decision
+                wake_at = decision.wake_at
+                self._changed.wait(None if wake_at is None else max(0.0, wake_at - self.clock()))
             return None
 
     def _run(self, batch: Batch, pixels: Pixels) -> Outcomes:
@@ -176,39 +182,42 @@ class Engine:
         ended_at = self.clock()
         with self._changed:
             self._scheduler.finish(batch, ended_at, is_measured=not failures)
-            self._wake_another_lane()
+            self._wake_another_worker()
         seconds = ended_at - batch.started_at
         if len(batch.entries) == 1 and not failures:
             batch.variant.latency.add(seconds)
         self._observe(batch, seconds)
         return outcomes
 
-    def _wake_another_lane(self) -> None:
-        """For more than one lane takes, or because one has held back lest this one's deadline be missed."""
+    def _wake_another_worker(self) -> None:
+        """Wake another worker: more batches may be ready, or one was deferred to protect this run's deadline."""
         if self._scheduler.waiting:
             self._changed.notify()
 
     def _infer(self, batch: Batch, entries: list[Entry], pixels: Pixels, failures: list[Entry]) -> Outcomes:
-        """Run entries together; if that fails, in halves, until only the culprits fail."""
-        lane = threading.current_thread()
-        self._busy_since[lane] = self.clock()
+        """Run entries together. If that fails, retry in halves, so that only the entries at fault get an error."""
+        worker = threading.current_thread()
+        self._busy_since[worker] = self.clock()
         try:
-            answer = _run_checked(batch.variant, pixels, len(entries))
+            outputs = _run_checked(batch.variant, pixels, len(entries))
         except Exception:
             if len(entries) == 1:
                 logger.exception(
                     "inference failed: %s",
-                    batch.variant.entry.id,
+                    batch.variant.spec.id,
                     extra=with_fields(request_ids=[entry.request_id for entry in entries]),
                 )
                 failures.extend(entries)
                 return [(entries[0], InferenceFailed())]
-            logger.warning("a run of %d images failed, they run again in halves", len(entries))
+            logger.warning("a batch of %d images failed, retrying in halves", len(entries))
         else:
             seconds = self.clock() - batch.started_at
-            return [(entry, _done(batch, entry, answer, i, len(entries), seconds)) for i, entry in enumerate(entries)]
+            return [
+                (entry, _make_result(batch, entry, outputs, i, len(entries), seconds))
+                for i, entry in enumerate(entries)
+            ]
         finally:
-            self._busy_since.pop(lane, None)
+            self._busy_since.pop(worker, None)
         half = len(entries) // 2
         return [
             outcome
@@ -217,13 +226,13 @@ class Engine:
         ]
 
     def _stack(self, entries: Sequence[Entry]) -> Pixels:
-        """Lay images into one batch, filled up with black ones where the device wants that."""
+        """Stack images into a batch, padded with black ones on a device that wants fixed sizes."""
         images = [entry.pixels for entry in entries]
         size = self._limits.run_size(len(images))
         return np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
 
-    def _answer(self, outcomes: Outcomes) -> None:
-        """Deliver to those who are still owed an answer."""
+    def _deliver_owed(self, outcomes: Outcomes) -> None:
+        """Deliver the outcomes of entries that are still owed one."""
         with self._changed:
             due = [(entry, outcome) for entry, outcome in outcomes if entry in self._owed]
             self._owed.difference_update(entry for entry, _ in due)
@@ -231,24 +240,28 @@ class Engine:
             self._deliver(due)
 
 
-def _run_checked(variant: ServedVariant, pixels: Pixels, n_images: int) -> Answer:
-    """Raises: BackendError, also for answers that are too few or not finite."""
-    answer = variant.runner.run(pixels)
-    arrays = [array for array in (answer.logits, answer.tokens, answer.gmacs) if array is not None]
-    if any(len(array) != len(pixels) or not np.isfinite(array[:n_images]).all() for array in arrays):
-        raise BackendError(f"the graph answered {[array.shape for array in arrays]}, or not finite numbers")
-    return answer
+def _run_checked(variant: ServedVariant, pixels: Pixels, n_images: int) -> Outputs:
+    """Raises: BackendError, also for outputs that have too few rows or are not finite."""
+    outputs = variant.runner.run(pixels)
+    if any(len(array) != len(pixels) or not np.isfinite(array[:n_images]).all() for array in outputs.values()):
+        shapes = {role: array.shape for role, array in outputs.items()}
+        raise BackendError(f"the graph returned {shapes}, or values that are not finite")
+    return outputs
 
 
-def _done(batch: Batch, entry: Entry, answer: Answer, place: int, size: int, seconds: float) -> Done:
-    return Done(
+def _make_result(batch: Batch, entry: Entry, outputs: Outputs, place: int, size: int, seconds: float) -> ImageResult:
+    """Take an image's rows out of a batch; a graph with fixed token counts does not return these."""
+    spec, rows = batch.variant.spec, {role: array[place] for role, array in outputs.items()}
+    return ImageResult(
+        model=entry.family[0],
         variant=batch.variant,
-        is_degraded=batch.variant is not entry.ladder[0],
-        logits=answer.logits[place],
-        tokens=None if answer.tokens is None else answer.tokens[place].tolist(),
-        gmacs=None if answer.gmacs is None else float(answer.gmacs[place]),
+        outputs=rows,
+        tokens=rows[TOKENS].tolist() if TOKENS in rows else list(spec.tokens),
+        gmacs=float(rows[GMACS]) if GMACS in rows else spec.gmacs,
         batch_size=size,
         started_at=batch.started_at,
+        decode_seconds=entry.decode_seconds,
         queue_seconds=batch.started_at - entry.submitted_at,
         inference_seconds=seconds,
+        is_degraded=batch.variant is not entry.ladder[0],
     )

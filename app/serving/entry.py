@@ -1,18 +1,22 @@
-"""Entry: one image that waits for the device, with what its caller wants of it. Batch: entries that run together."""
+"""Entry: one image in the queue, with what its request asked for. Batch: entries that run together."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from app.backends import Pixels
-from app.catalogue import ServedVariant
+from app.errors import ServiceError
+from app.observability.record import ImageResult
+from app.store.catalogue import ServedVariant
 
+# The preferred variant first, then ever cheaper ones.
 Ladder = tuple[ServedVariant, ...]
-Family = tuple[str, str, str]  # model, version, policy: whose rates go up and down together
+# Model, version and policy: the rates of a family rise and fall together.
+Family = tuple[str, str, str]
+Outcome = ImageResult | ServiceError
+Outcomes = Sequence[tuple["Entry", Outcome]]
+# Takes the outcomes of some entries of one request, in the event loop.
+Reply = Callable[[Outcomes], None]
 _serial = itertools.count()
 
 
@@ -20,8 +24,9 @@ _serial = itertools.count()
 class Entry:
     """Units: seconds of the engine's clock.
 
-    ladder: the variants it may run as, the preferred first, then ever cheaper ones; a single one where the caller
-    insists. due: its deadline, or without one the time by which it would be patient; the order in which entries run.
+    ladder: the variants that it may run as; only one if the request did not opt in to a higher rate.
+    due: its deadline, or the target latency if it has none. Entries run in this order.
+    reply: None once the request was answered or cancelled.
 
     Shapes: pixels (H, W, 3)
     """
@@ -33,7 +38,8 @@ class Entry:
     due: float
     deadline: float | None = None
     request_id: str = ""
-    owner: Any = None  # whom the answer is for
+    decode_seconds: float = 0.0
+    reply: Reply | None = None
     serial: int = field(default_factory=_serial.__next__)
 
     @property
@@ -47,26 +53,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Batch:
-    """Entries of one variant, to be run at once. Units: seconds."""
+    """Entries that run as one variant. Units: seconds."""
 
     variant: ServedVariant
     entries: Sequence[Entry]
     started_at: float
-
-
-@dataclass(frozen=True)
-class Done:
-    """What became of one image. Units: seconds, GMACs.
-
-    Shapes: logits (classes,), tokens (blocks + 1,)
-    """
-
-    variant: ServedVariant
-    is_degraded: bool
-    logits: NDArray[np.float32]
-    tokens: list[int] | None
-    gmacs: float | None
-    batch_size: int
-    started_at: float
-    queue_seconds: float
-    inference_seconds: float

@@ -1,4 +1,4 @@
-"""Scheduler: the state of one device's queues, changed by the functions of `policy`. No thread, no clock, no device."""
+"""Scheduler: the queue and the running batches of one device. Rules are in `planning`; no thread, clock or device."""
 
 import math
 from bisect import insort
@@ -6,30 +6,32 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from app.catalogue import ServedVariant
 from app.errors import DeadlineUnmeetable, QueueFull, ServiceError
-from app.serving import policy
-from app.serving.costs import Pace, batch_buckets
+from app.serving import planning
 from app.serving.entry import Batch, Entry, Family
-from app.serving.policy import Level
+from app.serving.planning import RateFloor
+from app.store.catalogue import Labels, ServedVariant
+from app.store.costs import Pace, batch_buckets
 
 MAX_RETRY_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class Limits:
-    """n_lanes: how many runs may share the device. wait_seconds: how long an incomplete batch waits for more, from the
-    first of its entries. is_padded: whether batches are filled up to a bucket, where the device plans for each size.
+class SchedulerLimits:
+    """max_concurrent_batches: batches that share the device.
+
+    max_delay_seconds: how long an incomplete batch waits for more entries, from its first one.
+    is_padded: whether batches are padded to a bucket, because the device plans for each size.
     """
 
     max_queue_images: int
     max_batch_images: int
-    n_lanes: int = 1
-    wait_seconds: float = 0.0
+    max_concurrent_batches: int = 1
+    max_delay_seconds: float = 0.0
     is_padded: bool = False
 
     def run_size(self, n_images: int) -> int:
-        """Return of how many images a run of these is, or would be if it could be so large."""
+        """Return the size of a batch after padding."""
         if not self.is_padded:
             return n_images
         return next((size for size in batch_buckets(self.max_batch_images) if size >= n_images), n_images)
@@ -37,7 +39,7 @@ class Limits:
 
 @dataclass
 class Running:
-    """A batch on the device, and how much of the device's time it has had. Units: seconds."""
+    """A batch on the device, and how much device time it has had. Units: seconds."""
 
     batch: Batch
     expected_seconds: float
@@ -49,10 +51,10 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What to do now that a lane of the device is free: answer those whose deadline is lost, and run a batch or wait.
+class Decision:
+    """What a free worker does: refuse the expired entries, then run the batch or wait. Units: seconds.
 
-    wake_at: when to look again although nothing came; None with nothing to wait for. Units: seconds.
+    wake_at: when to decide again even if nothing arrives; None for no such time.
     """
 
     expired: Sequence[Entry] = ()
@@ -62,16 +64,16 @@ class Turn:
 
 @dataclass
 class Scheduler:
-    """An entry is waiting, then running, then gone; or leaves early, expired or withdrawn. Never twice anywhere.
+    """An entry is first queued, then running, then gone; or it leaves the queue early, expired or withdrawn.
 
-    Runs that overlap share the device in equal parts. What a run costs is its part, so that costs add up whatever ran
-    beside it.
+    Concurrent batches share the device equally. The cost of a batch is its share of the device time, so costs add up
+    whatever ran at the same time. `waiting` is sorted by due time.
     """
 
-    limits: Limits
-    waiting: list[Entry] = field(default_factory=list)  # by due time
+    limits: SchedulerLimits
+    waiting: list[Entry] = field(default_factory=list)
     running: list[Running] = field(default_factory=list)
-    levels: dict[Family, Level] = field(default_factory=dict)
+    rate_floors: dict[Family, RateFloor] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
     refused_at: dict[Family, float] = field(default_factory=dict)
     _advanced_to: float = 0.0
@@ -79,26 +81,27 @@ class Scheduler:
 
     def __repr__(self) -> str:
         running = [len(run.batch.entries) for run in self.running]
-        return f"<Scheduler waiting={len(self.waiting)} running={running} levels={self.levels}>"
+        return f"<Scheduler waiting={len(self.waiting)} running={running} floors={self.rate_floors}>"
 
     def seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Expect what a run takes now, by itself."""
+        """Estimate the run time of a batch at the present speed, without concurrent batches."""
         return variant.costs.seconds(self.limits.run_size(n_images)) * self.pace.factor
 
-    def depths_by_label(self) -> Counter[tuple[str, str, str]]:
-        """Count what waits by model, policy and the rate preferred, as text."""
-        return Counter((entry.family[0], entry.family[2], entry.ladder[0].label) for entry in self.waiting)
+    def depths_by_label(self) -> Counter[Labels]:
+        """Count queued entries by model, policy and preferred rate."""
+        return Counter((entry.family[0], entry.family[2], entry.ladder[0].rate_label) for entry in self.waiting)
 
     def require_room(self, entries: Sequence[Entry], now: float) -> None:
-        """Refuse entries for which there is no room, or no time.
+        """Refuse entries for which there is no room in the queue, or no time.
 
-        Raises: QueueFull, DeadlineUnmeetable; with the seconds after which it should be otherwise.
+        Raises: QueueFull, DeadlineUnmeetable, with the seconds after which a retry is worthwhile.
         """
         try:
             self._require_room(entries, now)
         except ServiceError:
             costs = self._costs()
-            by_load = [entry for entry in entries if not policy.is_hopeless(entry, now, costs)]
+            # An entry that could not be in time on an idle device says nothing about the load.
+            by_load = [entry for entry in entries if not planning.is_expired(entry, now, costs)]
             self.refused_at.update((entry.family, now) for entry in by_load)
             raise
 
@@ -106,17 +109,19 @@ class Scheduler:
         for variant, n_new in Counter(entry.ladder[0] for entry in entries).items():
             n_waiting = sum(entry.ladder[0] is variant for entry in self.waiting)
             if n_waiting + n_new > self.limits.max_queue_images:
-                detail = f"{n_waiting} images wait for {variant.entry.id}, of at most {self.limits.max_queue_images}."
+                detail = (
+                    f"{n_waiting} images are queued for {variant.spec.id}; the limit is {self.limits.max_queue_images}."
+                )
                 raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
-        size, n_lanes = self.limits.max_batch_images, self.limits.n_lanes
-        costs = self._costs(policy.CAUTION)
-        late = policy.lateness(self.waiting, entries, self._free_at(now), costs, size, n_lanes)
+        size, n_concurrent = self.limits.max_batch_images, self.limits.max_concurrent_batches
+        costs = self._costs(planning.CAUTION)
+        late = planning.lateness(self.waiting, entries, self._free_at(now), costs, size, n_concurrent)
         if late > 0:
-            detail = f"At the present load the answer would come {math.ceil(late * 1e3)} ms after the deadline."
+            detail = f"At the present load the answer would be {math.ceil(late * 1e3)} ms late."
             raise DeadlineUnmeetable(detail, retry_after_seconds=_whole_seconds(late))
 
     def submit(self, entries: Sequence[Entry], now: float) -> None:
-        """Queue the entries of a request, all or none.
+        """Queue all entries of a request, or none.
 
         Raises: QueueFull, DeadlineUnmeetable.
         """
@@ -125,35 +130,39 @@ class Scheduler:
             insort(self.waiting, entry, key=lambda item: item.order)
 
     def withdraw(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Take out entries whose caller has left. Returns those that were still waiting."""
+        """Remove entries from the queue. Returns those that were still in it."""
         leaving = set(entries)
         found = [entry for entry in self.waiting if entry in leaving]
-        self.waiting = [entry for entry in self.waiting if entry not in leaving]
+        self._remove(leaving)
         return found
 
-    def take(self, now: float) -> Turn:
-        """Decide what a free lane of the device does next."""
+    def _remove(self, entries: set[Entry]) -> None:
+        if entries:
+            self.waiting = [entry for entry in self.waiting if entry not in entries]
+
+    def decide(self, now: float) -> Decision:
+        """Decide what a free worker does next."""
         self._advance(now)
-        costs = self._costs_beside_others()
-        expired = [entry for entry in self.waiting if policy.is_hopeless(entry, now, costs)]
-        if expired:
-            lost = set(expired)
-            self.waiting = [entry for entry in self.waiting if entry not in lost]
-        if not self.waiting or not self._has_room_beside_others(now):
-            return Turn(expired)
-        self._set_levels(now)
-        variant, members = self._next_members(now, lambda variant, n: policy.CAUTION * costs(variant, n))
-        wake_at = self._wait_for_more(variant, members, now, costs)
+        costs = self._costs_of_concurrent()
+        expired = [entry for entry in self.waiting if planning.is_expired(entry, now, costs)]
+        self._remove(set(expired))
+        if not self.waiting or not self._may_run_another(now):
+            return Decision(expired)
+        self._set_floors(now)
+        floors, max_batch = self._floors(), self.limits.max_batch_images
+        cautious = self._costs_of_concurrent(planning.CAUTION)
+        variant, members = planning.next_batch(self.waiting, floors, now, cautious, max_batch)
+        delay = self.limits.max_delay_seconds
+        wake_at = planning.wait_for_more(self.waiting, members, variant, now, costs, max_batch, delay)
         if wake_at is not None:
-            return Turn(expired, wake_at=wake_at)
-        chosen = set(members)
-        self.waiting = [entry for entry in self.waiting if entry not in chosen]
+            return Decision(expired, wake_at=wake_at)
+        self._remove(set(members))
         batch = Batch(variant, members, now)
         self.running.append(Running(batch, self.seconds(variant, len(members))))
-        return Turn(expired, batch)
+        return Decision(expired, batch)
 
     def finish(self, batch: Batch, now: float, is_measured: bool = True) -> None:
-        """Note that a batch has run, and learn from what it took, unless it failed."""
+        """Remove a batch that ran, and learn from its run time unless it failed."""
         self._advance(now)
         (run,) = [run for run in self.running if run.batch is batch]
         self.running.remove(run)
@@ -164,110 +173,94 @@ class Scheduler:
             costs.learn(n_images, run.seconds / self.pace.factor)
 
     def _advance(self, now: float) -> None:
-        """Share the time that has passed among the runs."""
+        """Divide the elapsed time among the running batches."""
         for run in self.running:
             run.seconds += (now - self._advanced_to) / len(self.running)
         self._advanced_to = now
 
-    def _has_room_beside_others(self, now: float) -> bool:
-        """Tell whether a lane is free, and those that run would still keep their deadlines at half the speed."""
-        if len(self.running) >= self.limits.n_lanes:
+    def _may_run_another(self, now: float) -> bool:
+        """Return whether one more batch may run, without making a running one miss a deadline."""
+        if len(self.running) >= self.limits.max_concurrent_batches:
             return False
-        n_lanes = len(self.running) + 1
+        n_running = len(self.running) + 1
         return all(
-            now + policy.CAUTION * n_lanes * run.remaining_seconds <= entry.deadline
+            now + planning.CAUTION * n_running * run.remaining_seconds <= entry.deadline
             for run in self.running
             for entry in run.batch.entries
             if entry.deadline is not None and now + run.remaining_seconds <= entry.deadline
         )
 
-    def _next_members(self, now: float, costs: policy.Costs) -> tuple[ServedVariant, list[Entry]]:
-        """Choose the batch of the most urgent entry: what runs as the same variant, in order of urgency."""
-        chosen = {entry: policy.runnable(entry, self._floor(entry), now, costs) for entry in self.waiting}
-        variant = chosen[self.waiting[0]]
-        members = [entry for entry in self.waiting if chosen[entry] is variant][: self.limits.max_batch_images]
-        n = policy.batch_size(members, set(self.waiting).difference(members), variant, now, costs)
-        return variant, members[:n]
-
-    def _wait_for_more(
-        self, variant: ServedVariant, members: Sequence[Entry], now: float, costs: policy.Costs
-    ) -> float | None:
-        """Say until when to wait for more of a batch that is not full, unless that would cost somebody the deadline."""
-        size = self.limits.max_batch_images
-        wake_at = min(entry.submitted_at for entry in members) + self.limits.wait_seconds
-        deadlines = [entry.deadline for entry in self.waiting if entry.deadline is not None]
-        is_pressing = bool(deadlines) and wake_at + costs(variant, size) > min(deadlines)
-        return None if len(members) == size or wake_at <= now or is_pressing else wake_at
-
-    def _set_levels(self, now: float) -> None:
-        if not self.running and now - self._idle_since >= policy.HOLD_SECONDS:
-            self.levels.clear()  # the load is gone
+    def _set_floors(self, now: float) -> None:
+        if not self.running and now - self._idle_since >= planning.HOLD_SECONDS:
+            self.rate_floors.clear()
         costs = self._costs()
-        for family in {entry.family for entry in self.waiting if entry.is_flexible} | set(self.levels):
-            level = self._next_level(family, now, costs)
-            if level == Level():
-                self.levels.pop(family, None)
+        for family in {entry.family for entry in self.waiting if entry.is_flexible} | set(self.rate_floors):
+            floor = self._next_floor(family, now, costs)
+            if floor == RateFloor():
+                self.rate_floors.pop(family, None)
             else:
-                self.levels[family] = level
+                self.rate_floors[family] = floor
 
-    def _next_level(self, family: Family, now: float, costs: policy.Costs) -> Level:
-        level = self.levels.get(family, Level())
+    def _next_floor(self, family: Family, now: float, costs: planning.Costs) -> RateFloor:
+        current = self.rate_floors.get(family, RateFloor())
         ladders = {entry.ladder for entry in self.waiting if entry.family == family and entry.is_flexible}
-        rates = sorted({policy.rate(variant) for ladder in ladders for variant in ladder})
-        below = max((r for r in rates if r < level.floor), default=0)
+        rates = sorted({planning.rate(variant) for ladder in ladders for variant in ladder})
+        below = max((r for r in rates if r < current.r), default=0)
         if not ladders:
-            return policy.next_level(level, 0, below, is_comfortable=True, now=now)
-        start, floors = self._free_at(now), {name: other.floor for name, other in self.levels.items()}
+            return planning.next_floor(current, 0, below, is_comfortable=True, now=now)
+        start, floors = self._free_at(now), self._floors()
 
         def keeps_slack(floor: int, share: float) -> bool:
-            choice = policy.choice_at(family, floor, floors)
-            return policy.keeps_slack(self.waiting, choice, now, start, costs, self.limits.max_batch_images, share)
+            choice = planning.choice_at(family, floor, floors)
+            return planning.keeps_slack(self.waiting, choice, now, start, costs, self.limits.max_batch_images, share)
 
-        higher = [r for r in rates if r > level.floor]
-        needed = level.floor
-        if not keeps_slack(level.floor, policy.PLANNED_SHARE):
-            needed = next((r for r in higher if keeps_slack(r, policy.PLANNED_SHARE)), rates[-1])
-        has_refused = now - self.refused_at.get(family, -math.inf) < policy.REFUSED_SECONDS
+        higher = [r for r in rates if r > current.r]
+        needed = current.r
+        if not keeps_slack(current.r, planning.PLANNED_SHARE):
+            needed = next((r for r in higher if keeps_slack(r, planning.PLANNED_SHARE)), rates[-1])
+        has_refused = now - self.refused_at.get(family, -math.inf) < planning.REFUSED_SECONDS
         if higher and (has_refused or self._is_filling()):
-            needed = max(needed, higher[0])  # to degrade is better than to refuse
-        is_comfortable = not has_refused and below < level.floor and keeps_slack(below, policy.LOWERING_SHARE)
-        return policy.next_level(level, needed, below, is_comfortable, now)
+            # Degrading is better than refusing.
+            needed = max(needed, higher[0])
+        is_comfortable = not has_refused and below < current.r and keeps_slack(below, planning.LOWERING_SHARE)
+        return planning.next_floor(current, needed, below, is_comfortable, now)
 
     def _is_filling(self) -> bool:
-        """Tell whether a queue is half full: where runs are short, it is full long before anyone is impatient."""
+        """Return whether a queue is half full. With short runs it fills up before the target latency is at risk."""
         return max(Counter(entry.ladder[0] for entry in self.waiting).values()) * 2 > self.limits.max_queue_images
 
-    def _floor(self, entry: Entry) -> int:
-        return self.levels.get(entry.family, Level()).floor
+    def _floors(self) -> dict[Family, int]:
+        return {family: floor.r for family, floor in self.rate_floors.items()}
 
     def _free_at(self, now: float) -> float:
-        """Expect when the device would be free if nothing more began."""
+        """Estimate when the running batches will have ended."""
         elapsed = (now - self._advanced_to) if self.running else 0.0
         return now + max(0.0, sum(run.remaining_seconds for run in self.running) - elapsed)
 
     def seconds_until_drained(self, now: float) -> int:
-        """Expect how long what is inside takes, in whole seconds, at least 1."""
+        """Estimate when all present work will be done. Units: whole seconds, at least 1."""
+        floors = self._floors()
 
         def choice(entry: Entry) -> ServedVariant:
-            return policy.at_floor(entry, self._floor(entry))
+            return planning.at_floor(entry, floors.get(entry.family, 0))
 
-        times = policy.finish_times(
+        times = planning.finish_times(
             self.waiting, choice, self._free_at(now), self._costs(), self.limits.max_batch_images
         )
         return _whole_seconds(max((time for _, _, time in times), default=now) - now)
 
-    def _costs_beside_others(self) -> policy.Costs:
-        """Make the price list of what begins now: while others run, it has the device in part."""
+    def _costs_of_concurrent(self, caution: float = 1.0) -> planning.Costs:
+        """Return the costs of a batch that starts now, and shares the device with the running ones."""
         costs, remaining = self._costs(), sum(run.remaining_seconds for run in self.running)
 
         def shared(variant: ServedVariant, n_images: int) -> float:
             alone = costs(variant, n_images)
-            return alone + min(alone, remaining)
+            return caution * (alone + min(alone, remaining))
 
         return shared
 
-    def _costs(self, caution: float = 1.0) -> policy.Costs:
-        """Make a price list for one decision, which asks the same prices many times."""
+    def _costs(self, caution: float = 1.0) -> planning.Costs:
+        """Return the costs for one decision, which asks for the same ones many times."""
         known: dict[tuple[ServedVariant, int], float] = {}
 
         def costs(variant: ServedVariant, n_images: int) -> float:

@@ -17,8 +17,8 @@ from benchmarks.served import ROOT
 
 SERVICE = (
     *("annotated-doc", "annotated-types", "anyio", "click", "fastapi", "h11", "httptools", "idna"),
-    *("opentelemetry-api", "pillow", "prometheus_client", "pydantic", "pydantic-settings", "pydantic_core"),
-    *("python-dotenv", "python-multipart", "starlette", "typing-inspection", "typing_extensions", "uvicorn", "uvloop"),
+    *("opentelemetry-api", "pillow", "prometheus_client", "pydantic", "pydantic_core"),
+    *("python-multipart", "starlette", "typing-inspection", "typing_extensions", "uvicorn", "uvloop"),
 )
 EXPORTER = (
     *("attrs", "joblib", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py"),

@@ -34,6 +34,7 @@ from training.data.preprocessing import InputRule, read_pixels
 from training.export.parity import MIN_MARGIN, decisions
 from training.models.classifier import ServedClassifier, input_rule
 
+ENGINE = "torchscript"
 JPEG, PIXELS = "jpeg", "pixels"
 N_IMAGES, N_COMPARED = 32, 12
 SEED = 1  # other images than those of the export
@@ -56,7 +57,7 @@ def _rows(size: Size, model: str, work: Path) -> Iterator[Row]:
     yield from _decode(jpegs, rule, min(DECODE_SECONDS, size.load_seconds))
     yield from _bare_loop(size, store / model / VERSION, pixels)
     settings = {
-        "format": "torchscript",
+        "engine": ENGINE,
         "device": size.device,
         "max_batch_images": str(size.max_batch_images),
         **size.settings,
@@ -96,13 +97,13 @@ def _decode(jpegs: Sequence[bytes], rule: InputRule, least_seconds: float) -> It
 
 def _bare_loop(size: Size, folder: Path, pixels: Tensor) -> Iterator[Row]:
     manifest = json.loads((folder / "manifest.json").read_text())
-    backend = open_backend("torchscript", BackendOptions(size.device, n_cores(), share_weights=False))
+    backend = open_backend(ENGINE, BackendOptions(size.device, n_cores(), share_weights=False))
     batch = pixels.repeat(-(-size.max_batch_images // len(pixels)), 1, 1, 1)[: size.max_batch_images].numpy()
     runners: dict[int, Runner] = {}
     for r in size.rates:
         before = torch.cuda.memory_allocated() if size.device == "cuda" else 0
         file = next(one["file"] for one in manifest["variants"] if (one["policy"], one["r"]) == ("tome", r))
-        runners[r] = backend.load(folder / file, "pixels", ["logits"])
+        runners[r] = backend.load(folder / file, "pixels", {"logits": "logits"})
         after = torch.cuda.memory_allocated() if size.device == "cuda" else 0
         yield {"kind": "loaded", "r": r, "device_bytes": after - before}
     runs = {r: functools.partial(runner.run, batch) for r, runner in runners.items()}

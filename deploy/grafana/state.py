@@ -41,7 +41,7 @@ def queueing() -> Sequence[Any]:
         ),
         graph(
             "How many lanes are busy?",
-            "Seconds of running per second, stacked by variant. Up to DTEM_N_LANES (2) an instance; there all the "
+            "Seconds of running per second, stacked by variant. Up to DTEM_MAX_CONCURRENT_BATCHES (2) an instance; there all the "
             "time: no room for more.",
             "suffix:lanes",
             Query(named(per_second("dtem_busy_seconds_total", BY_VARIANT)), VARIANT_NAME),
@@ -63,14 +63,14 @@ def queueing() -> Sequence[Any]:
         ),
         graph(
             "How many images are inside?",
-            "Decoding, queued or running, of each instance. At DTEM_MAX_INSIDE_IMAGES (256) requests are refused.",
+            "Decoding, queued or running, of each instance. At DTEM_MAX_IN_FLIGHT_IMAGES (256) requests are refused.",
             "suffix:images",
             Query("dtem_in_flight_images", "{{instance}}"),
             steps=[(256, RED)],
         ),
         graph(
             "How long do images wait? p95",
-            "95 of 100 images waited at most this for the device. Above DTEM_PATIENCE_MS (250 ms) those who consent "
+            "95 of 100 images waited at most this for the device. Above DTEM_TARGET_LATENCY_MS (250 ms) those who consent "
             "are degraded.",
             "s",
             Query(named(quantile(0.95, STAGE, BY_VARIANT, f'{VARIANT}, stage="queue"')), VARIANT_NAME),

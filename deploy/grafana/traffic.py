@@ -120,7 +120,7 @@ def throughput() -> Sequence[Any]:
         graph(
             "How many images, of which variant?",
             "Images classified, stacked: policy and rate that ran. The top is the throughput; compare it with "
-            "docs/serve.md.",
+            "docs/results/serve.md.",
             "suffix:images/s",
             Query(named(per_second("dtem_images_total", BY_VARIANT)), VARIANT_NAME),
             is_stacked=True,
@@ -184,7 +184,7 @@ def rates() -> Sequence[Any]:
         ),
         graph(
             "What share of the compute is saved?",
-            "By policy, of the unmerged model's GMACs. It should be what docs/policies.md says of the rates chosen; "
+            "By policy, of the unmerged model's GMACs. It should be what docs/results/policies.md says of the rates chosen; "
             "the policies that adapt save more of easy images.",
             "percentunit",
             Query(f"{saved} / ({saved} + {taken} > 0)", "{{policy}}"),

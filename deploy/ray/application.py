@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from app.settings import PREFIX, Settings
+from app.settings import Settings, read_settings
 from deploy.ray.replica import Replica
 
 ROOT = Path(__file__).parents[2]
@@ -30,16 +30,14 @@ class Arguments(BaseModel):
 def build(arguments: Arguments) -> Application:
     """Make the application; the numbers of its queues follow from the service's settings.
 
-    Raises: ValidationError for a setting that the service would refuse.
+    Raises: SettingsError.
     """
     environment = {
         "DTEM_MODEL_STORE": str(ROOT / "model_store"),
         "DTEM_N_THREADS": str(arguments.num_cpus),
         **arguments.settings,
     }
-    settings = Settings.model_validate(
-        {name.removeprefix(PREFIX).lower(): value for name, value in environment.items() if name.startswith(PREFIX)}
-    )
+    settings = read_settings(environment)
     deployment = serve.deployment(
         name="Replica",
         ray_actor_options={
@@ -48,7 +46,7 @@ def build(arguments: Arguments) -> Application:
             "runtime_env": {"env_vars": environment},
         },
         autoscaling_config=plan_scaling(arguments, settings),
-        max_ongoing_requests=2 * settings.max_inside_images,
+        max_ongoing_requests=2 * settings.max_in_flight_images,
         health_check_period_s=HEALTH_SECONDS,
         health_check_timeout_s=settings.stall_seconds,
         graceful_shutdown_wait_loop_s=0.5,
@@ -64,6 +62,6 @@ def plan_scaling(arguments: Arguments, settings: Settings) -> dict[str, Any]:
     return {
         "min_replicas": arguments.min_replicas,
         "max_replicas": arguments.max_replicas,
-        "target_ongoing_requests": settings.n_lanes * settings.max_batch_images,
+        "target_ongoing_requests": settings.max_concurrent_batches * settings.max_batch_images,
         **arguments.autoscaling,
     }

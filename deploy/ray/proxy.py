@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.boundary import render
 from app.api.headers import server_headers, with_headers
 from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
-from app.logs import name_request
-from app.selection import MAX_DEADLINE_MS
+from app.observability.logs import name_request
+from app.store.selection import MAX_DEADLINE_MS
 from deploy.ray.body import Body
 from deploy.ray.inlet import BODY, ELAPSED, SERVED_BY
 

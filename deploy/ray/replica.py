@@ -7,18 +7,18 @@ from prometheus_client import generate_latest
 from ray import serve
 from starlette.types import ASGIApp
 
+from app.bootstrap import load, make_service, prepare_process
 from app.errors import SettingsError
-from app.logs import configure_logs
 from app.main import create_app
-from app.reload import Reloader
+from app.observability.logs import configure_logs
 from app.settings import Settings, read_settings
-from app.start import load, make_service, prepare_process
+from app.store.watcher import Watcher
 from deploy.ray.inlet import Inlet
 from deploy.ray.metrics import merge
 
 logger = logging.getLogger(__name__)
 
-RELOAD_STOP_SECONDS = 0.5
+WATCHER_STOP_SECONDS = 0.5
 GATHER_SECONDS = 2.0
 
 
@@ -33,7 +33,7 @@ class Replica:
         configure_logs(self._settings.log_level, self._settings.log_format)
         self._service = make_service(self._settings)
         self._context = serve.get_replica_context()
-        self._reloader: Reloader | None = None
+        self._watcher: Watcher | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Load and verify the store; before that is done, no request comes.
@@ -42,9 +42,9 @@ class Replica:
         """
         app = create_app(self._service)
         loop = asyncio.get_running_loop()
-        self._reloader = await asyncio.to_thread(load, self._settings, self._service, loop)
-        self._service.publish(self._reloader.catalogue)
-        self._reloader.start()
+        self._watcher = await asyncio.to_thread(load, self._settings, self._service, loop)
+        self._service.publish(self._watcher.catalogue)
+        self._watcher.start()
         return Inlet(app, self._context.replica_id.unique_id, self._gather_metrics)
 
     def check_health(self) -> None:
@@ -69,8 +69,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Ray has waited for the requests inside, and stopped the application."""
-        if self._reloader is not None:
-            await asyncio.to_thread(self._reloader.stop, RELOAD_STOP_SECONDS)
+        if self._watcher is not None:
+            await asyncio.to_thread(self._watcher.stop, WATCHER_STOP_SECONDS)
 
 
 def refuse_meaningless(settings: Settings) -> None:

@@ -7,12 +7,12 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from app.backends import BackendOptions, open_backend
-from app.catalogue import Catalogue
 from app.main import create_app
-from app.metrics import Metrics
+from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings
-from app.store import StoreOptions, load_catalogue
+from app.store.catalogue import Catalogue
+from app.store.loader import StoreOptions, load_catalogue
 from tests.app.tiny_store import write_store
 
 SECONDS = 30  # more than any condition takes; a test that reaches it has failed
@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalogue(store: Path) -> Catalogue:
-    return load_catalogue(store, open_backend("onnx", OPTIONS), ONNX)
+    return load_catalogue(store, open_backend("onnxruntime", OPTIONS), ONNX)
 
 
 ClientFactory = Callable[..., TestClient]

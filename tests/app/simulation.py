@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from app.backends import Answer, Pixels
-from app.catalogue import ServedVariant
+from app.backends import Outputs, Pixels
 from app.errors import ServiceError
-from app.manifest import Variant
-from app.serving.costs import CostTable
 from app.serving.entry import Batch, Entry
-from app.serving.scheduler import Limits, Scheduler
+from app.serving.scheduler import Scheduler, SchedulerLimits
+from app.store.catalogue import ServedVariant
+from app.store.costs import CostTable
+from app.store.manifest import Variant
 from tests.app.tiny_store import make_variant
 
 FAMILY = ("tiny", "1", "tome")
@@ -23,7 +23,7 @@ NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 
 class NoRunner:
-    def run(self, pixels: Pixels) -> Answer:
+    def run(self, pixels: Pixels) -> Outputs:
         raise AssertionError("nothing runs in a simulation")
 
 
@@ -48,7 +48,7 @@ class Simulation:
     true_seconds: what a run of n images of a variant really takes, by itself; runs that overlap share the device.
     """
 
-    def __init__(self, limits: Limits, true_seconds: Callable[[ServedVariant, int], float]) -> None:
+    def __init__(self, limits: SchedulerLimits, true_seconds: Callable[[ServedVariant, int], float]) -> None:
         self.scheduler, self._true_seconds = Scheduler(limits), true_seconds
         self.now = 0.0
         self.fates: dict[Entry, str] = {}
@@ -102,15 +102,15 @@ class Simulation:
 
     def _turn(self) -> None:
         """Do what the free lanes do, until one finds nothing to begin."""
-        while len(self._left) < self.scheduler.limits.n_lanes:
-            turn = self.scheduler.take(self.now)
-            self._settle(turn.expired, "expired")
-            if turn.batch is None:
-                if turn.wake_at is not None:
-                    self.at(turn.wake_at, self._turn)
+        while len(self._left) < self.scheduler.limits.max_concurrent_batches:
+            decision = self.scheduler.decide(self.now)
+            self._settle(decision.expired, "expired")
+            if decision.batch is None:
+                if decision.wake_at is not None:
+                    self.at(decision.wake_at, self._turn)
                 return
-            self.batches.append(turn.batch)
-            self._left.append((turn.batch, self._true_seconds(turn.batch.variant, len(turn.batch.entries))))
+            self.batches.append(decision.batch)
+            self._left.append((decision.batch, self._true_seconds(decision.batch.variant, len(decision.batch.entries))))
 
     def _finish(self, batch: Batch) -> None:
         self._left = [(other, seconds) for other, seconds in self._left if other is not batch]

@@ -2,14 +2,13 @@ import json
 
 import pytest
 
+from app.api.problems import problem_document, protocol_error_response
 from app.errors import (
     BudgetNotMet,
     InferenceFailed,
     NotAnImage,
     QueueFull,
     ServiceError,
-    problem_document,
-    protocol_error_response,
 )
 
 

@@ -2,8 +2,8 @@ from collections import Counter
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from app.metrics import Exchange as ServiceExchange
-from app.metrics import Metrics
+from app.observability.metrics import Metrics
+from app.observability.record import RequestRecord
 from benchmarks.books import Book, Entry, Ran, compare_books, read_book, read_ran
 from benchmarks.mixed_requests import UNSEEN
 from tests.benchmarks.answers import classified, make_exchange
@@ -33,10 +33,10 @@ SEEN = [
 def test_the_book_is_read_from_what_the_service_really_says() -> None:
     metrics = Metrics(CollectorRegistry())
     for exchange, code in (
-        (ServiceExchange(model="reference", policy="tome", r="8"), 200),
-        (ServiceExchange(model="reference", policy="tome", r="8"), 200),
-        (ServiceExchange(model="reference", policy="atm", r=""), 499),
-        (ServiceExchange(), 422),
+        (RequestRecord(model="reference", policy="tome", r="8"), 200),
+        (RequestRecord(model="reference", policy="tome", r="8"), 200),
+        (RequestRecord(model="reference", policy="atm", r=""), 499),
+        (RequestRecord(), 422),
     ):
         metrics.observe(exchange, code)
     assert read_book(generate_latest(metrics.registry).decode()) == book(tome_8_200=2, atm__499=1, none_422=1)

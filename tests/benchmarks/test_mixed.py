@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from app.errors import ServiceError, status_and_code
-from app.images import decode_image
-from app.manifest import Manifest
+from app.store.manifest import Manifest
+from app.store.preprocessing import decode_image
 from benchmarks import mixed
 from benchmarks.books import Entry
 from benchmarks.labelled_jpegs import LabelledJpeg

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from app.backends import BackendOptions, open_backend
-from app.store import StoreOptions, load_catalogue
+from app.store.loader import StoreOptions, load_catalogue
 from benchmarks.sub_store import publish_part, rates_of, reduce_manifest
 from tests.app.tiny_store import write_store
 
@@ -24,10 +24,10 @@ def manifest(published: Path) -> dict[str, Any]:
 def test_a_store_of_one_variant_is_one_that_the_service_loads(published: Path, tmp_path: Path) -> None:
     folder = publish_part(published, tmp_path, lambda one: (one["policy"], one["r"]) == ("tome", 16))
     catalogue = load_catalogue(
-        tmp_path, open_backend("onnx", BackendOptions("cpu", 1, False)), StoreOptions("onnx", "float32", None)
+        tmp_path, open_backend("onnxruntime", BackendOptions("cpu", 1, False)), StoreOptions("onnx", "float32", None)
     )
     model = catalogue.find(None, None)
-    assert list(model.variants) == [("tome", 16)]
+    assert list(model.variants) == [("tome", 16, "float32")]
     assert (model.manifest.default.policy, model.manifest.default.r) == ("tome", 16)
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from app.manifest import Manifest, render_schema
+from app.store.manifest import Manifest, render_schema
 from tests.app.tiny_store import make_manifest, write_store
 
 SCHEMA = Path(__file__).parents[2] / "model_store" / "manifest.schema.json"
@@ -26,7 +26,7 @@ def manifest(text: str) -> dict[str, Any]:
 
 
 def test_committed_schema_is_the_one_of_the_models() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == render_schema(), "run: python -m app.manifest > " + str(SCHEMA)
+    assert SCHEMA.read_text(encoding="utf-8") == render_schema(), "run: python -m app.store.manifest > " + str(SCHEMA)
 
 
 def test_schema_is_valid_and_accepts_a_manifest(manifest: dict[str, Any]) -> None:

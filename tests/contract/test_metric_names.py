@@ -8,7 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from app.metrics import Exchange, Metrics, Run
+from app.observability.metrics import Metrics
+from app.observability.record import RequestRecord
+from tests.app.results import make_result
 from tests.deploy.queries import alert_queries, dashboard_queries
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -34,8 +36,8 @@ def labels_by_series() -> dict[str, set[str]]:
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: True, BusyEngine(), lambda: 1)
     metrics.announce_models([("vit", "1")], "onnx", "cpu")
-    run = Run(VARIANT, 1, 0.0, 0.1, 0.1, kept_tokens=11, gmacs=0.3, gmacs_saved=0.3, is_degraded=True)
-    metrics.observe(Exchange(runs=[run], decodes=[(0.0, 0.1)], total_seconds=0.3), 200)
+    result = make_result("dtem", 16, is_degraded=True)
+    metrics.observe(RequestRecord(results=[result], decodes=[(0.0, 0.1)], total_seconds=0.3), 200)
     metrics.observe_run(VARIANT, 1, 0.1)
     families: Iterator[Metric] = iter(metrics.registry.collect())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

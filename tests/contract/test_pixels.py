@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.images import decode_image
-from app.manifest import Input
+from app.store.manifest import Input
+from app.store.preprocessing import decode_image
 from tests.app.odd_images import encode, make_photo, ordinary_images
 from tests.app.tiny_store import make_input
 from training.data.preprocessing import InputRule, read_pixels

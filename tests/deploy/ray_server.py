@@ -17,7 +17,7 @@ from typing import Self
 
 from benchmarks.composed import find_free_port
 from benchmarks.served import read_resident_bytes
-from tests.app.test_reload import publish
+from tests.app.store.test_watcher import publish
 from tests.deploy.manifests import read_settings_file
 from tests.integration.server import ROOT, Address, environment, wait_until
 

@@ -17,8 +17,8 @@ from jsonschema import Draft7Validator
 
 from deploy.grafana import dashboard, table
 from tests.app.odd_images import encode, make_photo
-from tests.app.test_reload import publish
-from tests.app.test_store import change_byte
+from tests.app.store.test_loader import change_byte
+from tests.app.store.test_watcher import publish
 from tests.app.tiny_store import write_store
 from tests.deploy.dcgm_exporter import run_dcgm_exporter
 from tests.deploy.draw_dashboard import draw
@@ -46,8 +46,8 @@ PNG = encode(make_photo(64, 64), "PNG")
 SETTINGS: dict[str, Any] = {
     "max_queue_images": 6,
     "max_files": 4,
-    "batch_wait_ms": 30,
-    "patience_ms": 20,
+    "max_batch_delay_ms": 30,
+    "target_latency_ms": 20,
     "reload_seconds": 0.5,
 }
 

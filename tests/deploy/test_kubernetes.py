@@ -7,10 +7,10 @@ import pytest
 from jsonschema import ValidationError
 from prometheus_client import CollectorRegistry
 
+from app.api.keys import is_open
 from app.errors import SettingsError
-from app.keys import is_open
 from app.main import create_app
-from app.metrics import Metrics
+from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings, read_settings
 from tests.deploy.manifests import (
@@ -128,7 +128,7 @@ def test_memory_holds_models_bodies_and_images_being_decoded(
     deployment: Object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = start_with(monkeypatch, base_settings())
-    needed = READY_BYTES + settings.max_inside_bytes + settings.n_decode_threads * DECODING_BYTES
+    needed = READY_BYTES + settings.max_in_flight_bytes + settings.n_decode_threads * DECODING_BYTES
     assert quantity_bytes(container(deployment)["resources"]["limits"]["memory"]) > 1.2 * needed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.keys import Keys, read_keys
+from app.api.keys import Keys, read_keys
 from tests.deploy.manifests import FOLDER, ROOT, Object, container, find, read_objects, render
 from tests.deploy.schemas import LATEST, OLDEST, validate
 from tests.deploy.test_kubernetes import environment, start_with

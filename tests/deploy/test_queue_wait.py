@@ -8,11 +8,11 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from app.metrics import Exchange, Metrics, Run
+from app.observability.metrics import Metrics
+from app.observability.record import RequestRecord
 from app.settings import Settings
+from tests.app.results import make_result
 from tests.deploy.manifests import Object, read_file
-
-VARIANT = ("reference", "dtem", "16")
 
 Samples = dict[str, str]  # a series, and its values
 
@@ -41,8 +41,8 @@ def expose() -> str:
     """Say what a service that has answered one request exposes."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: True, _Nothing(), lambda: 0)
-    run = Run(VARIANT, 1, 0.0, 0.25, 0.01, kept_tokens=11, gmacs=0.3, gmacs_saved=0.3, is_degraded=False)
-    metrics.observe(Exchange(model="reference", policy="dtem", r="16", runs=[run]), 200)
+    result = make_result("dtem", 16, model="reference", queue_seconds=0.25, inference_seconds=0.01)
+    metrics.observe(RequestRecord(model="reference", policy="dtem", r="16", results=[result]), 200)
     return generate_latest(metrics.registry).decode()
 
 
@@ -65,7 +65,7 @@ def test_autoscaler_asks_for_the_metric_that_the_adapter_offers(rule: Object) ->
 def test_autoscaler_adds_replicas_before_requests_are_degraded() -> None:
     (metric,) = autoscaler()["metrics"]
     (target_ms,) = re.fullmatch(r"(\d+)m", metric["pods"]["target"]["averageValue"]).groups()  # type: ignore[union-attr]
-    assert int(target_ms) < Settings().patience_ms / 2
+    assert int(target_ms) < Settings().target_latency_ms / 2
 
 
 def test_autoscaler_is_quick_to_add_and_slow_to_remove() -> None:

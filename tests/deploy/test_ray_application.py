@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from app.errors import SettingsError
 from app.settings import Settings
@@ -24,9 +23,9 @@ def deployment(**arguments: Any) -> Any:
 
 def test_the_numbers_follow_from_the_settings() -> None:
     settings = {
-        "DTEM_N_LANES": "3",
+        "DTEM_MAX_CONCURRENT_BATCHES": "3",
         "DTEM_MAX_BATCH_IMAGES": "4",
-        "DTEM_MAX_INSIDE_IMAGES": "100",
+        "DTEM_MAX_IN_FLIGHT_IMAGES": "100",
         "OTEL_SERVICE_NAME": "x",
     }
     made = deployment(num_cpus=5, min_replicas=2, max_replicas=7, settings=settings, autoscaling={"upscale_delay_s": 9})
@@ -44,7 +43,7 @@ def test_the_numbers_follow_from_the_settings() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"settings": {"DTEM_N_LANE": "3"}},
+        {"settings": {"DTEM_MAX_CONCURRENT_BATCH": "3"}},
         {"settings": {"DTEM_DEVICE": "tpu"}},
         {"settings": {"DTEM_MAX_QUEUE_IMAGES": "300"}},
         {"num_cpus": 0},
@@ -52,7 +51,7 @@ def test_the_numbers_follow_from_the_settings() -> None:
     ],
 )
 def test_what_the_service_would_refuse_is_refused_before_anything_starts(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(SettingsError):
         deployment(**arguments)
 
 

@@ -45,6 +45,8 @@ def accepted(field: FieldInfo) -> str:
     """Say what is accepted: one of some words, or a range."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{word}`" for word in get_args(field.annotation))
+    if isinstance(field.json_schema_extra, dict) and isinstance(words := field.json_schema_extra.get("enum"), list):
+        return ", ".join(f"`{word}`" for word in words)
     bounds = {type(bound): dataclasses.astuple(bound)[0] for bound in field.metadata}
     if Ge in bounds and Le in bounds:
         return f"{bounds[Ge]} … {bounds[Le]}"

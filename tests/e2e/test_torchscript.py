@@ -26,15 +26,15 @@ def test_both_formats_answer_alike(tmp_path: Path) -> None:
     model = ["--published", str(newest_version("reference")), "--name", "reference", "--store", str(store)]
     assert export.main([*model, "--formats", "onnx,torchscript", "--rates", "0,8", "--n-images", "256"]) == 0
     answers = {}
-    for served in ("onnx", "torchscript"):
-        with Server(store, tmp_path / f"{served}.log", format=served) as server:
+    for served in ("onnxruntime", "torchscript"):
+        with Server(store, tmp_path / f"{served}.log", engine=served) as server:
             address = f"http://127.0.0.1:{server.port}/classify?top_k=10&"
             answers[served] = [
                 httpx.post(f"{address}{query}", content=image.read_bytes(), timeout=60).json()
                 for query in QUERIES
                 for image in EXAMPLES[:3]
             ]
-    for by_onnx, by_torchscript in zip(answers["onnx"], answers["torchscript"], strict=True):
+    for by_onnx, by_torchscript in zip(answers["onnxruntime"], answers["torchscript"], strict=True):
         assert by_onnx["r"] == by_torchscript["r"]
         assert by_onnx["tokens"] == by_torchscript["tokens"]
         assert by_onnx["gmacs"] == pytest.approx(by_torchscript["gmacs"], rel=1e-6)

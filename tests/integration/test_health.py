@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from tests.app.odd_images import encode, make_photo
-from tests.app.test_store import renew_digests
+from tests.app.store.test_loader import renew_digests
 from tests.app.tiny_store import make_graph, write_store
 from tests.integration.server import Server, wait_until
 

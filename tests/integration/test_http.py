@@ -16,7 +16,7 @@ LIMIT = 1_000_000  # of the fixture
 pytestmark = on_both
 
 
-def exchange(server: Address, data: bytes, *more: bytes, is_half_closed: bool = False) -> bytes:
+def record(server: Address, data: bytes, *more: bytes, is_half_closed: bool = False) -> bytes:
     """Send bytes as they are, and read until the server closes; half-closed, the server knows that no more comes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as wire:
         answer = b""
@@ -70,7 +70,7 @@ def _answers_the_next_good_image(server: Address) -> object:
     ],
 )
 def test_broken_requests_never_get_a_5xx(server: Address, request_bytes: bytes) -> None:
-    answer = exchange(server, request_bytes, is_half_closed=True)
+    answer = record(server, request_bytes, is_half_closed=True)
     assert not answer or status_of(answer) < 500, answer
     assert "Traceback" not in server.log
 
@@ -78,13 +78,13 @@ def test_broken_requests_never_get_a_5xx(server: Address, request_bytes: bytes) 
 def test_a_chunked_body_is_classified(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunks = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (PNG[:7], PNG[7:])]
-    assert status_of(exchange(server, head, *chunks, b"0\r\n\r\n")) == 200
+    assert status_of(record(server, head, *chunks, b"0\r\n\r\n")) == 200
 
 
 def test_a_chunked_body_is_cut_off_at_the_cap(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     piece = b"%x\r\n%s\r\n" % (100_000, bytes(100_000))
-    answer = exchange(server, head, *[piece] * 12, b"0\r\n\r\n")
+    answer = record(server, head, *[piece] * 12, b"0\r\n\r\n")
     assert status_of(answer) == 413
     assert b"body_too_large" in answer
     assert b"connection: close" in answer.lower()
@@ -117,7 +117,7 @@ def test_a_large_body_is_refused_and_the_answer_arrives(server: Address, headers
 def test_a_refused_query_keeps_the_connection(server: Address) -> None:
     first = b"POST /classify?r=3 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(PNG), PNG)
     second = first.replace(b"r=3", b"r=8").replace(b"Host: x", b"Host: x\r\nConnection: close")
-    answer = exchange(server, first + second)
+    answer = record(server, first + second)
     assert status_of(answer) == 422
     assert b"HTTP/1.1 200 OK" in answer
 

@@ -9,7 +9,7 @@ import pytest
 from tests.app.certificates import encrypt_key, make_certificate
 from tests.app.odd_images import encode, make_photo
 from tests.integration.server import Address, Server, on_both
-from tests.integration.test_http import exchange, status_of
+from tests.integration.test_http import record, status_of
 from tests.integration.test_start_and_stop import assert_one_clear_line, run_failing
 
 PNG = encode(make_photo(8, 8), "PNG")
@@ -41,7 +41,7 @@ def test_every_line_is_json_whatever_callers_send(store: Path, tmp_path: Path) -
             b"BREW /models HTTP/1.1\r\nHost: x",
             b"nonsense",
         ):
-            exchange(server, head + b"\r\nConnection: close\r\n\r\n", is_half_closed=True)
+            record(server, head + b"\r\nConnection: close\r\n\r\n", is_half_closed=True)
         name = 'filename="a\\n' + fake.decode().replace('"', "'") + '\u2028.png"'
         form = f'--XX\r\nContent-Disposition: form-data; name="file"; {name}\r\n\r\n'.encode() + PNG
         headers = {"Content-Type": "multipart/form-data; boundary=XX"}
@@ -68,7 +68,7 @@ def test_request_ids_are_kept_on_one_connection_apart(store: Path, tmp_path: Pat
             reply = server.request("POST", "/classify", b"text", {"X-Request-ID": request_id})
             assert reply.headers["X-Request-ID"] == json.loads(reply.body)["request_id"] == request_id
         ask = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n%s\r\ntext"
-        answers = exchange(server, ask % b"X-Request-ID: three\r\n" + ask % b"Connection: close\r\n")
+        answers = record(server, ask % b"X-Request-ID: three\r\n" + ask % b"Connection: close\r\n")
         assert answers.count(b"x-request-id: three") == 1
         assert answers.count(b"x-request-id: ") == 2
         ids = [line["request_id"] for line in log_lines(server) if line["message"] == "request"]
@@ -99,7 +99,7 @@ def test_keys_are_needed_everywhere_but_for_health(store: Path, tmp_path: Path) 
 def test_a_refused_caller_is_not_asked_for_the_body(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log", api_keys=KEY) as server:
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
-        answer = exchange(server, head, is_half_closed=True)
+        answer = record(server, head, is_half_closed=True)
     assert status_of(answer) == 401
     assert b"100 Continue" not in answer
 
@@ -132,7 +132,7 @@ def test_tls_serves_https_and_nothing_else(store: Path, tmp_path: Path) -> None:
         reply = server.request("POST", "/classify?r=8", PNG)
         assert reply.status == 200
         assert reply.headers["Strict-Transport-Security"] == "max-age=31536000"
-        assert b"200" not in exchange(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", is_half_closed=True)
+        assert b"200" not in record(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", is_half_closed=True)
         old = ssl.create_default_context(cafile=str(certificate))
         old.maximum_version = ssl.TLSVersion.TLSv1_2
         wire = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.app.odd_images import encode, make_photo
-from tests.app.test_reload import publish
-from tests.app.test_store import change_byte
+from tests.app.store.test_loader import change_byte
+from tests.app.store.test_watcher import publish
 from tests.app.tiny_store import write_store
 from tests.integration.load import Load
 from tests.integration.server import Server, wait_until

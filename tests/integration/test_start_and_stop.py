@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.app.odd_images import encode, make_photo
-from tests.app.test_store import BREAKAGES
+from tests.app.store.test_loader import BREAKAGES
 from tests.app.tiny_store import write_store
 from tests.integration.server import ROOT, Server, environment, wait_until
 
@@ -146,8 +146,8 @@ def test_a_signal_while_loading_ends_it_too(store: Path, tmp_path: Path) -> None
 
 def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
     answers: list[dict[str, Any]] = []
-    for graph_format in ("onnx", "torchscript"):
-        with Server(store, tmp_path / graph_format, format=graph_format) as server:
+    for engine in ("onnxruntime", "torchscript"):
+        with Server(store, tmp_path / engine, engine=engine) as server:
             answers.append(json.loads(server.ask("POST", "/classify?r=16", PNG)[1]))
     for first, second in zip(*(answer["predictions"] for answer in answers), strict=True):
         assert first["label"] == second["label"]

@@ -117,4 +117,4 @@ def test_a_collector_that_does_not_answer_costs_one_line(store: Path, tmp_path: 
             lines = [json.loads(line) for line in server.log.splitlines()]
         complaints = [line for line in lines if re.search("trace|span|opentelemetry|urllib3", line["logger"])]
         assert len(complaints) <= 2, complaints
-        assert all(line["logger"] == "app.tracing" for line in complaints)
+        assert all(line["logger"] == "app.observability.tracing" for line in complaints)

@@ -1,6 +1,6 @@
 """Ask whether the background merges first: where the digit's patches end up under each policy, by the task's own masks.
 
-`python -m training.cli.background --run runs/reference-dtem --rates 2,4,8,12,16 --out docs/background`
+`python -m training.cli.background --run runs/reference-dtem --rates 2,4,8,12,16 --out docs/results/background`
 Writes <out>.md, <out>.json and <out>.png, and <out>-tokens.png, which shows what merged at the highest rate.
 """
 

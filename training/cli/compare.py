@@ -1,7 +1,7 @@
 """Compare two rows of evaluations image by image: a table, a JSON file and a picture of the differences.
 
 One evaluation, DTEM against ToMe at every rate that both have:
-`python -m training.cli.compare docs/policies.json --out docs/dtem-tome`
+`python -m training.cli.compare docs/results/policies.json --out docs/results/dtem-tome`
 Two models on the same images, every rate of the second against the first without merging:
 `python -m training.cli.compare runs/backbone/policies.json runs/end-to-end/policies.json --base none --other dtem
  --out runs/end-to-end/comparison`

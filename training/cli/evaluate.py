@@ -1,12 +1,12 @@
 """Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a picture.
 
-`python -m training.cli.evaluate --published model_store/reference/4 --out docs/policies`
+`python -m training.cli.evaluate --published model_store/reference/4 --out docs/results/policies`
 `python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
 `python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
  --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
 `--calibrations runs/atm.json,runs/adaptive-dtem.json` adds rows of policies that adapt to the image, by thresholds that
 `training.cli.calibrate` found.
-`--published model_store/reference/4 --measured --out docs/policies` lays out what was measured when it was exported, on
+`--published model_store/reference/4 --measured --out docs/results/policies` lays out what was measured when it was exported, on
 its very graphs; with --policies or --calibrations it measures in PyTorch what that lacks, on the same images.
 Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
 """

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app.manifest import Manifest
+from app.store.manifest import Manifest
 from tests.training.export.tiny_export import RATES, command, embedding, frozen_adaptive
 from tests.training.tiny_vit import tiny_vit
 from training.cli import export

@@ -1,0 +1,84 @@
+"""Inference: what every route that runs a model has in common, whatever its protocol or task."""
+
+import asyncio
+import re
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import Request
+from fastapi.routing import APIRoute
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
+
+from app.errors import ClientGone
+from app.observability.record import RequestRecord
+from app.store.selection import Selection
+
+# The mark of a route that runs a model, for its `openapi_extra`. Its requests are counted and logged.
+INFERENCE = {"x-inference": True}
+# Key in the ASGI scope: the request's record.
+RECORD = "dtem.record"
+
+T = TypeVar("T")
+
+
+def inference_paths(routes: Iterable[BaseRoute]) -> list[re.Pattern[str]]:
+    """List the paths of the routes that carry the mark `INFERENCE`."""
+    marked = [route for route in routes if isinstance(route, APIRoute) and route.openapi_extra]
+    return [route.path_regex for route in marked if (route.openapi_extra or {}).items() >= INFERENCE.items()]
+
+
+def note_selection(record: RequestRecord, chosen: Selection) -> None:
+    """Record what was selected, for the metrics and the log."""
+    record.model, record.version = chosen.model.manifest.name, chosen.model.manifest.version
+    record.policy, record.r = chosen.policy, chosen.variant.rate_label
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises: ClientGone, BodyTooLarge."""
+    try:
+        return b"".join([chunk async for chunk in request.stream()])
+    except ClientDisconnect as error:
+        raise ClientGone("The client disconnected before the body was complete.") from error
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, and cancel it if the client disconnects first.
+
+    Raises: ClientGone.
+    """
+    task, is_gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        if not is_gone:
+            # The server is ending.
+            raise
+        task.uncancel()
+        raise ClientGone("The client disconnected before the answer.") from error
+    finally:
+        watching.cancel()
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Shapes: (..., classes)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def server_timing(record: RequestRecord) -> dict[str, str]:
+    """Make the header with the duration of each stage. Units: ms."""
+    return {"Server-Timing": ", ".join(f"{name};dur={value}" for name, value in record.durations_ms().items())}

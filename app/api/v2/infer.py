@@ -1,0 +1,96 @@
+"""Infer: the way of one inference request, from its bytes to the answer's."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from app.api.inference import RECORD, note_selection, read_body, server_timing, while_connected
+from app.api.v2.encoding import IDENTITY, choose_encoding, compress, decompress, read_encoding
+from app.api.v2.request import HEADER_LENGTH, InferenceRequest, measure_json, parse_request
+from app.api.v2.response import Rendered, count_json_numbers, render_response
+from app.api.v2.statistics import Statistics
+from app.errors import ServiceError
+from app.observability.record import ImageResult, RequestRecord
+from app.serving.entry import Outcome
+from app.serving.service import Service
+from app.store.catalogue import ServedModel
+from app.store.selection import select
+
+T = TypeVar("T")
+# What takes longer than about a millisecond is done in a thread: the event loop serves everyone.
+LARGE_BYTES = 20_000
+LARGE_NUMBERS = 1_000
+
+
+class Inferrer:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.statistics = Statistics()
+
+    async def infer(self, request: Request, model: ServedModel) -> Response:
+        """Answer a request, and count it.
+
+        Raises: ServiceError.
+        """
+        record: RequestRecord = request.scope[RECORD]
+        started_at = time.perf_counter()
+        try:
+            rendered, results = await self._infer(request, model, record)
+        except ServiceError:
+            self.statistics.add_failure(model.manifest, time.perf_counter() - started_at)
+            raise
+        self.statistics.add_success(model.manifest, results, record)
+        return await _compress(rendered, request, record)
+
+    async def _infer(
+        self, request: Request, model: ServedModel, record: RequestRecord
+    ) -> tuple[Rendered, list[ImageResult]]:
+        encoding = read_encoding(request.headers.get("content-encoding"))
+        body = await read_body(request)
+        started_at = time.perf_counter()
+        asked = await self._parse(body, encoding, request.headers.get(HEADER_LENGTH), model)
+        chosen = select(self._service.require_ready(), asked.query)
+        note_selection(record, chosen)
+        outcomes = await while_connected(request, self._service.infer(chosen, asked.images, record))
+        record.total_seconds = time.perf_counter() - started_at
+        results = _require_all(outcomes, record)
+        is_slow = count_json_numbers(asked, len(model.manifest.labels)) > LARGE_NUMBERS
+        rendered = await _run(is_slow, lambda: render_response(asked, results, model.manifest, record))
+        return rendered, results
+
+    async def _parse(self, body: bytes, encoding: str, header: str | None, model: ServedModel) -> InferenceRequest:
+        limit, max_images = self._service.settings.max_body_bytes, self._service.settings.max_files
+        plain = await _run(encoding != IDENTITY, lambda: decompress(body, encoding, limit))
+        is_slow = measure_json(plain, header) > LARGE_BYTES
+        return await _run(is_slow, lambda: parse_request(plain, header, model, max_images))
+
+
+def _require_all(outcomes: Sequence[Outcome], record: RequestRecord) -> list[ImageResult]:
+    """Return the results, if every image has one: the protocol has no room for one image's own error.
+
+    Raises: the first error, with the place of its image.
+    """
+    for place, outcome in enumerate(outcomes):
+        if isinstance(outcome, ServiceError):
+            # The boundary counts it.
+            record.refusals.clear()
+            raise outcome.about(f"Image {place}")
+    return [outcome for outcome in outcomes if isinstance(outcome, ImageResult)]
+
+
+async def _compress(rendered: Rendered, request: Request, record: RequestRecord) -> Response:
+    """Encode an answer as its caller asks; the length of the JSON is that before compression."""
+    headers = {**rendered.headers, **server_timing(record), "Vary": "Accept-Encoding"}
+    encoding = choose_encoding(request.headers.get("accept-encoding"))
+    if encoding == IDENTITY:
+        return Response(rendered.body, headers=headers)
+    body = await _run(len(rendered.body) > LARGE_BYTES, lambda: compress(rendered.body, encoding))
+    return Response(body, headers={**headers, "Content-Encoding": encoding})
+
+
+async def _run(is_slow: bool, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if is_slow else work()

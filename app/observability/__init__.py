@@ -1,0 +1,1 @@
+"""Observability: one record per request, read by the metrics, the log and the traces."""

@@ -1,0 +1,102 @@
+"""Record: one request as it proceeds. The answer, the metrics, the log and the traces all read it."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from app.store.catalogue import Labels, ServedVariant
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """The result of one image, and what it cost. Units: seconds of time.perf_counter, GMACs.
+
+    outputs: the rows of the graph's outputs that belong to this image, by role ("logits", …).
+    tokens: tokens entering each block, and tokens left at the end. Shapes: (blocks + 1,)
+    """
+
+    model: str
+    variant: ServedVariant
+    outputs: Mapping[str, NDArray[Any]]
+    tokens: list[int]
+    gmacs: float
+    batch_size: int
+    started_at: float
+    decode_seconds: float
+    queue_seconds: float
+    inference_seconds: float
+    is_degraded: bool
+
+    @property
+    def labels(self) -> Labels:
+        return (self.model, self.variant.spec.policy, self.variant.rate_label)
+
+    @property
+    def gmacs_saved(self) -> float:
+        """Units: GMACs less than the unmerged model."""
+        return max(0.0, self.variant.unmerged_gmacs - self.gmacs)
+
+
+@dataclass
+class RequestRecord:
+    """What was asked for, when each stage began and how long it took, and what was refused.
+
+    decodes: start and duration of each image that was decoded, also of those that were not run.
+    refusals: error codes.
+    Units: seconds of time.perf_counter.
+    """
+
+    request_id: str = ""
+    started_at: float = field(default_factory=time.perf_counter)
+    model: str = ""
+    version: str = ""
+    policy: str = ""
+    r: str = ""
+    decodes: list[tuple[float, float]] = field(default_factory=list)
+    results: list[ImageResult] = field(default_factory=list)
+    total_seconds: float | None = None
+    refusals: list[str] = field(default_factory=list)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.results)
+
+    @property
+    def labels(self) -> Labels:
+        """Return the labels of the first result; without one, of what was asked for."""
+        return self.results[0].labels if self.results else (self.model, self.policy, self.r)
+
+    @property
+    def stages(self) -> dict[str, list[float]]:
+        """Units: seconds; one value per image, and one per request for the total."""
+        return {
+            "decode": [seconds for _, seconds in self.decodes],
+            "queue": [result.queue_seconds for result in self.results],
+            "inference": [result.inference_seconds for result in self.results],
+            "total": [] if self.total_seconds is None else [self.total_seconds],
+        }
+
+    def durations_ms(self) -> dict[str, float]:
+        """Units: ms per stage, of the slowest image."""
+        return {name: round(max(seconds) * 1e3, 3) for name, seconds in self.stages.items() if seconds}
+
+    def stage_times(self) -> list[tuple[str, float, float]]:
+        """List name, start and duration of each completed stage; images that shared a batch share an item."""
+        queues = {("queue", result.started_at - result.queue_seconds, result.queue_seconds) for result in self.results}
+        runs = {("inference", result.started_at, result.inference_seconds) for result in self.results}
+        return [("decode", *times) for times in self.decodes] + sorted(queues) + sorted(runs)
+
+    def facts(self) -> dict[str, str | int | bool]:
+        """Describe what ran, for logs and traces; empty if the request was refused before a model was selected."""
+        if not self.model:
+            return {}
+        model, policy, r = self.labels
+        facts: dict[str, str | int | bool] = {"model": model, "version": self.version, "policy": policy}
+        if r:
+            facts["r"] = int(r)
+        if self.results:
+            facts["batch_size"] = max(result.batch_size for result in self.results)
+        return {**facts, "images": self.n_images, "degraded": any(result.is_degraded for result in self.results)}

@@ -1,0 +1,119 @@
+"""Pending request: its images are decoded one by one, queued together and answered together."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from app.backends import Pixels
+from app.errors import InternalError, ServiceError
+from app.serving.engine import Engine
+from app.serving.entry import Entry, Outcome, Outcomes, Reply
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Units: seconds of time.perf_counter."""
+
+    pixels: Pixels
+    started_at: float
+    seconds: float
+
+
+MakeEntry = Callable[[Decoded, Reply], Entry]
+
+
+class PendingRequest:
+    """A request in flight. Three kinds of thread work on it: the event loop waits for `completed`; decoder threads
+    decode, and the one that finishes last queues all entries; the engine's workers run them.
+
+    All that changes in the loop goes through `complete`, `fail` and `cancel`.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, n_images: int, make_entry: MakeEntry) -> None:
+        self.completed: asyncio.Future[None] = loop.create_future()
+        self.decoded: list[Decoded | ServiceError | None] = [None] * n_images
+        self.outcomes: dict[Entry, Outcome] = {}
+        self.entries: list[Entry] = []
+        self._loop, self._engine, self._make_entry = loop, engine, make_entry
+        self._n_missing = n_images
+        # Nothing may be queued after `cancel`.
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    def decode(self, place: int, work: Callable[[], Pixels]) -> None:
+        """Decode one image, unless the request was cancelled. For a decoder thread."""
+        if self._is_over:
+            return
+        try:
+            started_at = time.perf_counter()
+            try:
+                pixels = work()
+            except ServiceError as error:
+                self.decoded[place] = error
+            else:
+                self.decoded[place] = Decoded(pixels, started_at, time.perf_counter() - started_at)
+            self._count_decoded()
+        except ServiceError as error:
+            self._loop.call_soon_threadsafe(self.fail, error)
+        except Exception:
+            logger.exception("unexpected error")
+            self._loop.call_soon_threadsafe(self.fail, InternalError())
+
+    def _count_decoded(self) -> None:
+        with self._lock:
+            self._n_missing -= 1
+            if self._n_missing or self._is_over:
+                return
+            entries = [self._make_entry(item, self.complete) for item in self.decoded if isinstance(item, Decoded)]
+            if entries:
+                self._queue(entries)
+                return
+        self._loop.call_soon_threadsafe(self.complete, ())
+
+    def _queue(self, entries: list[Entry]) -> None:
+        # Set before the engine can answer one of them.
+        self.entries = entries
+        try:
+            self._engine.submit(entries)
+        except ServiceError:
+            self.entries = []
+            raise
+
+    def complete(self, outcomes: Outcomes) -> None:
+        """Take the outcomes of some entries; the last ones complete the request. For the event loop."""
+        self.outcomes.update(outcomes)
+        if len(self.outcomes) == len(self.entries) and not self.completed.done():
+            self.completed.set_result(None)
+
+    def fail(self, error: ServiceError) -> None:
+        """End the whole request with an error. For the event loop."""
+        if not self.completed.done():
+            self.completed.set_exception(error)
+
+    def cancel(self) -> tuple[int, int]:
+        """Withdraw what has no outcome yet; does nothing to a completed request.
+
+        Returns: how many images were withdrawn from the queue, and how many were already running.
+        """
+        with self._lock:
+            self._is_over = True
+            left = [entry for entry in self.entries if entry not in self.outcomes]
+        n_waiting = self._engine.withdraw(left) if left else 0
+        for entry in self.entries:
+            # Breaks a reference cycle that would keep the pixels, and a dropped model version, in memory.
+            entry.reply = None
+        return n_waiting, len(left) - n_waiting
+
+    def results(self) -> list[Outcome]:
+        """List the result or the error of each image, in the request's order."""
+        entries = iter(self.entries)
+        return [
+            self.outcomes[next(entries)] if isinstance(item, Decoded) else item
+            for item in self.decoded
+            if item is not None
+        ]

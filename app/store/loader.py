@@ -1,0 +1,286 @@
+"""Loader: find, verify, load and warm up the model versions of a store. It returns nothing unverified."""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from app.backends import Backend, Outputs, Pixels, Runner
+from app.errors import BackendError, StoreError
+from app.store.catalogue import Catalogue, ServedModel, ServedVariant
+from app.store.costs import CostTable, batch_buckets
+from app.store.manifest import MANIFEST_FILE, Manifest, Variant, VariantKey
+from app.store.outputs import GMACS, TOKENS, GraphOutput, list_outputs
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")
+VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
+N_LOADING_THREADS = 4
+GMACS_RTOL = 1e-5
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Which of the variants to serve."""
+
+    graph_format: str
+    precision: str
+    default_model: str | None
+    max_batch_images: int = 1
+
+
+def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Catalogue:
+    """Load every version of every model.
+
+    Raises: StoreError naming the first file that fails, and why.
+    """
+    models: dict[str, dict[int, ServedModel]] = {}
+    for version_folder in find_versions(folder):
+        model = load_version(version_folder, backend, options)
+        models.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
+    if not models:
+        raise StoreError(folder, f"no model in it (no <model>/<version>/{MANIFEST_FILE})")
+    default_model = choose_default(models, options.default_model)
+    if default_model not in models:
+        reason = f"DTEM_DEFAULT_MODEL={default_model} is not in it; accepted: {', '.join(sorted(models))}"
+        raise StoreError(folder, reason)
+    return Catalogue(models, default_model)
+
+
+def choose_default(names: Collection[str], configured: str | None) -> str:
+    """Return the configured default model, else the first by name."""
+    return configured or min(names)
+
+
+def find_versions(folder: Path) -> list[Path]:
+    """List the finished version folders. Unfinished and temporary ones are left out, with a log line."""
+    finished = find_finished(folder)
+    for other in sorted(path for path in folder.glob("*/*") if path.is_dir() and path not in finished):
+        logger.warning("ignored %s: not a version, or without %s (unfinished)", other, MANIFEST_FILE)
+    return finished
+
+
+def find_finished(folder: Path) -> list[Path]:
+    """List the version folders that have their last file, the manifest, and no temporary name.
+
+    Raises: StoreError.
+    """
+    if not folder.is_dir():
+        raise StoreError(folder, "is not a folder")
+    try:
+        models = [path for path in folder.iterdir() if MODEL_FOLDER.fullmatch(path.name) and path.is_dir()]
+        versions = [path for model in models for path in model.iterdir() if VERSION_FOLDER.fullmatch(path.name)]
+        return sorted(version for version in versions if (version / MANIFEST_FILE).exists())
+    except OSError as error:
+        raise StoreError(error.filename or folder, error.strerror or str(error)) from error
+
+
+def load_version(
+    folder: Path, backend: Backend, options: StoreOptions, n_threads: int = N_LOADING_THREADS
+) -> ServedModel:
+    """Load one version: manifest, digests, graphs, golden outputs, warm-up.
+
+    Raises: StoreError.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest, n_threads)
+    specs = choose_variants(folder, manifest, options)
+    outputs = {spec.key: list_outputs(manifest, spec) for spec in specs}
+    golden = read_golden(folder, manifest, outputs)
+    runners = load_runners(folder, manifest, {spec.file: outputs[spec.key] for spec in specs}, backend, n_threads)
+    found = {name: run(folder / name, runner, golden.pixels) for name, runner in runners.items()}
+    for spec in specs:
+        compare_golden(folder, spec, outputs[spec.key], found[spec.file], golden, manifest.golden.atol)
+    unmerged_gmacs = max(spec.gmacs for spec in specs)
+    variants = {}
+    for spec in specs:
+        costs = measure(folder / spec.file, runners[spec.file], golden.pixels, options.max_batch_images)
+        variants[spec.key] = ServedVariant(spec, runners[spec.file], costs=costs, unmerged_gmacs=unmerged_gmacs)
+        variants[spec.key].latency.add(costs.seconds(1))
+    logger.info("loaded %s version %s: %d variants", manifest.name, manifest.version, len(variants))
+    return ServedModel(manifest, variants)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(path, error.strerror or str(error)) from error
+    except ValidationError as error:
+        raise StoreError(path, _describe(error)) from error
+    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+        raise StoreError(
+            path, f"says {manifest.name}/{manifest.version}, but its folder is {folder.parent.name}/{folder.name}"
+        )
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:
+    """Check that the folder holds the files of the manifest, byte for byte, and no others."""
+    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
+    unlisted = sorted(present - set(manifest.files))
+    if unlisted:
+        raise StoreError(folder / unlisted[0], f"is not listed in {MANIFEST_FILE}")
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(lambda name: _verify_file(folder, name, manifest), sorted(manifest.files)))
+
+
+def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
+    path, expected = folder / name, manifest.files[name]
+    if path.resolve().parent != folder.resolve():
+        raise StoreError(path, "is a link to outside its folder")
+    try:
+        with path.open("rb") as file:
+            n_bytes = path.stat().st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(path, error.strerror or str(error)) from error
+    if n_bytes != expected.bytes:
+        raise StoreError(path, f"has {n_bytes} bytes instead of {expected.bytes}")
+    if digest != expected.sha256:
+        raise StoreError(path, f"SHA-256 is {digest} instead of {expected.sha256}")
+
+
+def choose_variants(folder: Path, manifest: Manifest, options: StoreOptions) -> list[Variant]:
+    """Return the variants of the configured format and precision. They include the model's default.
+
+    Raises: StoreError.
+    """
+    wanted = (options.precision, options.graph_format)
+    specs = [variant for variant in manifest.variants if (variant.precision, variant.format) == wanted]
+    default = (manifest.default.policy, manifest.default.r)
+    if default not in [(spec.policy, spec.r) for spec in specs]:
+        reason = f"the default variant (policy {default[0]}, r {default[1]}) does not exist as {' '.join(wanted)}"
+        raise StoreError(folder / MANIFEST_FILE, reason)
+    return specs
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs with known outputs. Shapes: pixels (n, H, W, 3)."""
+
+    pixels: Pixels
+    outputs: Mapping[VariantKey, Outputs]
+
+
+def read_golden(folder: Path, manifest: Manifest, outputs: Mapping[VariantKey, Sequence[GraphOutput]]) -> Golden:
+    """Read the golden inputs, and the golden outputs of these variants.
+
+    Raises: StoreError.
+    """
+    path = folder / manifest.golden.file
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            pixels = np.asarray(archive["pixels"])
+            found = {
+                key: {output.role: np.asarray(archive[f"{output.role}/{key}"]) for output in of_variant}
+                for key, of_variant in outputs.items()
+            }
+    except KeyError as error:
+        raise StoreError(path, f"lacks an array: {error.args[0]}") from error
+    except Exception as error:
+        # zipfile, zlib and numpy each raise their own.
+        raise StoreError(path, f"cannot be read: {error}") from error
+    shape = (manifest.input.height, manifest.input.width, 3)
+    _require_array(path, "pixels", pixels, np.uint8, (max(1, len(pixels)) if pixels.ndim else 1, *shape))
+    for key, of_variant in outputs.items():
+        _require_outputs(path, f"/{key}", found[key], of_variant, len(pixels))
+    return Golden(pixels, found)
+
+
+def _require_outputs(path: Path, suffix: str, found: Outputs, expected: Sequence[GraphOutput], n_images: int) -> None:
+    for output in expected:
+        name = f"{output.role}{suffix}"
+        _require_array(path, name, found[output.role], output.dtype, (n_images, *output.shape))
+
+
+def _require_array(path: Path, name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        wanted = f"{np.dtype(dtype)} {shape}"
+        raise StoreError(path, f"{name} is {array.dtype} {array.shape} instead of {wanted}")
+
+
+def load_runners(
+    folder: Path,
+    manifest: Manifest,
+    outputs: Mapping[str, Sequence[GraphOutput]],
+    backend: Backend,
+    n_threads: int,
+) -> dict[str, Runner]:
+    """Load each graph file once, even if several variants share it.
+
+    outputs: by file.
+    Raises: StoreError.
+    """
+
+    def load(name: str) -> Runner:
+        try:
+            names = {output.role: output.name for output in outputs[name]}
+            return backend.load(folder / name, manifest.input.name, names)
+        except BackendError as error:
+            raise StoreError(folder / name, str(error)) from error
+
+    files = sorted(outputs)
+    with ThreadPoolExecutor(n_threads) as pool:
+        return dict(zip(files, pool.map(load, files), strict=True))
+
+
+def run(path: Path, runner: Runner, pixels: Pixels) -> Outputs:
+    """Raises: StoreError."""
+    try:
+        return runner.run(pixels)
+    except BackendError as error:
+        raise StoreError(path, str(error)) from error
+
+
+def compare_golden(
+    folder: Path, spec: Variant, outputs: Sequence[GraphOutput], found: Outputs, golden: Golden, atol: float
+) -> None:
+    """Check that this host computes what was exported.
+
+    The task's output must match within the tolerance, token counts exactly, and GMACs up to rounding.
+    Raises: StoreError.
+    """
+    path, expected = folder / spec.file, golden.outputs[spec.key]
+    _require_outputs(path, "", found, outputs, len(golden.pixels))
+    role = outputs[0].role
+    difference = float(np.max(np.abs(found[role].astype(np.float64) - expected[role])))
+    # Written so that NaN fails too.
+    if not difference <= atol:
+        reason = f"{spec.id}: {role} of the golden inputs differ by {difference:.3g}, tolerance {atol:.3g}"
+        raise StoreError(path, reason)
+    if TOKENS in expected and not np.array_equal(found[TOKENS], expected[TOKENS]):
+        raise StoreError(path, f"{spec.id}: the golden inputs keep other tokens than at export")
+    if GMACS in expected and not np.allclose(found[GMACS], expected[GMACS], rtol=GMACS_RTOL):
+        raise StoreError(path, f"{spec.id}: the golden inputs cost other GMACs than at export")
+
+
+def measure(path: Path, runner: Runner, pixels: Pixels, max_batch_images: int) -> CostTable:
+    """Warm a variant up and time it at batch 1 and at the largest batch; costs between are linear.
+
+    Raises: StoreError.
+    """
+    seconds = {}
+    for size in sorted({1, max_batch_images}):
+        batch = np.resize(pixels, (size, *pixels.shape[1:]))
+        started_at = time.perf_counter()
+        run(path, runner, batch)
+        seconds[size] = time.perf_counter() - started_at
+    return CostTable(CostTable(seconds).by_size(batch_buckets(max_batch_images)))
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}".removeprefix(": ")

@@ -1,0 +1,133 @@
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from app.api.body_limit import BodyLimit
+from app.api.problems import problem_response
+from app.errors import BodyTooLarge, QueueFull
+
+
+async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the body, and answer as the boundary would."""
+    try:
+        while (await receive()).get("more_body", False):
+            pass
+    except BodyTooLarge as error:
+        await problem_response(error)(scope, receive, send)
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Wire:
+    """The server's side: what the caller sends, and what it got."""
+
+    def __init__(self, *chunks: bytes, is_endless: bool = False) -> None:
+        self.chunks, self.is_endless = list(chunks), is_endless
+        self.n_received = 0
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        if not self.chunks:
+            await asyncio.Event().wait()
+        self.n_received += 1
+        chunk = self.chunks[0] if self.is_endless else self.chunks.pop(0)
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": chunk, "more_body": bool(self.chunks)}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def run(self, max_body_bytes: int, drain_seconds: float = 5.0, **headers: str) -> int:
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        scope: dict[str, Any] = {"type": "http", "headers": raw}
+        limit = BodyLimit(read_all, max_body_bytes, 100, drain_seconds)
+        asyncio.run(limit(scope, self.receive, self.send))
+        status: int = self.sent[0]["status"]
+        return status
+
+
+def test_limit_lets_through_what_fits() -> None:
+    wire = Wire(b"12345", b"67890")
+    assert wire.run(10, content_length="10") == 200
+    assert wire.sent[-1].get("more_body", False) is False
+
+
+def test_limit_refuses_by_content_length_before_reading_and_then_drains() -> None:
+    wire = Wire(b"12345", b"678901")
+    assert wire.run(10, content_length="11") == 413
+    assert (b"connection", b"close") in wire.sent[0]["headers"]
+    assert [message.get("more_body") for message in wire.sent[1:]] == [True, False]
+    assert wire.n_received == 2
+
+
+def test_limit_counts_chunks_when_there_is_no_length() -> None:
+    wire = Wire(b"12345", b"678901", b"more")
+    assert wire.run(10) == 413
+    assert wire.n_received == 3
+
+
+def test_limit_counts_chunks_when_the_length_lies() -> None:
+    assert Wire(b"12345", b"678901").run(10, content_length="5") == 413
+
+
+def test_limit_does_not_wait_for_more_after_the_last_chunk() -> None:
+    wire = Wire(b"x" * 11)
+    assert wire.run(10, drain_seconds=1e6) == 413
+
+
+def test_limit_sends_the_whole_answer_before_it_drains() -> None:
+    wire = Wire(b"x" * 11, is_endless=True)
+    assert wire.run(10, drain_seconds=0.05) == 413
+    assert b"body_too_large" in wire.sent[1]["body"]
+    assert wire.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1", "1e9"])
+def test_limit_counts_chunks_when_the_length_is_no_number(length: str) -> None:
+    assert Wire(b"12345").run(10, content_length=length) == 200
+    assert Wire(b"x" * 11).run(10, content_length=length) == 413
+
+
+def test_limit_leaves_other_scopes_alone() -> None:
+    seen = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    wire = Wire()
+    asyncio.run(BodyLimit(app, 10, max_in_flight_bytes=100)({"type": "lifespan"}, wire.receive, wire.send))
+    assert seen == ["lifespan"]
+
+
+def test_limit_refuses_what_all_bodies_together_would_exceed_and_gives_the_room_back() -> None:
+    statuses: list[int] = []
+    is_held, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await receive()
+        except QueueFull as error:
+            statuses.append(429)
+            await problem_response(error)(scope, receive, send)
+            return
+        statuses.append(200)
+        is_held.set()
+        await release.wait()
+
+    async def scenario() -> None:
+        limit = BodyLimit(hold, max_body_bytes=10, max_in_flight_bytes=15)
+        scope: dict[str, Any] = {"type": "http", "headers": []}
+        first = asyncio.ensure_future(limit(scope, (wire := Wire(b"1234567890")).receive, wire.send))
+        await is_held.wait()
+        await limit(scope, (second := Wire(b"123456")).receive, second.send)
+        assert second.sent[0]["status"] == 429
+        assert (b"connection", b"close") in second.sent[0]["headers"]
+        release.set()
+        await first
+        await limit(scope, (third := Wire(b"123456")).receive, third.send)
+
+    asyncio.run(scenario())
+    assert statuses == [200, 429, 200]

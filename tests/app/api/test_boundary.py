@@ -1,0 +1,173 @@
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.types import Message, Receive, Scope, Send
+
+from app.api.boundary import Boundary
+from app.api.docs import content_policy
+from app.api.headers import server_headers, with_headers
+from app.api.keys import Keys
+from app.errors import InferenceFailed
+from app.observability.logs import FIELDS, REQUEST_ID
+from app.observability.metrics import Metrics
+from tests.app.conftest import ClientFactory
+from tests.app.odd_images import encode, make_photo
+
+PNG = encode(make_photo(8, 8), "PNG")
+PATHS = ["/classify", "/models", "/health/live", "/metrics", "/openapi.json", "/docs", "/nothing"]
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [getattr(record, FIELDS) for record in caplog.records if record.name == "app.api.boundary"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "DELETE"])
+def test_every_answer_has_the_headers(make_client: ClientFactory, method: str, path: str) -> None:
+    headers = make_client().request(method, path, headers={"Origin": "https://evil.example"}).headers
+    assert headers["cache-control"] == "no-store"
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert len(headers.get_list("x-request-id")) == 1
+    assert not [name for name in headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/models"])
+def test_a_preflight_is_refused(make_client: ClientFactory, path: str) -> None:
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    assert make_client().options(path, headers=headers).status_code == 405
+
+
+def test_docs_may_run_what_it_is_made_of_and_nothing_else(make_client: ClientFactory) -> None:
+    response = make_client().get("/docs")
+    policy = response.headers["content-security-policy"]
+    assert policy == content_policy(response.text)
+    assert "'sha256-" in policy
+    assert "script-src https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/" in policy
+    scripts = next(part for part in policy.split("; ") if part.startswith("script-src"))
+    assert "unsafe" not in scripts
+    assert content_policy(response.text.replace("deepLinking", "evil")) != policy
+
+
+def test_an_answer_with_a_policy_of_its_own_keeps_it() -> None:
+    own = (b"content-security-policy", b"default-src 'self'")
+    headers = with_headers({"type": "http.response.start", "status": 200, "headers": [own]}, "id")["headers"]
+    assert [value for name, value in headers if name == own[0]] == [own[1]]
+
+
+def test_hsts_comes_with_tls_alone() -> None:
+    assert "Strict-Transport-Security" in dict(server_headers(is_tls=True))
+    assert "Strict-Transport-Security" not in dict(server_headers(is_tls=False))
+
+
+def test_the_request_id_is_in_the_answer_the_problem_and_the_log(
+    make_client: ClientFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client()
+    response = client.post("/classify", content=b"text", headers={"X-Request-ID": "abc-1"})
+    assert response.headers["x-request-id"] == "abc-1"
+    assert response.json()["request_id"] == "abc-1"
+    assert client.post("/classify", content=b"text").json()["request_id"] not in ("", "abc-1")
+
+
+def test_a_shared_error_is_answered_to_each_with_its_own_id() -> None:
+    error = InferenceFailed()
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    assert [answer(fail, b"one")["request_id"], answer(fail, b"two")["request_id"]] == ["one", "two"]
+    assert error.members == {}
+
+
+def answer(app: Any, request_id: bytes) -> dict[str, Any]:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": "/classify", "headers": [(b"x-request-id", request_id)]}
+    asyncio.run(Boundary(app, Metrics(CollectorRegistry()), Keys([]), None, [])(scope, receive, send))
+    document: dict[str, Any] = json.loads(sent[1]["body"])
+    return document
+
+
+def test_the_log_of_an_unexpected_error_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str | None] = []
+
+    class Watcher(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            seen.append(REQUEST_ID.get())
+            return True
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise KeyError("secret")
+
+    watcher = Watcher()
+    logging.getLogger("app.api.boundary").addFilter(watcher)
+    try:
+        assert answer(fail, b"abc")["code"] == "internal_error"
+    finally:
+        logging.getLogger("app.api.boundary").removeFilter(watcher)
+    assert "abc" in seen
+
+
+def test_classify_has_a_line_with_what_ran_and_how_long_it_took(
+    make_client: ClientFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client()
+    with caplog.at_level(logging.INFO):
+        client.post("/classify?r=8", content=PNG)
+    (line,) = lines(caplog)
+    stages = {name: line.pop(name) for name in list(line) if name.endswith("_ms")}
+    assert line == {
+        "method": "POST",
+        "path": "/classify",
+        "status": 200,
+        "model": "tiny",
+        "version": "1",
+        "policy": "tome",
+        "r": 8,
+        "batch_size": 1,
+        "images": 1,
+        "degraded": False,
+    }
+    assert set(stages) == {"decode_ms", "queue_ms", "inference_ms", "total_ms", "duration_ms"}
+    assert stages["duration_ms"] >= stages["total_ms"] >= stages["inference_ms"] > 0
+
+
+def test_a_refused_request_says_why_in_its_line(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+    client = make_client()
+    with caplog.at_level(logging.INFO):
+        client.post("/classify?r=3", content=PNG)
+    (line,) = lines(caplog)
+    assert (line["status"], line["refusals"]) == (422, ["rate_not_exported"])
+    assert "model" not in line
+
+
+def test_other_paths_have_a_line_at_debug_level(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+    client = make_client()
+    with caplog.at_level(logging.INFO):
+        client.get("/models")
+    assert lines(caplog) == []
+    with caplog.at_level(logging.DEBUG):
+        client.get("/" + "x" * 1000)
+    (line,) = lines(caplog)
+    assert line["status"] == 404
+    assert len(line["path"]) < 200
+
+
+def test_a_refused_key_has_a_line_without_it(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+    client = make_client(api_keys="hunter2")
+    with caplog.at_level(logging.INFO):
+        client.get("/models", headers={"X-API-Key": "hunter3"})
+    (line,) = lines(caplog)
+    assert (line["path"], line["status"], line["refusals"]) == ("/models", 401, ["unauthorized"])
+    assert "hunter" not in caplog.text + str(line)

@@ -1,0 +1,195 @@
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from app.__main__ import configure, listen
+from app.api.shutdown import Server, is_readable, refuse_handshakes
+from app.observability.metrics import Metrics
+from app.serving.service import Service
+from app.settings import Settings
+from app.store.catalogue import Catalogue
+from tests.app.api.test_classify import Gate, gate_all
+from tests.app.odd_images import encode, make_photo
+
+PNG = encode(make_photo(8, 8), "PNG")
+POST = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(PNG), PNG)
+SECONDS = 30
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+class Running:
+    """Our server in a thread, with one parser and one event loop of those that uvicorn has."""
+
+    def __init__(self, parser: str, loop: str, catalogue: Catalogue, **settings: object) -> None:
+        given = Settings.model_validate({"port": 0, **settings})
+        self.service = Service(given, Metrics(CollectorRegistry()))
+        self.service.publish(catalogue)
+        config = configure(given, self.service, None)
+        config.http = parser
+        self.server = Server(config, self.service)
+        self.listener = listen(given.host, given.port)
+        self.port: int = self.listener.getsockname()[1]
+        self.loop = LOOPS[loop]()
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.loop.run_until_complete(self.server.serve(sockets=[self.listener]))
+        self.loop.close()
+
+    def stop(self) -> None:
+        """What the signal does: pytest has the main thread, which alone is told of signals."""
+        self.loop.call_soon_threadsafe(self.server.handle_exit, signal.SIGTERM, None)
+
+    def connect(self, data: bytes = b"") -> socket.socket:
+        wire = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+        wire.sendall(data)
+        return wire
+
+    def ask(self, data: bytes) -> bytes:
+        with self.connect(data) as wire:
+            return read_answer(wire)
+
+    def wait_until_seen(self) -> None:
+        """Return when the event loop has read what was sent before."""
+        assert b" 200 OK" in self.ask(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    def wait_until_closed(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.listener.fileno() >= 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def read_answer(wire: socket.socket) -> bytes:
+    """Read until the server closes, or for a kept connection until the body is complete."""
+    answer = b""
+    while chunk := wire.recv(65536):
+        answer += chunk
+        head, _, body = answer.partition(b"\r\n\r\n")
+        lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+        if lengths and len(body) >= int(lengths[0]) and b"connection: close" not in head.lower():
+            break
+    return answer
+
+
+@pytest.fixture(params=[("h11", "asyncio"), ("httptools", "asyncio"), ("h11", "uvloop"), ("httptools", "uvloop")])
+def start(request: pytest.FixtureRequest, catalogue: Catalogue) -> Any:
+    @contextmanager
+    def start(served: Catalogue = catalogue, **settings: object) -> Iterator[Running]:
+        parser, loop = request.param
+        running = Running(parser, loop, served, **settings)
+        running.thread.start()
+        try:
+            yield running
+        finally:
+            if not running.service.is_draining:
+                running.stop()
+            running.thread.join(SECONDS)
+            assert not running.thread.is_alive()
+
+    return start
+
+
+def test_idle_connections_are_closed_after_a_moment_in_which_they_may_ask(start: Any) -> None:
+    with start() as running:
+        used, fresh, late = running.connect(POST), running.connect(), running.connect()
+        assert b" 200 OK" in read_answer(used)
+        running.wait_until_seen()
+        running.stop()
+        running.wait_until_closed()
+        late.sendall(POST)
+        answer = read_answer(late)
+        assert b" 200 OK" in answer
+        assert b"connection: close" in answer.lower()
+        for wire in (used, fresh):
+            assert wire.recv(1) == b""  # an end, no reset
+        for wire in (used, fresh, late):
+            wire.close()
+
+
+@pytest.mark.parametrize("n_bytes", [1, 40, len(POST) - 10])
+def test_a_request_that_has_begun_is_answered(start: Any, n_bytes: int) -> None:
+    with start() as running, running.connect(POST) as wire, running.connect() as idle:
+        assert b" 200 OK" in read_answer(wire)  # the second request on this connection is the one of interest
+        wire.sendall(POST[:n_bytes])
+        running.wait_until_seen()
+        running.stop()
+        assert idle.recv(1) == b""  # by now idle connections are closed
+        wire.sendall(POST[n_bytes:])
+        answer = read_answer(wire)
+        assert b" 200 OK" in answer
+        assert b"connection: close" in answer.lower()
+
+
+def test_requests_in_flight_are_answered(start: Any, catalogue: Catalogue) -> None:
+    gate = Gate()
+    with start(gate_all(catalogue, gate)) as running:
+        wires = [running.connect(POST) for _ in range(4)]
+        assert gate.started.wait(SECONDS)
+        running.stop()
+        running.wait_until_closed()
+        gate.opened.set()
+        for wire in wires:
+            assert b" 200 OK" in read_answer(wire)
+            wire.close()
+
+
+def test_the_grace_keeps_the_port_open_and_is_not_ready(start: Any) -> None:
+    with start(drain_grace_seconds=2.0) as running:
+        running.wait_until_seen()
+        running.stop()
+        while not running.service.is_draining:
+            time.sleep(0.001)
+        refusal = running.ask(b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 503 " in refusal
+        assert b"shutting_down" in refusal
+        assert b" 200 OK" in running.ask(POST)
+        running.wait_until_closed()
+
+
+def test_what_takes_too_long_is_cut_off_with_an_answer(start: Any, catalogue: Catalogue) -> None:
+    gate = Gate()
+    with (
+        start(gate_all(catalogue, gate), drain_seconds=2) as running,
+        running.connect(POST) as hung,
+        running.connect(POST[:-10]) as half,
+    ):
+        assert gate.started.wait(SECONDS)
+        started_at = time.monotonic()
+        running.stop()
+        for wire in (hung, half):
+            answer = read_answer(wire)
+            assert b" 503 " in answer
+            assert b"shutting_down" in answer
+        assert time.monotonic() - started_at < 2 + SECONDS / 2  # however busy the machine; and not for ever
+        gate.opened.set()
+
+
+def test_refuse_handshakes_leaves_those_made_before() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        assert not is_readable(listener)
+        with socket.create_connection(address) as before:
+            before.sendall(b"hello")
+            refuse_handshakes(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            assert is_readable(listener)
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.recv(5) == b"hello"
+                accepted.sendall(b"world")
+                assert before.recv(5) == b"world"
+    assert not is_readable(listener)

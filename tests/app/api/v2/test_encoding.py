@@ -1,0 +1,74 @@
+import gzip
+import zlib
+
+import pytest
+
+from app.api.v2.encoding import choose_encoding, compress, decompress, read_encoding
+from app.errors import BodyTooLarge, MalformedBody, UnsupportedEncoding
+
+TEXT = b"pixels " * 1000
+
+
+@pytest.mark.parametrize(("encoding", "undo"), [("gzip", gzip.decompress), ("deflate", zlib.decompress)])
+def test_what_is_compressed_others_can_read(encoding: str, undo: object) -> None:
+    packed = compress(TEXT, encoding)
+    assert len(packed) < len(TEXT) / 10
+    assert undo(packed) == TEXT  # type: ignore[operator]
+    assert decompress(packed, encoding, len(TEXT)) == TEXT
+
+
+def test_the_cap_holds_for_what_is_unpacked() -> None:
+    packed = gzip.compress(bytes(50_000_000))
+    assert len(packed) < 100_000
+    with pytest.raises(BodyTooLarge, match="more than 1000 bytes once it is decompressed"):
+        decompress(packed, "gzip", 1000)
+    with pytest.raises(BodyTooLarge):
+        decompress(compress(TEXT, "deflate"), "deflate", len(TEXT) - 1)
+
+
+@pytest.mark.parametrize(
+    ("packed", "reason"),
+    [
+        (b"", "cut off"),
+        (TEXT, "is not gzip"),
+        (gzip.compress(TEXT)[:-1], "cut off"),
+        (gzip.compress(TEXT)[:20], "cut off"),
+        (gzip.compress(TEXT) + b"more", "goes on for 4 bytes"),
+        (zlib.compress(TEXT), "is not gzip"),
+    ],
+)
+def test_broken_streams_are_refused(packed: bytes, reason: str) -> None:
+    with pytest.raises(MalformedBody, match=reason):
+        decompress(packed, "gzip", 1_000_000)
+
+
+def test_a_body_that_is_not_encoded_passes() -> None:
+    assert (read_encoding(None), read_encoding("Identity"), read_encoding(" GZIP ")) == ("identity", "identity", "gzip")
+    assert decompress(TEXT, "identity", len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("header", ["br", "gzip, deflate", "zstd", "x" * 1000])
+def test_other_encodings_are_refused_with_a_list(header: str) -> None:
+    with pytest.raises(UnsupportedEncoding) as caught:
+        read_encoding(header)
+    assert caught.value.headers["Accept-Encoding"] == "gzip, deflate, identity"
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        (None, "identity"),
+        ("", "identity"),
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("br, deflate, gzip", "deflate"),
+        ("GZIP;q=0.5", "gzip"),
+        ("gzip;q=0, deflate;q=0.1", "deflate"),
+        ("gzip; q=0.000", "identity"),
+        ("br", "identity"),
+        (";;,q=1", "identity"),
+    ],
+)
+def test_the_answer_is_encoded_as_the_caller_accepts(accept: str | None, chosen: str) -> None:
+    assert choose_encoding(accept) == chosen

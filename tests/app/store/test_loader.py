@@ -1,0 +1,252 @@
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.backends import ENGINES, open_backend
+from app.errors import StoreError
+from app.store.catalogue import Catalogue
+from app.store.loader import StoreOptions, load_catalogue
+from tests.app.conftest import ONNX, OPTIONS
+from tests.app.tiny_store import (
+    ATM_BIAS,
+    WEIGHTS_FILE,
+    digest,
+    expected_logits,
+    read_manifest,
+    write_golden,
+    write_manifest,
+    write_store,
+)
+
+
+def load(root: Path, options: StoreOptions = ONNX) -> Catalogue:
+    engine = next(name for name, engine in ENGINES.items() if engine.graph_format == options.graph_format)
+    return load_catalogue(root, open_backend(engine, OPTIONS), options)
+
+
+def renew_digests(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    manifest["files"] = {p.name: digest(p) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize("graph_format", ["onnx", "torchscript"])
+def test_load_catalogue_serves_the_configured_format(tmp_path: Path, graph_format: str) -> None:
+    write_store(tmp_path, formats=("onnx", "torchscript"))
+    model = load(tmp_path, StoreOptions(graph_format, "float32", None)).find(None, None)
+    assert {variant.spec.format for variant in model.variants.values()} == {graph_format}
+    assert model.rates("tome") == [0, 8, 16]
+    pixels = np.full((2, 8, 8, 3), 9, np.uint8)
+    for (_, r, _), variant in model.variants.items():
+        answer = variant.runner.run(pixels)
+        np.testing.assert_allclose(answer["logits"], expected_logits(pixels, ATM_BIAS if r is None else r), atol=1e-5)
+        assert ("tokens" in answer) == (r is None)
+        assert variant.latency.summary_ms() is not None
+
+
+def test_load_catalogue_shares_the_graph_of_variants_with_one_file(catalogue: Catalogue) -> None:
+    model = catalogue.find(None, None)
+    assert model.variant("none", 0).runner is model.variant("tome", 0).runner
+    assert model.variant("none", 0).latency is not model.variant("tome", 0).latency
+
+
+def test_load_catalogue_takes_the_highest_version_by_number(tmp_path: Path) -> None:
+    for version in ("2", "10", "9"):
+        write_store(tmp_path, version=version)
+    catalogue = load(tmp_path)
+    assert catalogue.find(None, None).manifest.version == "10"
+    assert catalogue.find("tiny", "2").manifest.version == "2"
+
+
+def test_load_catalogue_ignores_unfinished_and_temporary_folders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_store(tmp_path)
+    (tmp_path / "tiny" / "2").mkdir()
+    (tmp_path / "tiny" / ".3.tmp").mkdir()
+    write_store(tmp_path, version="5").rename(tmp_path / "tiny" / "5.tmp")
+    (tmp_path / "manifest.schema.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert list(load(tmp_path).models["tiny"]) == [1]
+    assert len([record for record in caplog.records if "ignored" in record.message]) == 3
+
+
+def test_load_catalogue_serves_several_models(tmp_path: Path) -> None:
+    write_store(tmp_path, name="b")
+    write_store(tmp_path, name="a")
+    assert load(tmp_path).default_model == "a"
+    assert load(tmp_path, StoreOptions("onnx", "float32", "b")).default_model == "b"
+    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c"):
+        load(tmp_path, StoreOptions("onnx", "float32", "c"))
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_load_catalogue_refuses_a_store_without_models(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=name):
+        load(tmp_path / name)
+
+
+def change_byte(folder: Path) -> None:
+    data = bytearray((folder / "tome-r8.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "tome-r8.onnx").write_bytes(data)
+
+
+def append_byte(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes() + b"!")
+
+
+def falsify_golden(folder: Path) -> None:
+    write_golden(folder, error=0.5)
+    renew_digests(folder)
+
+
+def falsify_golden_with_nan(folder: Path) -> None:
+    write_golden(folder, error=float("nan"))
+    renew_digests(folder)
+
+
+def break_golden(folder: Path) -> None:
+    (folder / "golden.npz").write_bytes(b"PK not really")
+    renew_digests(folder)
+
+
+def drop_golden_rate(folder: Path) -> None:
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] for key in archive if key != "logits/tome-r16"}
+    np.savez(folder / "golden.npz", **arrays)
+    renew_digests(folder)
+
+
+def falsify_tokens(folder: Path) -> None:
+    change_golden(folder, "tokens/atm", 1)
+
+
+def falsify_gmacs(folder: Path) -> None:
+    change_golden(folder, "gmacs/atm", np.float32(1e-3))
+
+
+def change_golden(folder: Path, name: str, by: Any) -> None:
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] + by if key == name else archive[key] for key in archive}
+    np.savez(folder / "golden.npz", **arrays)
+    renew_digests(folder)
+
+
+def drop_tokens(folder: Path) -> None:
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] for key in archive if key != "tokens/atm"}
+    np.savez(folder / "golden.npz", **arrays)
+    renew_digests(folder)
+
+
+def take_the_graph_of_a_rate(folder: Path) -> None:
+    (folder / "atm.onnx").write_bytes((folder / "tome-r8.onnx").read_bytes())
+    renew_digests(folder)
+
+
+def pickle_golden(folder: Path) -> None:
+    np.savez(folder / "golden.npz", pixels=np.array([{}], object))
+    renew_digests(folder)
+
+
+def resize_golden(folder: Path) -> None:
+    np.savez(folder / "golden.npz", pixels=np.zeros((2, 9, 8, 3), np.uint8), **golden_logits(folder))
+    renew_digests(folder)
+
+
+def empty_golden(folder: Path) -> None:
+    np.savez(folder / "golden.npz", pixels=np.zeros((0, 8, 8, 3), np.uint8), **golden_logits(folder))
+    renew_digests(folder)
+
+
+def golden_logits(folder: Path) -> dict[str, Any]:
+    with np.load(folder / "golden.npz") as archive:
+        return {key: archive[key] for key in archive if key != "pixels"}
+
+
+def break_graph(folder: Path) -> None:
+    (folder / "tome-r16.onnx").write_bytes(b"not a graph")
+    renew_digests(folder)
+
+
+def link_outside(folder: Path) -> None:
+    outside = folder.parents[1] / "outside.onnx"
+    (folder / "tome-r8.onnx").rename(outside)
+    (folder / "tome-r8.onnx").symlink_to(outside)
+
+
+def replace_file_by_folder(folder: Path) -> None:
+    (folder / "tome-r8.onnx").unlink()
+    (folder / "tome-r8.onnx").mkdir()
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        manifest = read_manifest(folder)
+        change(manifest)
+        write_manifest(folder, manifest)
+
+    return apply
+
+
+BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "missing file": (lambda folder: (folder / "tome-r8.onnx").unlink(), "tome-r8.onnx", "No such file"),
+    "changed byte": (change_byte, "tome-r8.onnx", "SHA-256"),
+    "appended byte": (append_byte, WEIGHTS_FILE, "bytes instead of"),
+    "unlisted file": (lambda folder: (folder / "extra.bin").touch(), "extra.bin", "not listed"),
+    "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json", "JSON"),
+    "empty manifest": (lambda folder: (folder / "manifest.json").write_bytes(b""), "manifest.json", "JSON"),
+    "not UTF-8": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json", "JSON"),
+    "missing key": (edit(lambda m: m.pop("labels")), "manifest.json", "labels: Field required"),
+    "schema version": (edit(lambda m: m.update(schema_version=2)), "manifest.json", "schema_version"),
+    "unknown key": (edit(lambda m: m.update(colour="red")), "manifest.json", "colour"),
+    "other name": (edit(lambda m: m.update(name="other")), "manifest.json", "other/1"),
+    "other version": (edit(lambda m: m.update(version="7")), "manifest.json", "tiny/7"),
+    "fewer labels": (edit(lambda m: m.update(labels=["one"])), "golden.npz", "(4, 1)"),
+    "input name": (edit(lambda m: m["input"].update(name="image")), ".onnx", "no input 'image'"),
+    "wrong golden": (falsify_golden, ".onnx", "differ by 0.5"),
+    "golden of NaN": (falsify_golden_with_nan, ".onnx", "differ by nan"),
+    "broken golden": (break_golden, "golden.npz", "cannot be read"),
+    "golden without a rate": (drop_golden_rate, "golden.npz", "logits/tome-r16"),
+    "other tokens than golden": (falsify_tokens, "atm.onnx", "keep other tokens"),
+    "other GMACs than golden": (falsify_gmacs, "atm.onnx", "cost other GMACs"),
+    "golden without tokens": (drop_tokens, "golden.npz", "tokens/atm"),
+    "graph that does not say what it kept": (take_the_graph_of_a_rate, "atm.onnx", "no output 'tokens'"),
+    "pickled golden": (pickle_golden, "golden.npz", "cannot be read"),
+    "golden of other size": (resize_golden, "golden.npz", "pixels is uint8 (2, 9, 8, 3)"),
+    "golden without images": (empty_golden, "golden.npz", "pixels is"),
+    "broken graph": (break_graph, "tome-r16.onnx", "cannot load"),
+    "link outside": (link_outside, "tome-r8.onnx", "to outside its folder"),
+    "folder for a file": (replace_file_by_folder, "tome-r8.onnx", "directory"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_load_catalogue_refuses_a_broken_store_naming_file_and_reason(tmp_path: Path, name: str) -> None:
+    breakage, file, reason = BREAKAGES[name]
+    breakage(write_store(tmp_path))
+    with pytest.raises(StoreError) as caught:
+        load(tmp_path)
+    assert file in caught.value.file
+    assert reason in caught.value.reason
+    assert "\n" not in str(caught.value)
+
+
+def test_load_catalogue_refuses_a_default_that_the_format_lacks(tmp_path: Path) -> None:
+    write_store(tmp_path)
+    with pytest.raises(StoreError, match=r"manifest\.json: the default .* torchscript"):
+        load(tmp_path, StoreOptions("torchscript", "float32", None))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_load_catalogue_refuses_a_file_that_it_may_not_read(tmp_path: Path) -> None:
+    (write_store(tmp_path) / "tome-r8.onnx").chmod(0)
+    with pytest.raises(StoreError, match="Permission denied"):
+        load(tmp_path)
