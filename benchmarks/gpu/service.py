@@ -56,12 +56,7 @@ def _rows(size: Size, model: str, work: Path) -> Iterator[Row]:
     jpegs = encode_jpegs(pixels, rule)
     yield from _decode(jpegs, rule, min(DECODE_SECONDS, size.load_seconds))
     yield from _bare_loop(size, store / model / VERSION, pixels)
-    settings = {
-        "engine": ENGINE,
-        "device": size.device,
-        "max_batch_images": str(size.max_batch_images),
-        **size.settings,
-    }
+    settings = service_settings(size)
     used_before, started_at = _device_bytes(size), time.perf_counter()
     with serve_store(store, work / f"service-{model}.log", settings) as server:
         yield {
@@ -74,6 +69,15 @@ def _rows(size: Size, model: str, work: Path) -> Iterator[Row]:
         for r in size.rates:
             yield _compare(make_classifier(vit, rule, r), rule, model, server, r, pixels, jpegs)
         yield from _load(size, model, server, pixels, jpegs, used_before)
+
+
+def service_settings(size: Size) -> dict[str, str]:
+    return {
+        "engine": ENGINE,
+        "device": size.device,
+        "max_batch_images": str(size.max_batch_images),
+        **size.settings,
+    }
 
 
 def _device_bytes(size: Size) -> int:

@@ -72,7 +72,7 @@ FULL = Size(
     max_batch_images=64,
     training_batch=128,
     training_rates=(16,),
-    settings={"n_decode_threads": "12", "max_queue_images": "256", "max_inside_images": "512"},
+    settings={"n_decode_threads": "12", "max_queue_images": "256", "max_in_flight_images": "512"},
 )
 SMOKE = Size(
     device="cpu",

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from app.settings import read_settings
 from benchmarks.gpu import __main__ as report
 from benchmarks.gpu import gpu_tests, page
 from benchmarks.gpu.commit import UNKNOWN, read_commit
 from benchmarks.gpu.kit import EXPORTER, SERVICE, TESTS, download_command, read_pins
-from benchmarks.gpu.size import SMOKE
+from benchmarks.gpu.service import service_settings
+from benchmarks.gpu.size import SIZES, SMOKE
 from benchmarks.served import ROOT
 
 
@@ -57,6 +59,12 @@ def test_a_step_is_skipped_with_its_reason(tmp_path: Path) -> None:
         assert report.run_step(step, failed, "smoke", tmp_path, log, 100)["reason"] == "needs store deit-s"
         done: dict[str, Any] = {"steps": [{"step": "store deit-s", "outcome": "done"}]}
         assert report.run_step(step, done, "smoke", tmp_path, log, 1)["reason"] == "no time left"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_service_accepts_its_settings(size: str) -> None:
+    settings = service_settings(SIZES[size])
+    assert read_settings({f"DTEM_{name.upper()}": value for name, value in settings.items()}).engine == "torchscript"
 
 
 def test_a_report_without_rows_is_still_a_page(tmp_path: Path) -> None:
