@@ -48,7 +48,7 @@ def plan(models: list[str]) -> list[Step]:
     for index, model in enumerate(models):
         steps.append(Step("offline", 110, model))
         steps += [Step("training", 60, model)] if index == 0 else []
-        steps += [Step("store", 90, model), Step("service", 110, model, needs=f"store {model}")]
+        steps += [Step("store", 120, model), Step("service", 110, model, needs=f"store {model}")]
     return steps
 
 
