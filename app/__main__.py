@@ -1,4 +1,4 @@
-"""`python -m app`: read the settings, listen, load and verify the store, and say when it is ready."""
+"""`python -m app`: read the settings, listen, load and verify the model store, and announce readiness."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ import uvicorn
 import uvloop
 
 from app.api.headers import server_headers
-from app.api.shutdown import LAST_SECONDS, Server
+from app.api.shutdown import ABORT_SECONDS, Server
 from app.api.tls import open_tls
 from app.bootstrap import load, make_service, prepare_process
 from app.errors import SettingsError, StartupError
@@ -32,10 +32,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
-    """Run until a signal. Returns the exit status: 0 after a signal, 1 if it could not start."""
+    """Run until a signal. Returns the exit status: 0 after a signal, 1 if the service could not start."""
     for number in STOP_SIGNALS:
         signal.signal(number, _exit)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    # Ignored until there is a store to rescan.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     prepare_process()
     try:
         settings = read_settings()
@@ -53,7 +54,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port before the work of loading.
+    """Bind the port before loading, so that a port in use fails fast.
 
     Raises: SettingsError.
     """
@@ -69,20 +70,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(settings: Settings, listener: socket.socket) -> None:
-    """Serve, not ready at first, and load the store meanwhile; a store that cannot be loaded ends the process.
+    """Serve while the store is loading, not ready until it is loaded. Then rescan it periodically and at SIGHUP.
 
-    From then on the store is looked at again from time to time, and at once at SIGHUP.
-    Raises: StartupError.
+    Raises: StartupError if the store cannot be loaded.
     """
     service = make_service(settings)
     server = Server(configure(settings, service, open_tls(settings)), service)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(asyncio.to_thread(load, settings, service, asyncio.get_running_loop()))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    if not loading.done():  # stopped while loading, which cannot be interrupted, and there is nothing to lose
+    if not loading.done():
+        # Stopped while loading, which cannot be interrupted. Nothing is in flight.
         serving.result()
         os._exit(0)
-    if server.should_exit:  # a signal came first
+    if server.should_exit:
+        # A signal arrived while loading.
         return await serving
     try:
         watcher = loading.result()
@@ -97,11 +99,12 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     print(announce(watcher.catalogue, listener, settings), flush=True)
     await serving
     if not watcher.stop(WATCHER_STOP_SECONDS) or not service.engine.has_ended():
-        os._exit(0)  # a thread in foreign code cannot be interrupted, and there is nothing left to lose
+        # A thread in library code cannot be interrupted. Nothing is in flight.
+        os._exit(0)
 
 
 def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) -> uvicorn.Config:
-    """Choose everything that uvicorn would choose by what happens to be installed."""
+    """Configure uvicorn, with every choice it would otherwise derive from the installed packages."""
     return uvicorn.Config(
         create_app(service),
         http="httptools",
@@ -116,12 +119,13 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
         ssl_context_factory=None if tls is None else lambda config, make_default: tls,
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_seconds,
-        timeout_graceful_shutdown=LAST_SECONDS,  # our Server has waited before
+        # `Server` has already drained.
+        timeout_graceful_shutdown=ABORT_SECONDS,
     )
 
 
 def announce(catalogue: Catalogue, listener: socket.socket, settings: Settings) -> str:
-    """Say where the service is, and how to ask it."""
+    """Describe where the service listens, with an example request."""
     scheme = "http" if settings.tls_certificate is None else "https"
     has_keys = settings.api_keys is not None or settings.api_key_file is not None
     curl = 'curl -H "X-API-Key: $KEY"' if has_keys else "curl"

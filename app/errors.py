@@ -1,22 +1,22 @@
-# ruff: noqa: N818 (the names say what went wrong, without the suffix `Error`)
-"""Errors: what can go wrong, and the table of their HTTP statuses and codes. `app.api.problems` renders them."""
+# ruff: noqa: N818 (the names state the problem, without the suffix `Error`)
+"""Errors: the exceptions of the service, and the HTTP status and code of each. `app.api.problems` renders them."""
 
 from typing import Any, Self
 
-# Of a client's own words in an answer.
+# Limit on client text repeated in a response or a log line.
 MAX_ECHO_CHARACTERS = 100
 
 
 class StartupError(Exception):
-    """The service cannot start; the message is one line for the operator."""
+    """The service cannot start. The message is one line for the operator."""
 
 
 class SettingsError(StartupError):
-    """The environment asks for something that does not exist or contradicts itself."""
+    """A setting is unknown, invalid or contradicts another one."""
 
 
 class StoreError(StartupError):
-    """A file of the model store cannot be trusted or used."""
+    """A file of the model store is missing, corrupt or unsupported."""
 
     def __init__(self, file: object, reason: str) -> None:
         super().__init__(f"{file}: {reason}")
@@ -25,11 +25,11 @@ class StoreError(StartupError):
 
 
 class BackendError(Exception):
-    """The engine under a variant failed; foreign exceptions are translated to this one."""
+    """The engine failed. Exceptions of its library are translated to this one."""
 
 
 class ServiceError(Exception):
-    """A request that gets no result: `detail` and `members` are for the caller to read."""
+    """A request failed. `detail` and `members` are returned to the client."""
 
     def __init__(
         self, detail: str, *, retry_after_seconds: int | None = None, allow: str | None = None, **members: Any
@@ -41,19 +41,19 @@ class ServiceError(Exception):
         self.headers = {name: str(value) for name, value in headers.items() if value is not None}
 
     def about(self, subject: str) -> Self:
-        """Return this error with its subject before it; the error itself may be the answer to others too."""
-        named = type(self).__new__(type(self))
-        vars(named).update(vars(self))
-        named.detail = f"{subject}: {self.detail}"
-        return named
+        """Return a copy whose detail begins with the subject. Several requests may share this error."""
+        copy = type(self).__new__(type(self))
+        vars(copy).update(vars(self))
+        copy.detail = f"{subject}: {self.detail}"
+        return copy
 
 
 class MalformedRequest(ServiceError):
-    """The request breaks the protocol."""
+    """The framework rejected the request."""
 
 
 class Unauthorized(ServiceError):
-    """The request has no key that we know (RFC 6750)."""
+    """The API key is missing or unknown (RFC 6750)."""
 
     def __init__(self, detail: str, challenge: str) -> None:
         super().__init__(detail)
@@ -61,23 +61,23 @@ class Unauthorized(ServiceError):
 
 
 class UnknownPath(ServiceError):
-    """There is nothing at this path."""
+    """No route has this path."""
 
 
 class MethodNotAllowed(ServiceError):
-    """The path is there, but not for this method."""
+    """The path exists, but not for this method."""
 
 
 class MalformedBody(ServiceError):
-    """The body is empty, or is not the multipart form it says it is."""
+    """The body is empty, or not the form or the encoding that its headers declare."""
 
 
 class MalformedTensor(ServiceError):
-    """An inference request whose JSON or tensors are not what the protocol and the model say."""
+    """The JSON or the tensors of an inference request do not match the protocol or the model."""
 
 
 class UnsupportedEncoding(ServiceError):
-    """A Content-Encoding that is not read here."""
+    """The Content-Encoding is not supported."""
 
     def __init__(self, detail: str, accepted: list[str]) -> None:
         super().__init__(detail, accepted=accepted)
@@ -85,109 +85,109 @@ class UnsupportedEncoding(ServiceError):
 
 
 class MalformedImage(ServiceError):
-    """The bytes begin like an image that we read, and then break off or contradict themselves."""
+    """The image has a supported format, but is truncated or corrupt."""
 
 
 class UnknownModel(ServiceError):
-    """There is no such model."""
+    """No model has this name."""
 
 
 class UnknownVersion(ServiceError):
-    """The model has no such version."""
+    """The model does not have this version."""
 
 
 class BodyTooLarge(ServiceError):
-    """More bytes than the service accepts."""
+    """The body exceeds the byte limit."""
 
 
 class TooManyPixels(ServiceError):
-    """More pixels than the service decodes, by the image's header."""
+    """The image exceeds the pixel limit, according to its header."""
 
 
 class TooManyFiles(ServiceError):
-    """More parts in one form than the service accepts."""
+    """The request has more images than the limit."""
 
 
 class NotAnImage(ServiceError):
-    """Not one of the image formats that we read, or pixels without a defined range."""
+    """The image format or pixel type is not supported."""
 
 
 class UnknownParameter(ServiceError):
-    """A query parameter that does not exist here."""
+    """The parameter does not exist."""
 
 
 class DuplicateParameter(ServiceError):
-    """A query parameter that is there more than once."""
+    """The query parameter is given more than once."""
 
 
 class InvalidParameter(ServiceError):
-    """A query parameter whose value cannot be used."""
+    """The value of a parameter is invalid."""
 
 
 class ConflictingParameters(ServiceError):
-    """Query parameters that exclude each other."""
+    """The parameters are mutually exclusive."""
 
 
 class BudgetNotMet(ServiceError):
-    """No variant is as cheap, or as accurate, as was asked for."""
+    """No variant is within the requested cost or accuracy."""
 
 
 class RateNotExported(ServiceError):
-    """A reduction rate for which the policy has no graph."""
+    """The policy has no graph for this reduction rate."""
 
 
 class UnknownPolicy(ServiceError):
-    """A policy for which the model has no graph."""
+    """The model has no graph for this policy."""
 
 
 class UnknownPart(ServiceError):
-    """A form part that is not named `file`."""
+    """A form part is not named `file`."""
 
 
 class MissingFile(ServiceError):
-    """A form without a `file` part."""
+    """The form has no `file` part."""
 
 
 class QueueFull(ServiceError):
-    """As many images inside as the service admits."""
+    """Too many images or body bytes are in flight or queued."""
 
 
 class DeadlineUnmeetable(ServiceError):
-    """At the present load, not even the cheapest variant would answer in time."""
+    """At the present load, even the cheapest variant would miss the deadline."""
 
 
 class DeadlinePassed(ServiceError):
-    """The deadline is past, or so near that no run would end before it."""
+    """The deadline has passed, or is too near for any batch to finish in time."""
 
 
 class ClientGone(ServiceError):
-    """The caller has left; nobody reads this answer."""
+    """The client has disconnected; the response is not sent."""
 
 
 class InferenceFailed(ServiceError):
-    """The model could not be run. The text is fixed; the reason is in the log."""
+    """The engine failed. The text is fixed; the cause is in the log."""
 
     def __init__(self) -> None:
-        super().__init__("The model could not be run. The reason is in the log of the service.")
+        super().__init__("Inference failed. See the service log for the cause.")
 
 
 class InternalError(ServiceError):
-    """A mistake of ours. The text is fixed; the reason is in the log."""
+    """An unexpected exception. The text is fixed; the cause is in the log."""
 
     def __init__(self) -> None:
-        super().__init__("Something went wrong here. The reason is in the log of the service.")
+        super().__init__("Internal error. See the service log for the cause.")
 
 
 class NotReady(ServiceError):
-    """The models are still being loaded and verified."""
+    """The models are still loading."""
 
 
 class EngineStalled(ServiceError):
-    """The thread that runs the models has ended, or its present run lasts too long: a restart is due."""
+    """A worker thread of the engine has died or hangs. The service needs a restart."""
 
 
 class ShuttingDown(ServiceError):
-    """The service is draining and takes no new work."""
+    """The service is draining."""
 
 
 PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
@@ -231,5 +231,5 @@ def status_and_code(error: ServiceError) -> tuple[int, str]:
 
 
 def echo(text: str) -> str:
-    """Shorten a caller's own words for an answer or a log line."""
+    """Truncate client text for a response or a log line."""
     return text if len(text) <= MAX_ECHO_CHARACTERS else text[:MAX_ECHO_CHARACTERS] + "…"

@@ -1,4 +1,4 @@
-"""The application: routes and limits around a service that is passed in. Nothing is built at import."""
+"""Main: makes the application, routes and middleware, around a service. Nothing is built at import."""
 
 import asyncio
 import importlib
@@ -17,7 +17,7 @@ from app.api.boundary import Boundary, translate_framework_errors
 from app.api.inference import inference_paths
 from app.api.keys import Keys, is_open, read_keys
 from app.api.schemas import Problem
-from app.api.shutdown import EndConnections
+from app.api.shutdown import CloseConnections
 from app.api.v2 import routes as v2
 from app.api.v2.messages import InferRequest, RequestInput, RequestOutput
 from app.errors import SettingsError
@@ -27,15 +27,13 @@ from app.settings import Settings
 if TYPE_CHECKING:
     from app.observability.tracing import Tracing
 
-DESCRIPTION = "Image classification in which each request chooses how many tokens are merged, and so its cost."
-
-
 TITLE = "dtem-serve"
+DESCRIPTION = "Image classification where each request trades accuracy for cost by choosing how many tokens are merged."
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-# FastAPI's own telemetry would look for providers at every request.
+# FastAPI's telemetry would look up its providers at every request.
 NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
@@ -46,9 +44,9 @@ NO_TELEMETRY: TelemetryConfig = {
 
 
 def create_app(service: Service) -> FastAPI:
-    """Build the application around a service; it starts and stops the service with itself.
+    """Make the application around a service. Its lifespan starts and stops the service.
 
-    Raises: SettingsError for keys that cannot be read, or traces that cannot be sent.
+    Raises: SettingsError for unreadable API keys or a bad trace endpoint.
     """
     keys, tracing = read_keys(service.settings), open_tracing(service.settings)
 
@@ -67,7 +65,7 @@ def create_app(service: Service) -> FastAPI:
         lifespan=run_service,
         # A redirect would make the client send the image twice.
         redirect_slashes=False,
-        # Ours has a content policy.
+        # Replaced by `docs`, which sets a content policy.
         docs_url=None,
         redoc_url=None,
         telemetry=NO_TELEMETRY,
@@ -87,36 +85,37 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         BodyLimit, max_body_bytes=settings.max_body_bytes, max_in_flight_bytes=settings.max_in_flight_bytes
     )
-    app.add_middleware(EndConnections, is_draining=lambda: service.is_draining)
-    _complete_document(app, keys)
+    app.add_middleware(CloseConnections, is_draining=lambda: service.is_draining)
+    _extend_openapi(app, keys)
     return app
 
 
 def open_tracing(settings: Settings) -> "Tracing | None":
-    """Open what sends traces, if they are wanted.
+    """Open the trace exporter, or return None if tracing is off.
 
-    Raises: SettingsError for a variable of OpenTelemetry's own (`OTEL_…`) that it refuses.
+    Raises: SettingsError for an invalid variable of OpenTelemetry (`OTEL_…`).
     """
     if settings.trace_endpoint is None:
         return None
     try:
-        module = importlib.import_module("app.observability.tracing")  # its libraries cost memory and time at the start
+        # Imported only here: its libraries cost memory and start-up time.
+        module = importlib.import_module("app.observability.tracing")
         tracing: Tracing = module.Tracing(settings.trace_endpoint, settings.trace_sample_ratio)
     except ValueError as error:
         raise SettingsError(f"DTEM_TRACE_ENDPOINT={settings.trace_endpoint}: {error}") from error
     return tracing
 
 
-def _complete_document(app: FastAPI, keys: Keys) -> None:
-    """Add to the OpenAPI document the schemas that no route returns or reads as its model, and the keys if any."""
+def _extend_openapi(app: FastAPI, keys: Keys) -> None:
+    """Add the schemas that no route declares as its model, and the security schemes if keys are required."""
     describe = app.openapi
 
-    def describe_completely() -> dict[str, Any]:
+    def describe_extended() -> dict[str, Any]:
         schema = describe()
         components = schema.setdefault("components", {})
         for model in (Problem, InferRequest, RequestInput, RequestOutput):
             _add_schema(components.setdefault("schemas", {}), model)
-        if keys.are_needed:
+        if keys.are_required:
             components["securitySchemes"] = SECURITY_SCHEMES
             schema["security"] = [{name: []} for name in SECURITY_SCHEMES]
             for path in filter(is_open, schema["paths"]):
@@ -124,10 +123,11 @@ def _complete_document(app: FastAPI, keys: Keys) -> None:
                     operation["security"] = []
         return schema
 
-    app.openapi = describe_completely  # type: ignore[method-assign]
+    app.openapi = describe_extended  # type: ignore[method-assign]
 
 
 def _add_schema(schemas: dict[str, Any], model: type[BaseModel]) -> None:
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)  # each is added on its own
+    # The nested models are added separately.
+    schema.pop("$defs", None)
     schemas.setdefault(model.__name__, schema)

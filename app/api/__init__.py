@@ -1,1 +1,1 @@
-"""HTTP: routes, documents, and the boundary where errors become answers."""
+"""HTTP: routes, schemas, and the middleware around them."""

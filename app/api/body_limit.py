@@ -1,5 +1,7 @@
-"""Limits: bodies above the cap are refused, by their Content-Length at once and otherwise while they stream; and what
-all bodies inside hold together has a cap too, or slow senders of large ones would fill the memory.
+"""Body limit: caps the size of one request body, and of all bodies in flight together.
+
+A body is refused by its Content-Length before it is read, or while it streams. The second cap bounds the memory that
+many slow uploads of large bodies can hold.
 """
 
 import asyncio
@@ -14,43 +16,44 @@ DRAIN_SECONDS = 3.0
 
 
 class BodyLimit:
-    """Pure ASGI middleware; the application sees BodyTooLarge or QueueFull raised from `receive`, and renders it."""
+    """Pure ASGI middleware. The application sees BodyTooLarge or QueueFull raised from `receive`, and renders it."""
 
     def __init__(
         self, app: ASGIApp, max_body_bytes: int, max_in_flight_bytes: int, drain_seconds: float = DRAIN_SECONDS
     ) -> None:
         self._app, self._max_body_bytes, self._drain_seconds = app, max_body_bytes, drain_seconds
-        self._inside = _Inside(max_in_flight_bytes)
+        self._in_flight = _InFlight(max_in_flight_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _CountedBody(scope, receive, send, self._max_body_bytes, self._inside, self._drain_seconds)
+        body = _CountedBody(scope, receive, send, self._max_body_bytes, self._in_flight, self._drain_seconds)
         try:
             await self._app(scope, body.receive, body.send)
         finally:
-            body.leave()
+            body.release()
 
 
 @dataclass
-class _Inside:
-    """The bytes of all bodies that have come and were not answered yet."""
+class _InFlight:
+    """Bytes received for the requests that are not answered yet."""
 
     max_bytes: int
     n_bytes: int = 0
 
 
 class _CountedBody:
-    """One request's body: how much of it came, and whether that was too much."""
+    """The body of one request, counted as it is received."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, max_bytes: int, inside: _Inside, drain_seconds: float
+        self, scope: Scope, receive: Receive, send: Send, max_bytes: int, in_flight: _InFlight, drain_seconds: float
     ) -> None:
         self._receive, self._send = receive, send
-        self._max_bytes, self._inside, self._drain_seconds = max_bytes, inside, drain_seconds
+        self._max_bytes, self._in_flight, self._drain_seconds = max_bytes, in_flight, drain_seconds
         headers = dict(scope["headers"])
-        declared = headers.get(b"content-length", b"")  # the server has refused what is not a number
+        # The server has refused a length that is not a number.
+        declared = headers.get(b"content-length", b"")
         self._is_declared_too_large = declared.isdigit() and int(declared[:20]) > max_bytes
         self._n_bytes = self._n_kept = 0
         self._is_complete = False
@@ -63,19 +66,19 @@ class _CountedBody:
             message = await self._receive_counted()
             n_bytes = len(message.get("body", b""))
             self._n_kept += n_bytes
-            self._inside.n_bytes += n_bytes
+            self._in_flight.n_bytes += n_bytes
         if self._is_declared_too_large or self._n_bytes > self._max_bytes:
             self._is_refused = True
-            raise BodyTooLarge(f"The body has more than {self._max_bytes} bytes.", max_body_bytes=self._max_bytes)
-        if self._inside.n_bytes > self._inside.max_bytes:
+            raise BodyTooLarge(f"Request body exceeds {self._max_bytes} bytes.", max_body_bytes=self._max_bytes)
+        if self._in_flight.n_bytes > self._in_flight.max_bytes:
             self._is_refused = True
-            detail = f"The bodies inside hold more than {self._inside.max_bytes} bytes."
+            detail = f"Request bodies in flight exceed {self._in_flight.max_bytes} bytes."
             raise QueueFull(detail, retry_after_seconds=1)
         return message
 
-    def leave(self) -> None:
-        """Give back the room; what was swallowed after a refusal never took any."""
-        self._inside.n_bytes -= self._n_kept
+    def release(self) -> None:
+        """Subtract this body from the bytes in flight. Bytes discarded after a refusal were never added."""
+        self._in_flight.n_bytes -= self._n_kept
 
     async def _receive_counted(self) -> Message:
         message = await self._receive()
@@ -91,12 +94,13 @@ class _CountedBody:
             await self._send({**message, "headers": headers})
         else:
             await self._send({**message, "more_body": True})
-            await self._drain()
+            await self._discard_rest()
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _drain(self) -> None:
-        """Swallow what the caller is still sending, for a while: closing at once would reset the connection,
-        and many a client would never read the answer.
+    async def _discard_rest(self) -> None:
+        """Discard what the client still sends, for a limited time.
+
+        Closing at once would reset the connection, and many clients would never read the response.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_seconds):

@@ -1,6 +1,6 @@
-"""Boundary: every request comes in and every answer leaves through here. A request gets its id and shows its key;
-errors become problem documents, or under `/v2` what its protocol says; requests that classify are counted and logged;
-what was traced is sent.
+"""Boundary: the middleware that every request and response passes.
+
+It assigns the request id, checks the API key, renders errors, and records metrics, logs and traces.
 """
 
 import asyncio
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROTOCOL_PREFIX = "/v2"
-# Key in the ASGI scope, for a server that knows better when the request arrived: seconds of time.perf_counter.
+# Key in the ASGI scope with which a server can set the arrival time. Units: seconds of time.perf_counter.
 STARTED_AT = "dtem.started_at"
 UNAUTHORIZED = PROBLEMS[Unauthorized]
 
 
 class Boundary:
-    """Pure ASGI middleware. Only requests to the inference paths are counted."""
+    """Pure ASGI middleware. Only requests to inference paths are counted."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class Boundary:
             return
         started_at = scope.get(STARTED_AT, time.perf_counter())
         record = scope[RECORD] = RequestRecord(name_request(scope), started_at)
-        # Of HEAD the server leaves the body out: it looks at its own scope, not at this copy.
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        status = await self._answer(asked, receive, send, record)
+        # The server omits the body of a HEAD response: it reads its own scope, not this copy.
+        app_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        status = await self._respond(app_scope, receive, send, record)
         ended_at = time.perf_counter()
         is_inference = any(path.fullmatch(scope["path"]) for path in self._inference_paths)
         if is_inference:
@@ -82,11 +82,11 @@ class Boundary:
         is_notable = is_inference or status == UNAUTHORIZED[0]
         _log(logging.INFO if is_notable else logging.DEBUG, scope, record, status, ended_at, trace_id)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> int:
-        """Let the application answer, or answer for it. Returns the status."""
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> int:
+        """Run the application, and render the error that it raises. Returns the status."""
         status = 0
 
-        async def send_noting_status(message: Message) -> None:
+        async def send_recorded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -95,28 +95,29 @@ class Boundary:
 
         try:
             self._keys.require(scope)
-            await self._app(scope, receive, send_noting_status)
+            await self._app(scope, receive, send_recorded)
         except (Exception, asyncio.CancelledError) as error:
             known = _translate(error)
-            if status:  # half an answer is out: only a broken connection can tell
+            if status:
+                # The response has begun: only closing the connection can signal the error.
                 raise
             record.refusals.append(status_and_code(known)[1])
-            await render(known, scope["path"], record.request_id)(scope, receive, send_noting_status)
+            await render(known, scope["path"], record.request_id)(scope, receive, send_recorded)
         return status
 
 
 def _translate(error: BaseException) -> ServiceError:
-    """Find the words for an error; a request is cancelled by the server alone, at the end of draining."""
+    """Translate an exception. Only the server cancels a request, at the end of the drain."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, asyncio.CancelledError):
-        return ShuttingDown("The service ended before the answer was there.", retry_after_seconds=1)
+        return ShuttingDown("The service shut down before the request completed.", retry_after_seconds=1)
     logger.error("unexpected error", exc_info=error)
     return InternalError()
 
 
 def render(error: ServiceError, path: str, request_id: str) -> Response:
-    """Write an error down as those who ask under its path expect it."""
+    """Render an error in the format of its path: that of the protocol under `/v2`, else a problem document."""
     is_protocol = path == PROTOCOL_PREFIX or path.startswith(PROTOCOL_PREFIX + "/")
     return protocol_error_response(error) if is_protocol else problem_response(error, request_id=request_id)
 
@@ -140,16 +141,17 @@ def _log(level: int, scope: Scope, record: RequestRecord, status: int, ended_at:
 
 
 def translate_framework_errors(app: FastAPI) -> None:
-    """Turn the framework's own refusals into ours, so that there is one way out for all of them."""
+    """Translate the errors of the framework, so that the boundary renders all errors alike."""
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> NoReturn:
         path = echo(request.url.path)
         if error.status_code == 404:
-            raise UnknownPath(f"There is nothing at {path!r}.") from error
+            raise UnknownPath(f"No such path: {path!r}.") from error
         if error.status_code == 405:
             allow = (error.headers or {}).get("Allow")
-            raise MethodNotAllowed(f"{path!r} does not answer {echo(request.method)}.", allow=allow) from error
+            detail = f"Method {echo(request.method)} is not allowed for {path!r}."
+            raise MethodNotAllowed(detail, allow=allow) from error
         raise MalformedRequest(error.detail) from error
 
     @app.exception_handler(RequestValidationError)

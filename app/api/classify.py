@@ -1,4 +1,4 @@
-"""`POST /classify`: classify an image, or a form of several."""
+"""`POST /classify`: classify the image in the body, or the images of a form."""
 
 import time
 from typing import Any
@@ -38,7 +38,7 @@ IMAGE_TYPES = (
 )
 BODY = {
     "required": True,
-    "description": "the image itself, recognised by its bytes whatever the Content-Type, or a form with `file` parts",
+    "description": "an image, detected from its bytes regardless of Content-Type, or a form with `file` parts",
     "content": {**dict.fromkeys(IMAGE_TYPES, BINARY), "multipart/form-data": {"schema": FORM}},
 }
 SERVER_TIMING = {"Server-Timing": {"description": "the stages of `timings_ms`", "schema": {"type": "string"}}}
@@ -49,7 +49,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post(
         "/classify",
-        summary="Classify one image, or several",
+        summary="Classify images",
         response_model=Classification | Results,
         responses={
             200: {"headers": SERVER_TIMING},
@@ -58,9 +58,9 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": BODY, "parameters": describe_query(), **INFERENCE},
     )
     async def classify(request: Request) -> JSONResponse:
-        """The body is the image, or a multipart form with one or more parts named `file`: then a list comes back, in
-        which each file has its own result or its own problem. A rate `r` is used exactly as asked, or refused, unless
-        `allow_degrade` or `max_r` consents to a higher one under load.
+        """The body is an image, or a multipart form with one or more `file` parts. A form returns a list with the
+        result or the problem of each file. `r` is used exactly as given or refused; with `allow_degrade` or `max_r` a
+        higher rate may be used under load.
         """
         return await _classify(service, request, read_query(request))
 
@@ -87,11 +87,11 @@ async def _read_uploads(request: Request, boundary: bytes | None, max_files: int
     try:
         return [await read_image(request)] if boundary is None else await read_form(request, boundary, max_files)
     except ClientDisconnect as error:
-        raise ClientGone("The caller left before the body was complete.") from error
+        raise ClientGone("The client disconnected before the body was complete.") from error
 
 
 def _describe(outcome: Outcome, chosen: Selection, record: RequestRecord) -> dict[str, Any]:
-    """Raises: the outcome, if it is an error."""
+    """Raises: ServiceError, if that is the outcome."""
     if isinstance(outcome, ServiceError):
         # The boundary counts it.
         record.refusals.clear()

@@ -1,4 +1,4 @@
-"""`GET /docs`: Swagger UI. Its scripts come from a CDN, so it needs a browser with internet access."""
+"""`GET /docs`: Swagger UI. Its scripts are loaded from a CDN, so the browser needs internet access."""
 
 import base64
 import hashlib
@@ -16,7 +16,8 @@ INLINE_SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
 def make_router(title: str) -> APIRouter:
     router = APIRouter()
     page = get_swagger_ui_html(
-        openapi_url="openapi.json",  # relative: right behind a proxy's prefix too
+        # Relative, so that it also works behind the path prefix of a proxy.
+        openapi_url="openapi.json",
         title=title,
         swagger_js_url=f"{SWAGGER_UI}swagger-ui-bundle.js",
         swagger_css_url=f"{SWAGGER_UI}swagger-ui.css",
@@ -32,7 +33,7 @@ def make_router(title: str) -> APIRouter:
 
 
 def content_policy(page: str) -> str:
-    """Allow what the page is made of, and of inline scripts those that it has now, by their digests."""
+    """Make a policy that allows the resources of the page, and its inline scripts by their digests."""
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()) for script in INLINE_SCRIPT.findall(page)]
     scripts = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     return "; ".join(

@@ -1,4 +1,4 @@
-"""Headers: what a browser must not do with an answer. There is no CORS: no page of another origin may read one."""
+"""Headers: the security headers of every response. There is no CORS: other origins cannot read a response."""
 
 from starlette.types import Message
 
@@ -10,19 +10,19 @@ FIXED_HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
 ]
 CONTENT_POLICY = b"content-security-policy"
-NOTHING = (CONTENT_POLICY, b"default-src 'none'; frame-ancestors 'none'")
+DENY_ALL = (CONTENT_POLICY, b"default-src 'none'; frame-ancestors 'none'")
 NO_STORE = (b"cache-control", b"no-store")
 
 
 def server_headers(*, is_tls: bool) -> list[tuple[str, str]]:
-    """List what the server adds to every answer, its own refusals included."""
+    """List the headers that the server adds to every response, its own errors included."""
     hsts = ("Strict-Transport-Security", f"max-age={HSTS_SECONDS}")
     return [*FIXED_HEADERS, hsts] if is_tls else FIXED_HEADERS
 
 
 def with_headers(start: Message, request_id: str) -> Message:
-    """Add what the application says in every answer; a page that needs more than nothing has its own policy."""
+    """Add the headers of every response. A response that already has a content policy keeps it."""
     headers = [*start["headers"], NO_STORE, (b"x-request-id", request_id.encode("ascii"))]
     if not any(name == CONTENT_POLICY for name, _ in headers):
-        headers.append(NOTHING)
+        headers.append(DENY_ALL)
     return {**start, "headers": headers}

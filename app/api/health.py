@@ -1,4 +1,4 @@
-"""`GET /health/live`, `/health/ready` and `/metrics`: what orchestrators and Prometheus ask."""
+"""`GET /health/live`, `/health/ready` and `/metrics`, for orchestrators and Prometheus."""
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -13,7 +13,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get(
         "/health/live",
-        summary="The process runs, and its engine does not hang; otherwise it should be restarted",
+        summary="Liveness: the engine responds; if not, restart the process",
         responses=describe_problems(503),
     )
     async def show_liveness() -> Health:
@@ -22,7 +22,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get(
         "/health/ready",
-        summary="Requests are wanted: every model matched its golden outputs, the engine answers, nothing is draining",
+        summary="Readiness: models verified, engine responsive, not draining",
         responses=describe_problems(503),
     )
     async def show_readiness() -> Health:
@@ -31,7 +31,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get(
         "/metrics",
-        summary="Prometheus",
+        summary="Prometheus metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **describe_problems(401)},
     )

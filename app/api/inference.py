@@ -1,4 +1,4 @@
-"""Inference: what every route that runs a model has in common, whatever its protocol or task."""
+"""Inference: helpers shared by all routes that run a model, in any protocol and for any task."""
 
 import asyncio
 import re
@@ -16,7 +16,7 @@ from app.errors import ClientGone
 from app.observability.record import RequestRecord
 from app.store.selection import Selection
 
-# The mark of a route that runs a model, for its `openapi_extra`. Its requests are counted and logged.
+# Marks a route that runs a model, in its `openapi_extra`. Its requests are counted and logged.
 INFERENCE = {"x-inference": True}
 # Key in the ASGI scope: the request's record.
 RECORD = "dtem.record"
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def inference_paths(routes: Iterable[BaseRoute]) -> list[re.Pattern[str]]:
-    """List the paths of the routes that carry the mark `INFERENCE`."""
+    """List the paths of the routes that are marked with `INFERENCE`."""
     marked = [route for route in routes if isinstance(route, APIRoute) and route.openapi_extra]
     return [route.path_regex for route in marked if (route.openapi_extra or {}).items() >= INFERENCE.items()]
 
@@ -45,29 +45,29 @@ async def read_body(request: Request) -> bytes:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, and cancel it if the client disconnects first.
+    """Await the work, and cancel it if the client disconnects first.
 
     Raises: ClientGone.
     """
-    task, is_gone = asyncio.current_task(), False
+    task, has_disconnected = asyncio.current_task(), False
     assert task is not None
 
     async def watch() -> None:
-        nonlocal is_gone
+        nonlocal has_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        is_gone = True
+        has_disconnected = True
         task.cancel()
 
     watching = asyncio.ensure_future(watch())
     try:
         return await work
     except asyncio.CancelledError as error:
-        if not is_gone:
-            # The server is ending.
+        if not has_disconnected:
+            # The server is shutting down.
             raise
         task.uncancel()
-        raise ClientGone("The client disconnected before the answer.") from error
+        raise ClientGone("The client disconnected before the response.") from error
     finally:
         watching.cancel()
 
@@ -80,5 +80,5 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def server_timing(record: RequestRecord) -> dict[str, str]:
-    """Make the header with the duration of each stage. Units: ms."""
+    """Make the Server-Timing header. Units: ms."""
     return {"Server-Timing": ", ".join(f"{name};dur={value}" for name, value in record.durations_ms().items())}

@@ -1,4 +1,4 @@
-"""Keys: who may call. Without keys everyone may; with them, everything but health and the documentation needs one."""
+"""Keys: API keys. If any are set, every path except health and documentation requires one."""
 
 import hashlib
 import hmac
@@ -10,14 +10,16 @@ from starlette.types import Scope
 from app.errors import SettingsError, Unauthorized
 from app.settings import Settings
 
-WELL_FORMED = re.compile(r"[!-+\--~]+")  # visible ASCII without the comma: what fits into a header and into the list
-OPEN_PREFIXES = ("/health/", "/v2/health/")  # orchestrators have no key
+# Visible ASCII without the comma: valid in a header and in a comma-separated list.
+WELL_FORMED = re.compile(r"[!-+\--~]+")
+# Probes of orchestrators send no key.
+OPEN_PREFIXES = ("/health/", "/v2/health/")
 OPEN_PATHS = ("/docs", "/openapi.json")
 REALM = 'Bearer realm="dtem-serve"'
 
 
 class Keys:
-    """Keeps digests: they are of one length, so a comparison tells nothing, and a dump of memory not much."""
+    """Stores only digests. They have equal length, so comparing them reveals nothing about a key by its timing."""
 
     def __init__(self, keys: list[str]) -> None:
         self._digests = [_digest(key.encode("ascii")) for key in keys]
@@ -26,23 +28,23 @@ class Keys:
         return f"<Keys n={len(self._digests)}>"
 
     @property
-    def are_needed(self) -> bool:
+    def are_required(self) -> bool:
         return bool(self._digests)
 
     def require(self, scope: Scope) -> None:
-        """Let a request through, or refuse it before its body is read.
+        """Check the key of a request, before its body is read.
 
         Raises: Unauthorized.
         """
-        if not self.are_needed or is_open(scope["path"]):
+        if not self.are_required or is_open(scope["path"]):
             return
-        offered = offered_keys(scope)
-        if not offered:
-            raise Unauthorized("Send a key as `Authorization: Bearer <key>` or `X-API-Key: <key>`.", REALM)
-        digests = [_digest(key) for key in offered]
+        given = list_keys(scope)
+        if not given:
+            raise Unauthorized("Missing API key: send `Authorization: Bearer <key>` or `X-API-Key: <key>`.", REALM)
+        digests = [_digest(key) for key in given]
         matches = [hmac.compare_digest(digest, known) for digest in digests for known in self._digests]
         if not any(matches):
-            raise Unauthorized("This key is not known here.", f'{REALM}, error="invalid_token"')
+            raise Unauthorized("Unknown API key.", f'{REALM}, error="invalid_token"')
 
 
 def _digest(key: bytes) -> bytes:
@@ -53,8 +55,8 @@ def is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
-def offered_keys(scope: Scope) -> list[bytes]:
-    """List the keys in a request's headers."""
+def list_keys(scope: Scope) -> list[bytes]:
+    """List the keys in the headers of a request."""
     keys: list[bytes] = []
     for name, value in scope["headers"]:
         if name == b"x-api-key":
@@ -67,9 +69,9 @@ def offered_keys(scope: Scope) -> list[bytes]:
 
 
 def read_keys(settings: Settings) -> Keys:
-    """Read the keys that callers may use.
+    """Read the API keys from the settings.
 
-    Raises: SettingsError for a file without keys, or a key that no header can carry; it never says the key.
+    Raises: SettingsError for a file without keys or a malformed key. The message never contains a key.
     """
     if settings.api_key_file is not None:
         lines = _read_lines(settings.api_key_file)
@@ -88,12 +90,12 @@ def _read_lines(path: Path) -> list[str]:
         raise SettingsError(f"DTEM_API_KEY_FILE={path}: {error.strerror or error}") from error
 
 
-def _require_well_formed(words: list[str], where: str) -> list[str]:
-    keys = [word.strip() for word in words]
+def _require_well_formed(texts: list[str], where: str) -> list[str]:
+    keys = [text.strip() for text in texts]
     if not keys:
-        raise SettingsError(f"{where}: there is no key in it")
+        raise SettingsError(f"{where}: contains no key")
     for place, key in enumerate(keys, 1):
         if not WELL_FORMED.fullmatch(key):
-            reason = "is empty" if not key else "has other characters than visible ASCII without commas"
+            reason = "is empty" if not key else "must be visible ASCII without spaces or commas"
             raise SettingsError(f"{where}: key {place} of {len(keys)} {reason}")
     return keys

@@ -1,4 +1,4 @@
-"""`GET /models`: what there is to choose from, and what each choice costs and is worth."""
+"""`GET /models`: the variants of each model, with cost, accuracy and measured latency."""
 
 from fastapi import APIRouter, Depends
 
@@ -26,7 +26,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get(
         "/models",
-        summary="All models, with every variant",
+        summary="List models and their variants",
         responses=describe_problems(401, 422, 503),
         dependencies=[Depends(accept_parameters())],
     )
@@ -38,7 +38,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get(
         "/models/{name}",
-        summary="One model, with every variant",
+        summary="Get a model and its variants",
         responses=describe_problems(401, 404, 422, 503),
         dependencies=[Depends(accept_parameters("version"))],
     )

@@ -1,4 +1,4 @@
-"""Parameters: a query parameter that does not exist, or is there twice, is refused and never ignored."""
+"""Parameters: reads query parameters. Unknown and duplicate ones are refused, never ignored."""
 
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -15,17 +15,18 @@ def read_parameters(request: Request, accepted: Collection[str]) -> dict[str, st
     found = dict(given)
     for name in found:
         if name not in accepted:
-            detail = f"There is no parameter {echo(name)!r}."
+            detail = f"Unknown parameter {echo(name)!r}."
             raise UnknownParameter(detail, field=echo(name), accepted=list(accepted))
     if len(found) < len(given):
         names = [name for name, _ in given]
         name = next(name for name in names if names.count(name) > 1)
-        raise DuplicateParameter(f"{name} is there {names.count(name)} times.", field=name)
+        detail = f"Parameter {name!r} is given {names.count(name)} times; expected once."
+        raise DuplicateParameter(detail, field=name)
     return found
 
 
 def accept_parameters(*accepted: str) -> Callable[[Request], Awaitable[None]]:
-    """Make a dependency that lets these parameters through, each at most once."""
+    """Make a dependency that accepts only these parameters, each at most once."""
 
     async def check(request: Request) -> None:
         read_parameters(request, accepted)
@@ -34,7 +35,7 @@ def accept_parameters(*accepted: str) -> Callable[[Request], Awaitable[None]]:
 
 
 def read_query(request: Request) -> Query:
-    """Read what a request asks for. The framework would take a tenth of the whole answer's time for it.
+    """Read a query without FastAPI's validation, which would take a tenth of the response time.
 
     Raises: UnknownParameter, DuplicateParameter.
     """
@@ -42,7 +43,7 @@ def read_query(request: Request) -> Query:
 
 
 def describe_query() -> list[dict[str, Any]]:
-    """Describe the parameters of a query for the OpenAPI document."""
+    """Describe the query parameters for OpenAPI."""
     schemas = Query.model_json_schema()["properties"]
     return [
         {

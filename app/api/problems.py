@@ -1,7 +1,7 @@
-"""Problems: errors as HTTP answers.
+"""Problems: errors as HTTP responses.
 
-RFC 9457 problem documents: `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
-Under `/v2` what the Open Inference Protocol says: `{"error": "..."}`.
+RFC 9457 problem documents with `type`, `title`, `status`, `detail`, a stable `code`, and extension members.
+Under `/v2` the format of the Open Inference Protocol: `{"error": "..."}`.
 """
 
 import json
@@ -16,7 +16,7 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 def problem_document(error: ServiceError) -> dict[str, Any]:
-    """Describe an error; the type is `about:blank`, so the title is the status' own phrase (RFC 9457, 4.2.1)."""
+    """Describe an error. The type is `about:blank`, so the title is the phrase of the status (RFC 9457, 4.2.1)."""
     status, code = status_and_code(error)
     title = HTTPStatus(status).phrase if status in set(HTTPStatus) else "Client Closed Request"
     base = {"type": "about:blank", "title": title, "status": status, "detail": error.detail, "code": code}
@@ -24,19 +24,19 @@ def problem_document(error: ServiceError) -> dict[str, Any]:
 
 
 def problem_response(error: ServiceError, **members: Any) -> Response:
-    """Render an error; the further members are of this answer alone, where several may share the error."""
+    """Render an error. The extra members belong to this response; several responses may share the error."""
     document = {**problem_document(error), **members}
-    # ASCII only: a lone surrogate in a caller's words must not break the answer about it.
+    # ASCII only: a lone surrogate in client text cannot be encoded as UTF-8.
     content = json.dumps(document, ensure_ascii=True, allow_nan=False).encode("ascii")
     return Response(content, document["status"], headers=error.headers, media_type=PROBLEM_MEDIA_TYPE)
 
 
 def protocol_error_response(error: ServiceError) -> Response:
-    """Render an error as the Open Inference Protocol does, which has one text and no members beside it."""
+    """Render an error for the Open Inference Protocol, which has only a text: what is accepted is appended to it."""
     known = {name: error.members.get(name) for name in ("accepted", "minimum", "maximum")}
     if isinstance(known["accepted"], list):
         known["accepted"] = ", ".join(map(str, known["accepted"]))
     text = " ".join([error.detail, *(f"{name.capitalize()}: {value}." for name, value in known.items() if value)])
     content = json.dumps({"error": text}, ensure_ascii=True).encode("ascii")
-    # To the letter "application/json": KServe's client looks into no other type for the reason.
+    # Exactly "application/json": KServe's client reads the text of no other type.
     return Response(content, status_and_code(error)[0], headers=error.headers, media_type="application/json")

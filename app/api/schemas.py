@@ -1,4 +1,4 @@
-"""Documents: the JSON that the service answers with, and how OpenAPI describes it."""
+"""Schemas: the JSON of the responses, and its OpenAPI description."""
 
 import datetime
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from app.api.problems import PROBLEM_MEDIA_TYPE
 
 
 class Problem(BaseModel):
-    """RFC 9457. Further members say which field was refused, its value, and what is accepted."""
+    """RFC 9457 problem. Extra members may name the refused field, its value, and what is accepted."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -17,8 +17,8 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
-    code: str = Field(description="stable name of the problem, for programs")
-    request_id: str | None = Field(default=None, description="as in X-Request-ID and in the log; not in a file's own")
+    code: str = Field(description="stable, machine-readable name of the problem")
+    request_id: str | None = Field(default=None, description="as in X-Request-ID and the log; absent for a single file")
 
 
 class Prediction(BaseModel):
@@ -33,7 +33,7 @@ class ModelName(BaseModel):
 
 
 class MeasuredAccuracy(BaseModel):
-    """Top-1 as measured when the model was exported."""
+    """Top-1 accuracy, measured when the model was exported."""
 
     top1: float
     ci95: tuple[float, float]
@@ -44,7 +44,7 @@ class MeasuredAccuracy(BaseModel):
 
 
 class TimingsMs(BaseModel):
-    """Units: ms. `total` runs from the last byte of the body to the answer; the others are this image's own."""
+    """Units: ms. `total` is from the last byte of the body to the response; the others are of this image."""
 
     decode: float
     queue: float
@@ -53,17 +53,17 @@ class TimingsMs(BaseModel):
 
 
 class Classification(BaseModel):
-    """The most probable classes of an image, and what it took to find them."""
+    """The most probable classes of an image, and their cost."""
 
     predictions: list[Prediction]
     model: ModelName
     policy: str
-    r: int | None = Field(description="null where the policy adapts to the image")
-    gmacs: float = Field(description="what this image took")
+    r: int | None = Field(description="null for a policy that adapts to the image")
+    gmacs: float = Field(description="cost of this image")
     accuracy: MeasuredAccuracy | None
-    tokens: list[int] = Field(description="of this image: entering each block, and how many are left at the end")
-    batch_size: int = Field(description="images that ran together, of however many requests")
-    degraded: bool = Field(description="whether the load made it cheaper than it would have been on an idle device")
+    tokens: list[int] = Field(description="tokens entering each block, then tokens left at the end; of this image")
+    batch_size: int = Field(description="images in the batch, from any number of requests")
+    degraded: bool = Field(description="whether load caused a cheaper variant to run than on an idle device")
     timings_ms: TimingsMs
 
 
@@ -76,13 +76,13 @@ class FileProblem(Problem):
 
 
 class Results(BaseModel):
-    """One item per file, in the order of the form: its classification or its own problem."""
+    """The classification or the problem of each file, in the order of the form."""
 
     results: list[FileClassification | FileProblem]
 
 
 class LatencyMs(BaseModel):
-    """Units: ms of inference for one image alone, on this host, of the latest `n` runs."""
+    """Inference latency of batches of one image on this host, over the latest `n` runs. Units: ms."""
 
     last: float
     median: float
@@ -90,14 +90,14 @@ class LatencyMs(BaseModel):
 
 
 class RunMs(BaseModel):
-    """Units: ms that a run of so many images is expected to take on this host, at the present load."""
+    """Expected duration of a batch of this size on this host, at the present load. Units: ms."""
 
     batch_size: int
     expected: float
 
 
 class GmacsSpread(BaseModel):
-    """Percentiles over the images that accuracy was measured on."""
+    """Percentiles over the images on which accuracy was measured."""
 
     p5: float
     p95: float
@@ -106,17 +106,17 @@ class GmacsSpread(BaseModel):
 class VariantDocument(BaseModel):
     id: str
     policy: str
-    r: int | None = Field(description="null where the policy adapts to the image")
+    r: int | None = Field(description="null for a policy that adapts to the image")
     format: str
     precision: str
     gmacs: float
-    gmacs_spread: GmacsSpread | None = Field(description="where token counts depend on the image")
+    gmacs_spread: GmacsSpread | None = Field(description="null unless token counts depend on the image")
     tokens: list[int]
     schedule: list[int]
     data_dependent: bool = Field(
         description="whether token counts depend on the image; then `gmacs`, `tokens` and `schedule` are means"
     )
-    promise: str | None = Field(description="what an image's answer owes to the others of its batch")
+    promise: str | None = Field(description="how a result depends on the other images in the batch")
     accuracy: MeasuredAccuracy | None
     latency_ms: LatencyMs | None
     run_ms: list[RunMs]
@@ -144,7 +144,7 @@ class ModelDocument(BaseModel):
 
 
 class ModelsDocument(BaseModel):
-    """All versions of all models; `default` is what a request without `model` and `version` gets."""
+    """All versions of all models. `default` serves requests that name no model."""
 
     default: ModelName
     models: list[ModelDocument]
@@ -155,20 +155,20 @@ class Health(BaseModel):
 
 
 def describe_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Document that a route answers with problems of these statuses."""
+    """Document the problem responses of a route."""
     content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": DESCRIPTIONS[status], "content": content} for status in statuses}
 
 
 DESCRIPTIONS = {
-    400: "The body or the image is malformed",
-    401: "The service has keys, and the request has none of them",
-    404: "There is no such model or version",
+    400: "Malformed body or image",
+    401: "Missing or unknown API key",
+    404: "Unknown model or version",
     413: "Too many bytes, pixels or files",
-    415: "Not an image that is read here",
-    422: "A query parameter or a form part cannot be used; `accepted` lists what can",
-    429: "The queue is full, or the deadline cannot be met; come back after Retry-After seconds",
-    500: "The service failed; the reason is in its log",
-    503: "The models are still being loaded, the service is draining, or its engine has stalled",
-    504: "The deadline is past",
+    415: "Unsupported image format or Content-Encoding",
+    422: "Invalid parameter or form part; `accepted` lists the valid values",
+    429: "Queue full, or deadline cannot be met; retry after Retry-After seconds",
+    500: "Internal error; the cause is in the service log",
+    503: "Models still loading, service draining, or engine stalled",
+    504: "Deadline passed",
 }

@@ -1,4 +1,4 @@
-"""Uploads: the files in a request's body, which is one image or a multipart form of them."""
+"""Uploads: reads a request body that is an image, or a multipart form of images."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ FILE_PART = "file"
 
 @dataclass
 class Upload:
-    """One file. The name is what the caller says it is, and is only ever said back."""
+    """One file. The filename is client text: it is returned in the response, and not used otherwise."""
 
     filename: str | None = None
     chunks: list[bytes] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Upload:
 
 
 def form_boundary(content_type: str | None) -> bytes | None:
-    """Return the boundary of a multipart form, or None if the body is no form.
+    """Return the boundary of a multipart form, or None if the body is not a form.
 
     Raises: MalformedBody for a form without a boundary.
     """
@@ -32,15 +32,15 @@ def form_boundary(content_type: str | None) -> bytes | None:
     if media_type != b"multipart/form-data":
         return None
     if not options.get(b"boundary"):
-        raise MalformedBody("multipart/form-data needs a boundary in the Content-Type.")
+        raise MalformedBody("Content-Type multipart/form-data has no boundary.")
     return options[b"boundary"]
 
 
 async def read_image(request: Request) -> Upload:
-    """Read a body that is an image, whatever its Content-Type says."""
+    """Read a body that is an image, regardless of its Content-Type."""
     upload = Upload(chunks=[chunk async for chunk in request.stream() if chunk])
     if not upload.chunks:
-        raise MalformedBody("The body is empty; send an image, or a form with `file` parts.")
+        raise MalformedBody("Empty request body; send an image, or a form with `file` parts.")
     return upload
 
 
@@ -56,16 +56,16 @@ async def read_form(request: Request, boundary: bytes, max_files: int) -> list[U
             parser.write(chunk)
         parser.finalize()
     except FormParserError as error:
-        raise MalformedBody(f"The form cannot be read: {echo(str(error))}") from error
+        raise MalformedBody(f"Malformed multipart form: {echo(str(error))}") from error
     if not form.is_complete:
-        raise MalformedBody("The form is cut off before its last boundary.")
+        raise MalformedBody("Truncated multipart form: the closing boundary is missing.")
     if not form.uploads:
         raise MissingFile("The form has no part named `file`.", field=FILE_PART)
     return form.uploads
 
 
 class _Form:
-    """What the parser's callbacks collect."""
+    """The callbacks of the parser, and what they collect."""
 
     def __init__(self, max_files: int) -> None:
         self.uploads: list[Upload] = []
@@ -94,7 +94,7 @@ class _Form:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if name != FILE_PART:
-            detail = f"There is a part named {echo(name)!r}; parts are named {FILE_PART!r}."
+            detail = f"Unknown form part {echo(name)!r}; parts must be named {FILE_PART!r}."
             raise UnknownPart(detail, field=echo(name), accepted=[FILE_PART])
         if len(self.uploads) == self._max_files:
             detail = f"The form has more than {self._max_files} files."

@@ -80,7 +80,7 @@ def test_a_later_signal_ends_it_at_once_with_status_one(store: Path, tmp_path: P
                 server.process.wait(0.2)
         assert server.process.returncode == 1
         assert 1 <= time.monotonic() - started_at < 15  # of the 20 that the request would have had
-        assert "a second signal" in server.log
+        assert "second signal: exiting without draining" in server.log
 
 
 def test_what_was_killed_starts_again_on_its_port(store: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_bad_tls_files_stop_the_start(store: Path, tmp_path: Path) -> None:
     other = make_certificate(tmp_path, "other")[1]
     for wrong, words in (
         (tmp_path / "nowhere", "No such file"),
-        (other, "not the certificate's"),
+        (other, "the key does not match the certificate"),
         (encrypt_key(key), "passphrase"),
     ):
         status, errors = run_failing(model_store=store, port=0, tls_certificate=certificate, tls_key=wrong)

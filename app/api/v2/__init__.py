@@ -1,1 +1,1 @@
-"""The Open Inference Protocol v2 over HTTP, binary tensors included: `tritonclient` and KServe clients, unchanged."""
+"""The Open Inference Protocol v2 over HTTP, with binary tensors, for `tritonclient` and KServe clients."""

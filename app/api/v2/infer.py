@@ -1,4 +1,4 @@
-"""Infer: the way of one inference request, from its bytes to the answer's."""
+"""Infer: one inference request, from its bytes to those of the response."""
 
 import asyncio
 import time
@@ -21,18 +21,18 @@ from app.store.catalogue import ServedModel
 from app.store.selection import select
 
 T = TypeVar("T")
-# What takes longer than about a millisecond is done in a thread: the event loop serves everyone.
+# Larger ones take more than about a millisecond and run in a thread, so as not to block the event loop.
 LARGE_BYTES = 20_000
 LARGE_NUMBERS = 1_000
 
 
-class Inferrer:
+class InferHandler:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.statistics = Statistics()
 
     async def infer(self, request: Request, model: ServedModel) -> Response:
-        """Answer a request, and count it.
+        """Answer a request, and add it to the statistics.
 
         Raises: ServiceError.
         """
@@ -52,14 +52,14 @@ class Inferrer:
         encoding = read_encoding(request.headers.get("content-encoding"))
         body = await read_body(request)
         started_at = time.perf_counter()
-        asked = await self._parse(body, encoding, request.headers.get(HEADER_LENGTH), model)
-        chosen = select(self._service.require_ready(), asked.query)
+        parsed = await self._parse(body, encoding, request.headers.get(HEADER_LENGTH), model)
+        chosen = select(self._service.require_ready(), parsed.query)
         note_selection(record, chosen)
-        outcomes = await while_connected(request, self._service.infer(chosen, asked.images, record))
+        outcomes = await while_connected(request, self._service.infer(chosen, parsed.images, record))
         record.total_seconds = time.perf_counter() - started_at
         results = _require_all(outcomes, record)
-        is_slow = count_json_numbers(asked, len(model.manifest.labels)) > LARGE_NUMBERS
-        rendered = await _run(is_slow, lambda: render_response(asked, results, model.manifest, record))
+        is_slow = count_json_numbers(parsed, len(model.manifest.labels)) > LARGE_NUMBERS
+        rendered = await _run(is_slow, lambda: render_response(parsed, results, model.manifest, record))
         return rendered, results
 
     async def _parse(self, body: bytes, encoding: str, header: str | None, model: ServedModel) -> InferenceRequest:
@@ -70,20 +70,20 @@ class Inferrer:
 
 
 def _require_all(outcomes: Sequence[Outcome], record: RequestRecord) -> list[ImageResult]:
-    """Return the results, if every image has one: the protocol has no room for one image's own error.
+    """Return the results. The protocol has no error for a single image, so one error fails the request.
 
-    Raises: the first error, with the place of its image.
+    Raises: ServiceError, the first one, with the index of its image.
     """
-    for place, outcome in enumerate(outcomes):
+    for index, outcome in enumerate(outcomes):
         if isinstance(outcome, ServiceError):
             # The boundary counts it.
             record.refusals.clear()
-            raise outcome.about(f"Image {place}")
+            raise outcome.about(f"Image {index}")
     return [outcome for outcome in outcomes if isinstance(outcome, ImageResult)]
 
 
 async def _compress(rendered: Rendered, request: Request, record: RequestRecord) -> Response:
-    """Encode an answer as its caller asks; the length of the JSON is that before compression."""
+    """Compress a response as the client accepts. The header with the JSON length counts uncompressed bytes."""
     headers = {**rendered.headers, **server_timing(record), "Vary": "Accept-Encoding"}
     encoding = choose_encoding(request.headers.get("accept-encoding"))
     if encoding == IDENTITY:

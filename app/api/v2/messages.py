@@ -1,4 +1,4 @@
-"""Documents: the JSON of the protocol, as OpenAPI describes it; a request's JSON is held to its model here."""
+"""Messages: the JSON of the protocol. Requests are validated against these models."""
 
 from typing import Annotated, Any, Literal
 
@@ -36,7 +36,7 @@ class ModelNames(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """-1 in a shape is the number of images."""
+    """In a shape, -1 stands for the number of images."""
 
     name: str
     datatype: str
@@ -47,7 +47,7 @@ class ModelMetadata(BaseModel):
     name: str
     versions: list[str]
     platform: str
-    inputs: list[TensorMetadata] = Field(description="give one of them")
+    inputs: list[TensorMetadata] = Field(description="provide exactly one of them")
     outputs: list[TensorMetadata]
 
 
@@ -56,7 +56,7 @@ class Reshape(BaseModel):
 
 
 class InputConfig(BaseModel):
-    """One of the inputs has to be there, so each alone is optional."""
+    """Each input is optional, but one of them is required."""
 
     name: str
     data_type: str
@@ -82,7 +82,7 @@ class VersionPolicy(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """What of Triton's model configuration applies here."""
+    """The part of Triton's model configuration that applies to this service."""
 
     name: str
     platform: str
@@ -101,7 +101,7 @@ class IndexEntry(BaseModel):
 
 
 class Envelope(BaseModel):
-    """Members that are not named here are not looked at, as the protocol lets it grow."""
+    """Unknown members are ignored, because the protocol allows extensions."""
 
     model_config = ConfigDict(strict=True)
 
@@ -110,9 +110,9 @@ class RequestInput(Envelope):
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] | None = Field(default=None, description="`binary_data_size` where the data is binary")
+    parameters: dict[str, Any] | None = Field(default=None, description="`binary_data_size`, if the data is binary")
     data: Annotated[Any, SkipValidation] = Field(
-        default=None, description="numbers, flat or nested as `shape` says; or encoded images, each a string of base64"
+        default=None, description="integers, flat or nested as `shape`; or image files, each a base64 string"
     )
 
 
@@ -125,26 +125,28 @@ class InferRequest(Envelope):
     id: str | None = None
     parameters: dict[str, Any] | None = Field(
         default=None,
-        description="what `/classify` takes as its query, and `binary_data_output`",
+        description="the query parameters of `/classify`, and `binary_data_output`",
         examples=[{"r": 8}],
     )
     inputs: list[RequestInput] = Field(
-        description="one tensor: pixels, or encoded images", json_schema_extra={"minItems": 1, "maxItems": 1}
+        description="one tensor: pixels or image files", json_schema_extra={"minItems": 1, "maxItems": 1}
     )
-    outputs: list[RequestOutput] | None = Field(default=None, description="default: all of them")
+    outputs: list[RequestOutput] | None = Field(default=None, description="default: all outputs")
 
 
 class ResponseOutput(BaseModel):
     name: str
     datatype: str
     shape: list[int]
-    parameters: Parameters | None = Field(default=None, description="`binary_data_size` where the data is binary")
-    data: list[float | int | str] | None = Field(default=None, description="flat, row by row")
+    parameters: Parameters | None = Field(default=None, description="`binary_data_size`, if the data is binary")
+    data: list[float | int | str] | None = Field(default=None, description="flat, in row-major order")
 
 
 class InferResponse(BaseModel):
     id: str | None = None
     model_name: str
     model_version: str
-    parameters: Parameters = Field(description="what ran: policy, r, GMACs, measured top-1, batch size, timings in ms")
+    parameters: Parameters = Field(
+        description="policy and r that ran, GMACs, measured top-1, batch size, timings in ms"
+    )
     outputs: list[ResponseOutput]

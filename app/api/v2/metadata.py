@@ -1,4 +1,4 @@
-"""Metadata: what there is to infer with, in the words of the protocol and of Triton's model configuration."""
+"""Metadata: describes server and models, for the protocol and as Triton's model configuration."""
 
 from app.api.v2.messages import (
     InputConfig,
@@ -19,7 +19,7 @@ from app.store.manifest import Manifest
 
 ANY_NUMBER = -1
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "parameters", "statistics"]
-# One value per image, which `dims` alone cannot express.
+# One value per image. Triton does not allow empty `dims`.
 PER_IMAGE = Reshape(shape=[])
 
 

@@ -32,7 +32,7 @@ class OutputTensor:
 
 
 def list_outputs(manifest: Manifest) -> list[OutputTensor]:
-    """List the outputs of a model: those of its task, and what each image kept and cost."""
+    """List the outputs of a model: those of its task, and the tokens and cost of each image."""
     n_counts = manifest.architecture.depth + 1
     return [
         *TASKS[manifest.task](manifest),
@@ -45,7 +45,7 @@ def _list_classify(manifest: Manifest) -> list[OutputTensor]:
     labels, shape = manifest.labels, (len(manifest.labels),)
 
     def label(results: Results) -> NDArray[Any]:
-        return np.array([labels[place] for place in _logits(results).argmax(axis=1)], dtype=object)
+        return np.array([labels[index] for index in _logits(results).argmax(axis=1)], dtype=object)
 
     def probabilities(results: Results) -> NDArray[Any]:
         return softmax(_logits(results)).astype(np.float32)
@@ -71,7 +71,7 @@ def classify_rows(values: NDArray[np.float32], n_classes: int, labels: Sequence[
     """
     best = np.argsort(-values, axis=1, kind="stable")[:, :n_classes]
     rows = [
-        [f"{row[place]:f}:{place}:{labels[place]}" for place in places]
-        for row, places in zip(values, best, strict=True)
+        [f"{row[index]:f}:{index}:{labels[index]}" for index in indices]
+        for row, indices in zip(values, best, strict=True)
     ]
     return np.array(rows, dtype=object)

@@ -1,4 +1,4 @@
-"""Parameters: what a request asks for besides its tensors, in the words of `selection.Query`. Pure functions."""
+"""Parameters: translates the parameters of a request to a `selection.Query`. Pure functions."""
 
 import math
 from collections.abc import Mapping
@@ -11,60 +11,61 @@ BINARY_OUTPUT = "binary_data_output"
 TIMEOUT = "timeout"
 DEADLINE = "deadline_ms"
 IN_THE_PATH = ("model", "version")
-PER_OUTPUT = "top_k"  # is `classification` of a requested output here
+# Replaced by `classification` of a requested output.
+PER_OUTPUT = "top_k"
 SELECTORS = [name for name in Query.model_fields if name not in (*IN_THE_PATH, PER_OUTPUT)]
 ACCEPTED = [*SELECTORS, BINARY_OUTPUT, TIMEOUT]
-# Triton's own, which its clients send at these values when they mean nothing by them.
+# Parameters of Triton that are not supported. Its clients send them with a null value when they are not used.
 RESERVED = {
-    "sequence_id": "the models keep no state between requests",
-    "sequence_start": "the models keep no state between requests",
-    "sequence_end": "the models keep no state between requests",
-    "priority": "all requests wait in one queue",
+    "sequence_id": "models are stateless",
+    "sequence_start": "models are stateless",
+    "sequence_end": "models are stateless",
+    "priority": "requests have no priorities",
 }
-MEANS_NOTHING = (0, "", False)
+NULL_VALUES = (0, "", False)
 MICROSECONDS_PER_MS = 1000
 
 
 def read_query(parameters: Mapping[str, Any], model: str, version: str) -> Query:
-    """Turn a request's parameters into what `/classify` would have been asked.
+    """Return the query with which `/classify` would select the same variant.
 
     Raises: UnknownParameter, InvalidParameter.
     """
-    words: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for name, value in parameters.items():
-        if name in RESERVED and value in MEANS_NOTHING:
+        if name in RESERVED and value in NULL_VALUES:
             continue
         _require_known(name)
         if name == TIMEOUT:
-            words |= _read_timeout(value, parameters)
+            texts |= _read_timeout(value, parameters)
         elif name != BINARY_OUTPUT:
-            words[name] = write_word(name, value)
-    return Query(**{**words, "model": model, "version": version})
+            texts[name] = format_value(name, value)
+    return Query(**{**texts, "model": model, "version": version})
 
 
 def _require_known(name: str) -> None:
     if name in RESERVED:
-        raise UnknownParameter(f"parameters.{name} has no meaning here: {RESERVED[name]}.", field=name)
+        raise UnknownParameter(f"Unsupported parameter {name!r}: {RESERVED[name]}.", field=name)
     if name not in ACCEPTED:
-        detail = f"There is no parameter {echo(name)!r}."
+        detail = f"Unknown parameter {echo(name)!r}."
         raise UnknownParameter(detail, field=echo(name), accepted=ACCEPTED)
 
 
 def _read_timeout(value: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Read Triton's timeout, in microseconds, as a deadline; 0 is none."""
+    """Translate Triton's timeout to a deadline; 0 means none. Units: microseconds."""
     if type(value) is not int or value < 0:
-        detail = f"parameters.timeout={echo(str(value))} is not a whole number of microseconds."
+        detail = f"parameters.timeout={echo(str(value))} is not a non-negative integer, in microseconds."
         raise InvalidParameter(detail, field=TIMEOUT, value=echo(str(value)))
     if value == 0:
         return {}
     _require_known(DEADLINE)
     if DEADLINE in parameters:
-        raise InvalidParameter("parameters.timeout and parameters.deadline_ms say the same; give one.", field=TIMEOUT)
-    return {DEADLINE: write_word(TIMEOUT, value / MICROSECONDS_PER_MS)}
+        raise InvalidParameter("parameters.timeout and parameters.deadline_ms are mutually exclusive.", field=TIMEOUT)
+    return {DEADLINE: format_value(TIMEOUT, value / MICROSECONDS_PER_MS)}
 
 
-def write_word(name: str, value: Any) -> str:
-    """Write a value as it would stand in a query: 8, 8.0 and "8" are the same rate.
+def format_value(name: str, value: Any) -> str:
+    """Format a value as in a URL query: 8, 8.0 and "8" are the same rate.
 
     Raises: InvalidParameter.
     """
@@ -76,7 +77,7 @@ def write_word(name: str, value: Any) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
-    detail = f"parameters.{echo(name)}={echo(repr(value))} is not a number, a string, true or false."
+    detail = f"parameters.{echo(name)}={echo(repr(value))} is not a number, string or boolean."
     raise InvalidParameter(detail, field=echo(name), value=echo(repr(value)))
 
 

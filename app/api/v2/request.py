@@ -1,4 +1,4 @@
-"""Request: the bytes of an inference request become images, a query and the outputs that are wanted. Pure functions."""
+"""Request: parses an inference request to images, a query and the requested outputs. Pure functions."""
 
 import json
 import math
@@ -20,14 +20,15 @@ from app.store.manifest import Manifest
 from app.store.selection import Query
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-BINARY, CLASSIFICATION = "binary_data", "classification"  # parameters of a requested output
+# Parameters of a requested output.
+BINARY, CLASSIFICATION = "binary_data", "classification"
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 MAX_DIGITS = 20
 
 
 @dataclass(frozen=True)
-class WantedOutput:
-    """n_classes: with Triton's `classification`, how many classes to return instead of the tensor."""
+class RequestedOutput:
+    """n_classes: with Triton's `classification`, the number of classes to return instead of the tensor."""
 
     output: OutputTensor
     is_binary: bool
@@ -39,23 +40,24 @@ class InferenceRequest:
     id: str | None
     images: Sequence[bytes | Pixels]
     query: Query
-    outputs: tuple[WantedOutput, ...]
+    outputs: tuple[RequestedOutput, ...]
 
 
 def parse_request(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> InferenceRequest:
-    """Read a request's body, which is not compressed any more.
+    """Parse a decompressed request body.
 
-    header_length: the header that says where the JSON ends and binary data begins, if there is one.
+    header_length: the header with the length of the JSON, if the body also has binary data.
     Raises: MalformedTensor, TooManyFiles, UnknownParameter, InvalidParameter.
     """
     n_json = measure_json(body, header_length)
     manifest = model.manifest
-    if header_length is not None and n_json == 0:  # the binary extension's raw request: the body is one element
+    if header_length is not None and n_json == 0:
+        # A raw request of the binary extension: the body is one element.
         return _wrap_file(body, manifest)
     envelope = _read_envelope(_read_json(body[:n_json]))
     if len(envelope.inputs) != 1:
         accepted = [manifest.input.name, "image"]
-        raise MalformedTensor(f"inputs has {len(envelope.inputs)} tensors; give one.", accepted=accepted)
+        raise MalformedTensor(f"inputs has {len(envelope.inputs)} tensors; expected one.", accepted=accepted)
     parameters = envelope.parameters or {}
     return InferenceRequest(
         envelope.id,
@@ -66,14 +68,14 @@ def parse_request(body: bytes, header_length: str | None, model: ServedModel, ma
 
 
 def measure_json(body: bytes, header_length: str | None) -> int:
-    """Return how many bytes of a body are JSON: all, if no header says otherwise.
+    """Return the number of bytes of JSON in a body: all of them without the header.
 
     Raises: MalformedTensor.
     """
     if header_length is None:
         return len(body)
     if not WHOLE_NUMBER.fullmatch(header_length) or int(header_length) > len(body):
-        detail = f"{HEADER_LENGTH}: {echo(header_length)} is not a number of bytes from 0 to the body's {len(body)}."
+        detail = f"{HEADER_LENGTH}: {echo(header_length)} is not an integer from 0 to {len(body)}, the body size."
         raise MalformedTensor(detail)
     return int(header_length)
 
@@ -84,20 +86,20 @@ def _wrap_file(body: bytes, manifest: Manifest) -> InferenceRequest:
 
 
 def _read_json(data: bytes) -> Any:
-    """Read JSON as RFC 8259 has it, which knows no NaN.
+    """Parse JSON according to RFC 8259, which excludes NaN.
 
-    The hooks are Python, so that a thread that reads millions of numbers lets the others run.
+    The hooks are in Python, because the C parser alone would hold the GIL for millions of numbers.
     """
     try:
         return json.loads(
             data.decode("utf-8"), parse_int=_read_integer, parse_float=_read_fraction, parse_constant=_refuse_number
         )
     except UnicodeDecodeError as error:
-        raise MalformedTensor(f"The JSON is not UTF-8: {error.reason} at byte {error.start}.") from error
+        raise MalformedTensor(f"Invalid JSON: not UTF-8, {error.reason} at byte {error.start}.") from error
     except json.JSONDecodeError as error:
-        raise MalformedTensor(f"The JSON cannot be read: {error.msg} at character {error.pos}.") from error
+        raise MalformedTensor(f"Invalid JSON: {error.msg} at character {error.pos}.") from error
     except RecursionError as error:
-        raise MalformedTensor("The JSON is nested too deeply.") from error
+        raise MalformedTensor("Invalid JSON: nested too deeply.") from error
 
 
 def _read_integer(text: str) -> int:
@@ -110,7 +112,7 @@ def _read_fraction(text: str) -> float:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise MalformedTensor(f"The JSON has {echo(text)}, which is no number that is read here.")
+    raise MalformedTensor(f"Invalid JSON: unsupported number {echo(text)}.")
 
 
 def _read_envelope(document: Any) -> InferRequest:
@@ -118,53 +120,52 @@ def _read_envelope(document: Any) -> InferRequest:
         return InferRequest.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        value = "" if first["type"] == "missing" else f" {echo(repr(first['input']))}"
-        raise MalformedTensor(f"The request{place and ': ' + echo(place)}{value}: {first['msg']}.") from error
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        value = "" if first["type"] == "missing" else f"={echo(repr(first['input']))}"
+        raise MalformedTensor(f"Invalid request: {echo(path) or 'body'}{value}: {first['msg']}.") from error
 
 
 def read_outputs(
-    wanted: Sequence[RequestOutput] | None, manifest: Manifest, is_binary: bool
-) -> tuple[WantedOutput, ...]:
-    """Return the outputs that are asked for; without any all that there are, as the protocol says.
+    requested: Sequence[RequestOutput] | None, manifest: Manifest, is_binary: bool
+) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs; all outputs if none are requested, as the protocol requires.
 
     Raises: MalformedTensor, UnknownParameter, InvalidParameter.
     """
     known = {output.name: output for output in list_outputs(manifest)}
-    if not wanted:
-        return tuple(WantedOutput(output, is_binary) for output in known.values())
-    for place, output in enumerate(wanted):
+    if not requested:
+        return tuple(RequestedOutput(output, is_binary) for output in known.values())
+    for index, output in enumerate(requested):
         if output.name not in known:
-            raise MalformedTensor(f"There is no output {echo(output.name)!r}.", accepted=list(known))
-        if output.name in [other.name for other in wanted[:place]]:
-            raise MalformedTensor(f"outputs has {output.name!r} more than once.")
-    return tuple(_read_output(output, known, manifest, is_binary) for output in wanted)
+            raise MalformedTensor(f"Unknown output {echo(output.name)!r}.", accepted=list(known))
+        if output.name in [other.name for other in requested[:index]]:
+            raise MalformedTensor(f"Duplicate output {output.name!r}.")
+    return tuple(_read_output(output, known, manifest, is_binary) for output in requested)
 
 
 def _read_output(
     output: RequestOutput, known: Mapping[str, OutputTensor], manifest: Manifest, is_binary: bool
-) -> WantedOutput:
+) -> RequestedOutput:
     parameters = output.parameters or {}
     for name in parameters:
         if name not in (BINARY, CLASSIFICATION):
-            detail = f"Output {output.name!r}: there is no parameter {echo(name)!r}."
+            detail = f"Output {output.name!r}: unknown parameter {echo(name)!r}."
             raise UnknownParameter(detail, field=echo(name), accepted=[BINARY, CLASSIFICATION])
     n_classes = parameters.get(CLASSIFICATION)
     if n_classes is not None:
         _require_classes(known[output.name], n_classes, known, manifest)
-    return WantedOutput(known[output.name], read_flag(parameters, BINARY, is_binary), n_classes)
+    return RequestedOutput(known[output.name], read_flag(parameters, BINARY, is_binary), n_classes)
 
 
 def _require_classes(
     output: OutputTensor, n_classes: Any, known: Mapping[str, OutputTensor], manifest: Manifest
 ) -> None:
     if not output.is_classifiable:
-        detail = f"Output {output.name!r} cannot be answered as a classification."
+        detail = f"Output {output.name!r} does not support classification."
         accepted = [other.name for other in known.values() if other.is_classifiable]
         raise InvalidParameter(detail, field=CLASSIFICATION, accepted=accepted)
-    most = len(manifest.labels)
-    if type(n_classes) is not int or not 1 <= n_classes <= most:
-        detail = (
-            f"Output {output.name!r}: classification={echo(repr(n_classes))} is not a whole number from 1 to {most}."
-        )
-        raise InvalidParameter(detail, field=CLASSIFICATION, value=echo(repr(n_classes)))
+    n_labels = len(manifest.labels)
+    if type(n_classes) is not int or not 1 <= n_classes <= n_labels:
+        value = echo(repr(n_classes))
+        detail = f"Output {output.name!r}: classification={value} is not an integer from 1 to {n_labels}."
+        raise InvalidParameter(detail, field=CLASSIFICATION, value=value)

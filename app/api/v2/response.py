@@ -1,4 +1,4 @@
-"""Response: what ran and what came out, as JSON with binary tensors behind it where they were asked for. Pure."""
+"""Response: the outputs as JSON, followed by the outputs requested as binary. Pure functions."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from app.api.v2.outputs import DATATYPES, Results, classify_rows
-from app.api.v2.request import HEADER_LENGTH, InferenceRequest, WantedOutput
+from app.api.v2.request import HEADER_LENGTH, InferenceRequest, RequestedOutput
 from app.api.v2.tensors import BINARY_SIZE, LENGTH
 from app.observability.record import RequestRecord
 from app.store.manifest import Manifest
@@ -31,13 +31,13 @@ class Tensor:
 
 
 def count_json_numbers(request: InferenceRequest, n_classes: int) -> int:
-    """Estimate how many numbers a response writes as JSON."""
+    """Estimate the number of JSON numbers in a response."""
     n_columns = sum(n_classes for output in request.outputs if not output.is_binary and output.n_classes is None)
     return n_columns * len(request.images)
 
 
 def render_response(request: InferenceRequest, results: Results, manifest: Manifest, record: RequestRecord) -> Rendered:
-    tensors = [_make_tensor(wanted, results, manifest.labels) for wanted in request.outputs]
+    tensors = [_make_tensor(requested, results, manifest.labels) for requested in request.outputs]
     binaries = [_write_binary(tensor.values) if tensor.is_binary else None for tensor in tensors]
     document = {
         **({} if request.id is None else {"id": request.id}),
@@ -46,7 +46,7 @@ def render_response(request: InferenceRequest, results: Results, manifest: Manif
         "parameters": describe_run(results, record),
         "outputs": [_describe(tensor, binary) for tensor, binary in zip(tensors, binaries, strict=True)],
     }
-    # Piece by piece in Python, so that a thread that writes thousands of numbers lets the others run.
+    # Encoded in Python, because the C encoder would hold the GIL for thousands of numbers.
     head = "".join(json.JSONEncoder(allow_nan=False).iterencode(document)).encode("ascii")
     if binaries == [None] * len(binaries):
         return Rendered(head, {"Content-Type": JSON})
@@ -55,9 +55,9 @@ def render_response(request: InferenceRequest, results: Results, manifest: Manif
 
 
 def describe_run(results: Results, record: RequestRecord) -> dict[str, Any]:
-    """Say what ran, in the numbers and strings that the protocol has room for; what does not apply is left out.
+    """Describe what ran. The protocol allows no null, so that what does not apply is omitted.
 
-    The load may spread the images of a request over variants: then `r` and accuracy are those of the cheapest.
+    Under load the images of a request may run as several variants; `r` and accuracy are those of the cheapest.
     """
     spec = min((result.variant.spec for result in results), key=lambda spec: spec.gmacs)
     described = {
@@ -73,11 +73,11 @@ def describe_run(results: Results, record: RequestRecord) -> dict[str, Any]:
     return {name: value for name, value in described.items() if value is not None}
 
 
-def _make_tensor(wanted: WantedOutput, results: Results, labels: Sequence[str]) -> Tensor:
-    values = wanted.output.compute(results)
-    if wanted.n_classes is not None:
-        values = classify_rows(values, wanted.n_classes, labels)
-    return Tensor(wanted.output.name, values, wanted.is_binary)
+def _make_tensor(requested: RequestedOutput, results: Results, labels: Sequence[str]) -> Tensor:
+    values = requested.output.compute(results)
+    if requested.n_classes is not None:
+        values = classify_rows(values, requested.n_classes, labels)
+    return Tensor(requested.output.name, values, requested.is_binary)
 
 
 def _describe(tensor: Tensor, binary: bytes | None) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _describe(tensor: Tensor, binary: bytes | None) -> dict[str, Any]:
 
 
 def _write_binary(values: NDArray[Any]) -> bytes:
-    """Little-endian and row by row; each string with its length before it."""
+    """Encode as little-endian, in row-major order; each string is preceded by its length."""
     if values.dtype.kind != "O":
         return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     texts = [text.encode() for text in values.ravel()]

@@ -1,4 +1,4 @@
-"""Routes under `/v2`: what there is, whether it is ready, and inference with it."""
+"""Routes under `/v2`: metadata, health, statistics and inference."""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated
@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from app.api.inference import INFERENCE
 from app.api.parameters import accept_parameters
 from app.api.schemas import DESCRIPTIONS
-from app.api.v2.infer import Inferrer
+from app.api.v2.infer import InferHandler
 from app.api.v2.messages import (
     IndexEntry,
     InferResponse,
@@ -31,20 +31,21 @@ from app.store.catalogue import ServedModel
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 REQUEST_BODY = {
     "required": True,
-    "description": "JSON; with Inference-Header-Content-Length, JSON of that length and binary tensors behind it",
+    "description": "JSON; with Inference-Header-Content-Length, JSON of that length followed by binary tensors",
     "content": {
         "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
         "application/octet-stream": BINARY,
     },
 }
-UNDOCUMENTED = (405, 499)  # belongs to other methods; nobody is there to read it
+# 405 is of other methods, and 499 reaches no client.
+UNDOCUMENTED = (405, 499)
 INFER_STATUSES = sorted({status for status, _ in PROBLEMS.values()} - set(UNDOCUMENTED))
 Find = Callable[..., Awaitable[ServedModel]]
 
 
 def make_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"], dependencies=[Depends(accept_parameters())])
-    inferrer = Inferrer(service)
+    handler = InferHandler(service)
 
     async def find_newest(name: str) -> ServedModel:
         return service.require_ready().find(name, None)
@@ -53,63 +54,63 @@ def make_router(service: Service) -> APIRouter:
         return service.require_ready().find(name, version)
 
     _add_server_routes(router, service)
-    _add_statistics_of_all(router, service, inferrer)
+    _add_overall_statistics(router, service, handler)
     finders: dict[str, Find] = {"/models/{name}": find_newest, "/models/{name}/versions/{version}": find_version}
     for path, find in finders.items():
         _add_model_routes(router, service, path, find)
-        _add_inference_routes(router, service, inferrer, path, find)
+        _add_inference_routes(router, service, handler, path, find)
     return router
 
 
 def _add_server_routes(router: APIRouter, service: Service) -> None:
-    @router.get("", summary="Name, version and extensions of the server", responses=describe_errors(401, 422))
+    @router.get("", summary="Server name, version and extensions", responses=describe_errors(401, 422))
     async def show_server(request: Request) -> ServerMetadata:
         return describe_server(request.app.version)
 
-    @router.get("/health/live", summary="The engine does not hang", responses=describe_errors(422, 503))
+    @router.get("/health/live", summary="Liveness", responses=describe_errors(422, 503))
     async def show_liveness() -> Live:
         service.require_alive()
         return Live(live=True)
 
-    @router.get("/health/ready", summary="Every model is ready for inference", responses=describe_errors(422, 503))
+    @router.get("/health/ready", summary="Readiness", responses=describe_errors(422, 503))
     async def show_readiness() -> Ready:
         service.require_accepting()
         return Ready(ready=True)
 
-    @router.get("/models", summary="Names of the models", responses=describe_errors(401, 422, 503))
+    @router.get("/models", summary="List model names", responses=describe_errors(401, 422, 503))
     async def list_models() -> ModelNames:
         return ModelNames(models=sorted(service.require_ready().models))
 
-    @router.post("/repository/index", summary="Every version of every model", responses=describe_errors(401, 422, 503))
+    @router.post("/repository/index", summary="List all model versions", responses=describe_errors(401, 422, 503))
     async def list_repository() -> list[IndexEntry]:
         manifests = [model.manifest for model in service.require_ready().all_models()]
         return [IndexEntry(name=item.name, version=item.version, state="READY", reason="") for item in manifests]
 
 
-def _add_statistics_of_all(router: APIRouter, service: Service, inferrer: Inferrer) -> None:
-    """Add what has to come before the models' own routes, which would take it for a model's name."""
+def _add_overall_statistics(router: APIRouter, service: Service, handler: InferHandler) -> None:
+    """Add the route that must precede `/models/{name}`, which would match it."""
 
     @router.get("/models/stats", summary="Statistics of all models", responses=describe_errors(401, 422, 503))
     async def show_statistics() -> AllStatistics:
         manifests = [model.manifest for model in service.require_ready().all_models()]
-        return inferrer.statistics.describe(manifests)
+        return handler.statistics.describe(manifests)
 
 
 def _add_model_routes(router: APIRouter, service: Service, path: str, find: Find) -> None:
     errors = describe_errors(401, 404, 422, 503)
 
-    @router.get(path, summary="Inputs and outputs of a model", responses=errors)
+    @router.get(path, summary="Model inputs and outputs", responses=errors)
     async def show_model(model: Annotated[ServedModel, Depends(find)]) -> ModelMetadata:
         versions = list_versions(service.require_ready(), model.manifest.name)
         return describe_model(model.manifest, versions, service.settings.engine)
 
-    @router.get(f"{path}/ready", summary="A model is ready for inference", responses=errors)
+    @router.get(f"{path}/ready", summary="Model readiness", responses=errors)
     async def show_model_readiness(model: Annotated[ServedModel, Depends(find)]) -> ModelReady:
         return ModelReady(name=model.manifest.name, ready=True)
 
     @router.get(
         f"{path}/config",
-        summary="A model in the words of Triton's configuration",
+        summary="Triton model configuration",
         response_model_exclude_none=True,
         responses=errors,
     )
@@ -117,16 +118,16 @@ def _add_model_routes(router: APIRouter, service: Service, path: str, find: Find
         return configure_model(model.manifest, service.settings.engine, service.settings.max_files)
 
 
-def _add_inference_routes(router: APIRouter, service: Service, inferrer: Inferrer, path: str, find: Find) -> None:
+def _add_inference_routes(router: APIRouter, service: Service, handler: InferHandler, path: str, find: Find) -> None:
     @router.get(
         f"{path}/stats",
-        summary="Statistics of a version, or of all versions of a model",
+        summary="Model statistics",
         responses=describe_errors(401, 404, 422, 503),
     )
     async def show_statistics(request: Request, model: Annotated[ServedModel, Depends(find)]) -> AllStatistics:
         versions = service.require_ready().models[model.manifest.name]
         chosen = [model] if "version" in request.path_params else [versions[number] for number in sorted(versions)]
-        return inferrer.statistics.describe([item.manifest for item in chosen])
+        return handler.statistics.describe([item.manifest for item in chosen])
 
     @router.post(
         f"{path}/infer",
@@ -139,10 +140,10 @@ def _add_inference_routes(router: APIRouter, service: Service, inferrer: Inferre
         openapi_extra={"requestBody": REQUEST_BODY, **INFERENCE},
     )
     async def infer(request: Request, model: Annotated[ServedModel, Depends(find)]) -> Response:
-        """One input, either pixels or image files; `docs/open-inference-protocol.md` shows each way of writing it."""
-        return await inferrer.infer(request, model)
+        """Takes one input, pixels or image files. `docs/open-inference-protocol.md` has examples of each format."""
+        return await handler.infer(request, model)
 
 
 def describe_errors(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """Document that a route answers with the protocol's errors of these statuses."""
+    """Document the error responses of a route."""
     return {status: {"description": DESCRIPTIONS[status], "model": ProtocolError} for status in statuses}

@@ -1,4 +1,4 @@
-"""Statistics: what came by this protocol since the start, as Triton's clients ask for it. Prometheus has the whole."""
+"""Statistics: Triton's statistics of the requests under `/v2` since start. Prometheus covers all requests."""
 
 import time
 from collections import Counter, defaultdict
@@ -11,7 +11,8 @@ from app.observability.record import ImageResult, RequestRecord
 from app.store.manifest import Manifest
 
 NS_PER_SECOND, NS_PER_MS, MS_PER_SECOND = 1_000_000_000, 1_000_000, 1000
-STAGES = {"queue": "queue", "compute_input": "decode", "compute_infer": "inference"}  # theirs: ours
+# Triton's names to ours.
+STAGES = {"queue": "queue", "compute_input": "decode", "compute_infer": "inference"}
 
 
 class Duration(BaseModel):
@@ -46,7 +47,8 @@ class AllStatistics(BaseModel):
 class Tally:
     last_ms: int = 0
     n_images: int = 0
-    n_runs: float = 0.0  # a run that is shared counts by its share
+    # A batch shared with other requests counts in proportion.
+    n_batches: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     ns: Counter[str] = field(default_factory=Counter)
 
@@ -66,12 +68,13 @@ class Statistics:
         tally = self._tallies[manifest.name, manifest.version]
         tally.last_ms = int(time.time() * MS_PER_SECOND)
         tally.n_images += len(results)
-        tally.n_runs += sum(1 / item.batch_size for item in results)
+        tally.n_batches += sum(1 / item.batch_size for item in results)
         durations = record.durations_ms()
         tally.add("success", int(durations["total"] * NS_PER_MS))
-        for theirs, ours in STAGES.items():
-            tally.add(theirs, int(durations[ours] * NS_PER_MS))
-        tally.add("compute_output", 0)  # is within the inference
+        for triton_name, stage in STAGES.items():
+            tally.add(triton_name, int(durations[stage] * NS_PER_MS))
+        # Included in the inference.
+        tally.add("compute_output", 0)
 
     def add_failure(self, manifest: Manifest, seconds: float) -> None:
         self._tallies[manifest.name, manifest.version].add("fail", int(seconds * NS_PER_SECOND))
@@ -86,7 +89,7 @@ class Statistics:
             version=manifest.version,
             last_inference=tally.last_ms,
             inference_count=tally.n_images,
-            execution_count=round(tally.n_runs),
+            execution_count=round(tally.n_batches),
             inference_stats=InferStatistics(**{name: tally.duration(name) for name in InferStatistics.model_fields}),
             batch_stats=[],
         )

@@ -93,7 +93,7 @@ def test_read_keys_takes_a_file(tmp_path: Path) -> None:
 
 
 def test_read_keys_without_a_setting_needs_none() -> None:
-    assert not read_keys(Settings()).are_needed
+    assert not read_keys(Settings()).are_required
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_document_says_how_to_send_a_key(make_client: ClientFactory) -> None
     assert "security" not in document.json()["paths"]["/classify"]["post"]
 
 
-def test_the_document_has_no_keys_where_none_are_needed(make_client: ClientFactory) -> None:
+def test_the_document_has_no_keys_where_none_are_required(make_client: ClientFactory) -> None:
     document = make_client().get("/openapi.json").json()
     assert "security" not in document
     assert "securitySchemes" not in document["components"]

@@ -55,8 +55,14 @@ def test_open_tls_without_files_is_plain_http() -> None:
         (lambda files: (truncated(files[0]), files[1]), ["DTEM_TLS_CERTIFICATE=", "cannot be used"]),
         (lambda files: (files[0], truncated(files[1])), ["DTEM_TLS_KEY=", "cannot be used"]),
         (lambda files: (files[0], encrypt_key(files[1])), ["DTEM_TLS_KEY=", "passphrase"]),
-        (lambda files: (files[0], make_certificate(files[0].parent, "other")[1]), ["DTEM_TLS_KEY=", "not the cert"]),
-        (lambda files: (files[0], make_certificate(files[0].parent, "o", "rsa")[1]), ["DTEM_TLS_KEY=", "not the cert"]),
+        (
+            lambda files: (files[0], make_certificate(files[0].parent, "other")[1]),
+            ["DTEM_TLS_KEY=", "does not match the certificate"],
+        ),
+        (
+            lambda files: (files[0], make_certificate(files[0].parent, "o", "rsa")[1]),
+            ["DTEM_TLS_KEY=", "does not match the certificate"],
+        ),
     ],
 )
 def test_open_tls_refuses_in_one_clear_line(files: Files, change: Callable[[Files], Files], words: list[str]) -> None:
