@@ -15,7 +15,7 @@ from app.errors import (
 @pytest.mark.parametrize(
     "error", [InferenceFailed(), NotAnImage("No image.", accepted=["PNG"]), QueueFull("Full.", retry_after_seconds=3)]
 )
-def test_an_error_about_one_image_leaves_the_error_as_it_was(error: ServiceError) -> None:
+def test_about_leaves_the_original_error_unchanged(error: ServiceError) -> None:
     before = problem_document(error)
     named = error.about("Image 2").about("Request 1")
     assert named.detail == f"Request 1: Image 2: {before['detail']}"
@@ -24,7 +24,7 @@ def test_an_error_about_one_image_leaves_the_error_as_it_was(error: ServiceError
     assert problem_document(error) == before
 
 
-def test_an_error_of_the_protocol_is_one_text_with_what_is_accepted() -> None:
+def test_protocol_error_appends_what_is_accepted() -> None:
     response = protocol_error_response(NotAnImage("No \ud800 image.", accepted=["JPEG", "PNG"]))
     assert json.loads(bytes(response.body)) == {"error": "No \ud800 image. Accepted: JPEG, PNG."}
     response = protocol_error_response(QueueFull("Full.", retry_after_seconds=3))

@@ -1,4 +1,4 @@
-"""A stand-in for an OpenTelemetry collector: takes OTLP over HTTP, and shows the spans."""
+"""Collector: a fake OpenTelemetry collector that receives OTLP over HTTP and keeps the spans."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +11,7 @@ PATH = "/v1/traces"
 
 
 class Collector:
-    """Listens on a free port until the block is left."""
+    """Listens on a free port until the context exits."""
 
     def __init__(self) -> None:
         self.services: set[str] = set()
@@ -22,7 +22,7 @@ class Collector:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.path == PATH and self.headers["Content-Type"] == "application/x-protobuf":
-                    collector.take(ExportTraceServiceRequest.FromString(body))
+                    collector.add(ExportTraceServiceRequest.FromString(body))
                     self.send_response(200)
                 else:
                     self.send_response(400)
@@ -36,7 +36,7 @@ class Collector:
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}{PATH}"
 
-    def take(self, request: ExportTraceServiceRequest) -> None:
+    def add(self, request: ExportTraceServiceRequest) -> None:
         for resource_spans in request.resource_spans:
             self.services |= {
                 item.value.string_value for item in resource_spans.resource.attributes if item.key == "service.name"

@@ -16,7 +16,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
-    """The service as a process; for modules that carry `on_both`, on a Ray cluster as well."""
+    """The service as a process, and in modules marked with `on_both` also on a Ray cluster."""
     if getattr(request, "param", "process") == "ray":
         yield request.getfixturevalue("ray_server")
         return

@@ -14,21 +14,23 @@ from tests.integration.server import Server, wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 SECONDS = 60
-N_BEFORE = 200  # requests answered before the signal
+# Requests answered before the signal.
+N_BEFORE = 200
 HEAD = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PNG)}\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_a_signal_under_load_loses_no_request(store: Path, tmp_path: Path, is_kept: bool) -> None:
+def test_signal_under_load_loses_no_request(store: Path, tmp_path: Path, is_kept: bool) -> None:
     with Server(store, tmp_path / "log") as server, Load(server.port, PNG, n_clients=16, is_kept=is_kept) as load:
         wait_until(lambda: load.outcomes[200] >= N_BEFORE)
         assert server.stop() == 0
-        load.join()  # each ends when it can connect no more
+        # Each client stops once it can no longer connect.
+        load.join()
     assert set(load.outcomes) == {200}, load.outcomes
     assert "Traceback" not in server.log
 
 
-def test_a_grace_serves_on_while_not_ready(store: Path, tmp_path: Path) -> None:
+def test_grace_period_serves_while_not_ready(store: Path, tmp_path: Path) -> None:
     with (
         Server(store, tmp_path / "log", drain_grace_seconds=2) as server,
         Load(server.port, PNG, n_clients=4, is_kept=True) as load,
@@ -45,20 +47,20 @@ def test_a_grace_serves_on_while_not_ready(store: Path, tmp_path: Path) -> None:
 
 
 def begin_request(server: Server) -> socket.socket:
-    """Send all of a request but its end, and return when the server has seen that much."""
-    wire = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-    wire.sendall(HEAD + PNG[:10])
+    """Send a request except its end, and return once the server has read it."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+    connection.sendall(HEAD + PNG[:10])
     server.ask("GET", "/health/live")
-    return wire
+    return connection
 
 
-def test_two_signals_at_once_are_one(store: Path, tmp_path: Path) -> None:
-    with Server(store, tmp_path / "log") as server, begin_request(server) as wire:
+def test_simultaneous_signals_count_as_one(store: Path, tmp_path: Path) -> None:
+    with Server(store, tmp_path / "log") as server, begin_request(server) as connection:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             server.process.send_signal(number)
         wait_until(lambda: is_closed(server.port))
-        wire.sendall(PNG[10:])
-        response = http.client.HTTPResponse(wire)
+        connection.sendall(PNG[10:])
+        response = http.client.HTTPResponse(connection)
         response.begin()
         assert response.status == 200
         assert server.process.wait(SECONDS) == 0
@@ -71,7 +73,7 @@ def is_closed(port: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_later_signal_ends_it_at_once_with_status_one(store: Path, tmp_path: Path, number: int) -> None:
+def test_second_signal_exits_immediately_with_status_one(store: Path, tmp_path: Path, number: int) -> None:
     with Server(store, tmp_path / "log") as server, begin_request(server):
         started_at = time.monotonic()
         while server.process.poll() is None:
@@ -79,11 +81,12 @@ def test_a_later_signal_ends_it_at_once_with_status_one(store: Path, tmp_path: P
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.process.wait(0.2)
         assert server.process.returncode == 1
-        assert 1 <= time.monotonic() - started_at < 15  # of the 20 that the request would have had
+        # The drain would take up to 20 s.
+        assert 1 <= time.monotonic() - started_at < 15
         assert "second signal: exiting without draining" in server.log
 
 
-def test_what_was_killed_starts_again_on_its_port(store: Path, tmp_path: Path) -> None:
+def test_killed_server_restarts_on_the_same_port(store: Path, tmp_path: Path) -> None:
     left = tmp_path / "tmp"
     left.mkdir()
     before = sorted(path for path in store.rglob("*"))

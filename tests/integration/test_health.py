@@ -21,7 +21,7 @@ SECONDS = 60
 
 
 def make_hanging_graph(r: int) -> onnx.ModelProto:
-    """Make the graph of a rate that counts to 2 ** 40 for a white image, and for others not at all."""
+    """Make a graph that counts to 2 ** 40 for a white image, and runs normally for others."""
     model = make_graph(r)
     product = next(node for node in model.graph.node if node.output[0] == "product")
     product.output[0] = "before"
@@ -40,10 +40,10 @@ def make_hanging_graph(r: int) -> onnx.ModelProto:
         helper.make_node("ReduceMean", ["scaled"], ["brightness"], keepdims=0),
         helper.make_node("Floor", ["brightness"], ["is_white"]),
         helper.make_node("Cast", ["is_white"], ["once"], to=TensorProto.INT64),
-        helper.make_node("Mul", ["once", "for_ever"], ["times"]),
+        helper.make_node("Mul", ["once", "n_iterations"], ["times"]),
         helper.make_node("Loop", ["times", "", "before"], ["product"], body=body),
     ]
-    model.graph.initializer.append(numpy_helper.from_array(np.array(2**40, np.int64), "for_ever"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2**40, np.int64), "n_iterations"))
     place = list(model.graph.node).index(product) + 1
     rest = list(model.graph.node)[place:]
     del model.graph.node[place:]
@@ -51,7 +51,7 @@ def make_hanging_graph(r: int) -> onnx.ModelProto:
     return model
 
 
-def test_a_run_that_hangs_turns_the_process_red_and_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+def test_hanging_batch_fails_the_probes_and_does_not_block_the_exit(tmp_path: Path) -> None:
     folder = write_store(tmp_path)
     (folder / "tome-r8.onnx").write_bytes(make_hanging_graph(8).SerializeToString())
     renew_digests(folder)
@@ -66,7 +66,8 @@ def test_a_run_that_hangs_turns_the_process_red_and_does_not_keep_it_from_ending
         for method, path, body in (("GET", "/health/ready", None), ("POST", "/classify", PNG)):
             status, answer = server.ask(method, path, body)
             assert (status, json.loads(answer)["code"]) == (503, "engine_stalled")
-        response = http.client.HTTPResponse(hung)  # whoever was inside is not left waiting
+        # The request in flight is answered, not left hanging.
+        response = http.client.HTTPResponse(hung)
         response.begin()
         assert (response.status, json.loads(response.read())["code"]) == (503, "engine_stalled")
         started_at = time.monotonic()

@@ -12,20 +12,24 @@ from tests.integration.server import Address, on_both
 
 PNG = encode(make_photo(8, 8), "PNG")
 SECONDS = 60
-LIMIT = 1_000_000  # of the fixture
+# `max_body_bytes` of the fixture.
+LIMIT = 1_000_000
 pytestmark = on_both
 
 
-def record(server: Address, data: bytes, *more: bytes, is_half_closed: bool = False) -> bytes:
-    """Send bytes as they are, and read until the server closes; half-closed, the server knows that no more comes."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as wire:
+def send_raw(server: Address, data: bytes, *more: bytes, is_half_closed: bool = False) -> bytes:
+    """Send raw bytes, and read until the server closes the connection.
+
+    is_half_closed: whether to signal the end of the data.
+    """
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
         answer = b""
         try:
             for piece in (data, *more):
-                wire.sendall(piece)
+                connection.sendall(piece)
             if is_half_closed:
-                wire.shutdown(socket.SHUT_WR)
-            while chunk := wire.recv(65536):
+                connection.shutdown(socket.SHUT_WR)
+            while chunk := connection.recv(65536):
                 answer += chunk
         except OSError:
             pass
@@ -37,7 +41,7 @@ def status_of(answer: bytes) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _answers_the_next_good_image(server: Address) -> object:
+def _next_good_image_is_answered(server: Address) -> object:
     yield
     status, body = server.ask("POST", "/classify?r=16", PNG)
     assert status == 200, body
@@ -70,71 +74,72 @@ def _answers_the_next_good_image(server: Address) -> object:
     ],
 )
 def test_broken_requests_never_get_a_5xx(server: Address, request_bytes: bytes) -> None:
-    answer = record(server, request_bytes, is_half_closed=True)
+    answer = send_raw(server, request_bytes, is_half_closed=True)
     assert not answer or status_of(answer) < 500, answer
     assert "Traceback" not in server.log
 
 
-def test_a_chunked_body_is_classified(server: Address) -> None:
+def test_chunked_body_is_classified(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunks = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (PNG[:7], PNG[7:])]
-    assert status_of(record(server, head, *chunks, b"0\r\n\r\n")) == 200
+    assert status_of(send_raw(server, head, *chunks, b"0\r\n\r\n")) == 200
 
 
-def test_a_chunked_body_is_cut_off_at_the_cap(server: Address) -> None:
+def test_chunked_body_is_refused_at_the_limit(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     piece = b"%x\r\n%s\r\n" % (100_000, bytes(100_000))
-    answer = record(server, head, *[piece] * 12, b"0\r\n\r\n")
+    answer = send_raw(server, head, *[piece] * 12, b"0\r\n\r\n")
     assert status_of(answer) == 413
     assert b"body_too_large" in answer
     assert b"connection: close" in answer.lower()
 
 
-def test_an_endless_body_ends_with_the_answer(server: Address) -> None:
+def test_endless_body_is_refused_while_it_is_sent(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as wire:
-        wire.sendall(head)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS) as connection:
+        connection.sendall(head)
         piece = b"%x\r\n%s\r\n" % (100_000, bytes(100_000))
         for _ in range(11):
-            wire.sendall(piece)
-        assert status_of(wire.recv(65536)) == 413  # while it is still sending
+            connection.sendall(piece)
+        # The client is still sending.
+        assert status_of(connection.recv(65536)) == 413
         with pytest.raises(OSError):  # noqa: PT011 (reset or broken pipe, as the kernel likes)
-            send_forever(wire, piece)
+            send_forever(connection, piece)
 
 
-def send_forever(wire: socket.socket, piece: bytes) -> None:
+def send_forever(connection: socket.socket, piece: bytes) -> None:
     while True:
-        wire.sendall(piece)
+        connection.sendall(piece)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Expect": "100-continue"}])
-def test_a_large_body_is_refused_and_the_answer_arrives(server: Address, headers: dict[str, str]) -> None:
+def test_refusal_of_a_large_body_arrives(server: Address, headers: dict[str, str]) -> None:
     status, body = server.ask("POST", "/classify", bytes(30 * LIMIT), headers)
     assert status == 413
     assert json.loads(body)["max_body_bytes"] == LIMIT
 
 
-def test_a_refused_query_keeps_the_connection(server: Address) -> None:
+def test_refused_query_keeps_the_connection_open(server: Address) -> None:
     first = b"POST /classify?r=3 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(PNG), PNG)
     second = first.replace(b"r=3", b"r=8").replace(b"Host: x", b"Host: x\r\nConnection: close")
-    answer = record(server, first + second)
+    answer = send_raw(server, first + second)
     assert status_of(answer) == 422
     assert b"HTTP/1.1 200 OK" in answer
 
 
-def test_callers_who_leave_are_let_go(server: Address) -> None:
+def test_disconnected_clients_are_cancelled(server: Address) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(PNG)
     for sent in (head, head + PNG[:20], head + PNG) * 10:
-        wire = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-        wire.sendall(sent)
-        wire.close()
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+        connection.sendall(sent)
+        connection.close()
     assert server.ask("POST", "/classify", PNG)[0] == 200
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
     assert sum(server.series("dtem_in_flight_images")) == 0
 
 
-def test_many_callers_at_once_get_their_own_answers(server: Address) -> None:
+def test_concurrent_clients_get_their_own_responses(server: Address) -> None:
     rates = [0, 8, 16] * 15
 
     def ask(r: int) -> int:
@@ -146,7 +151,7 @@ def test_many_callers_at_once_get_their_own_answers(server: Address) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_as_in_the_documentation(server: Address, tmp_path: Path) -> None:
+def test_curl_uploads(server: Address, tmp_path: Path) -> None:
     image = tmp_path / "red.png"
     image.write_bytes(PNG)
     url = f"http://127.0.0.1:{server.port}/classify?r=16"
@@ -166,12 +171,12 @@ def test_curl_as_in_the_documentation(server: Address, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["-5", "0", "nan", "inf", "1e9", "soon"])
-def test_a_deadline_that_is_none_is_refused_by_name(server: Address, text: str) -> None:
+def test_invalid_deadline_is_refused_by_name(server: Address, text: str) -> None:
     status, body = server.ask("POST", f"/classify?deadline_ms={text}", PNG)
     assert status == 422
     assert "deadline_ms" in json.loads(body)["detail"]
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_once(server: Address) -> None:
+def test_unmeetable_deadline_is_refused_immediately(server: Address) -> None:
     status, body = server.ask("POST", "/classify?deadline_ms=0.01", PNG)
     assert (status, json.loads(body)["code"]) in {(429, "deadline_unmeetable"), (504, "deadline_passed")}

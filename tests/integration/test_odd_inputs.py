@@ -1,4 +1,4 @@
-"""A hundred odd inputs and more: never a 5xx, the next good image is answered, memory does not grow."""
+"""Over a hundred odd inputs: none gets a 5xx, the next good image is classified, and memory does not grow."""
 
 import json
 from collections import Counter
@@ -13,7 +13,8 @@ from tests.integration.server import Address, on_both
 
 GOOD = make_photo(8, 8)
 GOOD_PNG = encode(GOOD, "PNG")
-GROWTH_BYTES = 32_000_000  # what the allocator may keep; a 12 Mpx picture that stays would exceed it
+# Margin for the allocator. A single leaked 12 Mpx image would exceed it.
+GROWTH_BYTES = 32_000_000
 ROUNDS = 3
 pytestmark = on_both
 
@@ -42,7 +43,7 @@ def odd_bodies() -> Iterator[tuple[str, bytes, dict[str, str]]]:
     yield "huge content type", GOOD_PNG, {"Content-Type": "image/" + "x" * 20_000}
 
 
-def assert_answers_well(server: Address) -> None:
+def assert_next_image_is_classified(server: Address) -> None:
     status, body = server.ask("POST", "/classify?r=16", GOOD_PNG)
     assert status == 200, body
     logits = expected_logits(np.asarray(GOOD)[None], 16)[0]
@@ -52,7 +53,8 @@ def assert_answers_well(server: Address) -> None:
 def test_odd_inputs_never_get_a_5xx_and_memory_does_not_grow(server: Address) -> None:
     inputs = list(odd_bodies())
     assert len(inputs) >= 100
-    for data in ordinary_images().values():  # whatever the decoders keep, they keep from the first time on
+    # Warm up, since decoders allocate permanent memory at first use.
+    for data in ordinary_images().values():
         assert server.ask("POST", "/classify", data)[0] == 200
     resident = [server.resident_bytes]
     statuses: Counter[int] = Counter()
@@ -60,7 +62,7 @@ def test_odd_inputs_never_get_a_5xx_and_memory_does_not_grow(server: Address) ->
         for name, data, headers in inputs:
             status, body = server.ask("POST", "/classify", data, headers)
             assert 200 <= status < 500, (name, status, body)
-            assert_answers_well(server)
+            assert_next_image_is_classified(server)
             statuses[status] += 1
         resident.append(server.resident_bytes)
     assert resident[-1] - resident[0] < GROWTH_BYTES, resident

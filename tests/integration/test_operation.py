@@ -9,27 +9,27 @@ import pytest
 from tests.app.certificates import encrypt_key, make_certificate
 from tests.app.odd_images import encode, make_photo
 from tests.integration.server import Address, Server, on_both
-from tests.integration.test_http import record, status_of
-from tests.integration.test_start_and_stop import assert_one_clear_line, run_failing
+from tests.integration.test_http import send_raw, status_of
+from tests.integration.test_start_and_stop import assert_one_error_line, run_failing
 
 PNG = encode(make_photo(8, 8), "PNG")
 SECONDS = 60
-KEY = "s3cret-key-of-the-caller"
+KEY = "s3cret-key-of-the-client"
 FIXED = ("X-Content-Type-Options", "X-Frame-Options", "Referrer-Policy", "Cross-Origin-Resource-Policy")
 
 
 def settled_log(server: Server) -> str:
-    """Read the log once the lines of the requests before are in it: they are written just after the answers."""
+    """Read the log, with the lines of all previous requests: each is written just after its response."""
     assert server.ask("GET", "/health/live")[0] == 200
     return server.log
 
 
 def log_lines(server: Server) -> list[dict[str, object]]:
-    """Parse the whole log: every line is an object."""
+    """Parse the log, in which every line is a JSON object."""
     return [json.loads(line) for line in settled_log(server).splitlines()]
 
 
-def test_every_line_is_json_whatever_callers_send(store: Path, tmp_path: Path) -> None:
+def test_every_log_line_is_json_for_any_client_input(store: Path, tmp_path: Path) -> None:
     fake = b'{"level": "FAKE", "message": "forged"}'
     with Server(store, tmp_path / "log", log_level="debug") as server:
         for head in (
@@ -41,7 +41,7 @@ def test_every_line_is_json_whatever_callers_send(store: Path, tmp_path: Path) -
             b"BREW /models HTTP/1.1\r\nHost: x",
             b"nonsense",
         ):
-            record(server, head + b"\r\nConnection: close\r\n\r\n", is_half_closed=True)
+            send_raw(server, head + b"\r\nConnection: close\r\n\r\n", is_half_closed=True)
         name = 'filename="a\\n' + fake.decode().replace('"', "'") + '\u2028.png"'
         form = f'--XX\r\nContent-Disposition: form-data; name="file"; {name}\r\n\r\n'.encode() + PNG
         headers = {"Content-Type": "multipart/form-data; boundary=XX"}
@@ -52,23 +52,24 @@ def test_every_line_is_json_whatever_callers_send(store: Path, tmp_path: Path) -
     for line in lines:
         assert {"time", "level", "logger", "message"} <= set(line)
         assert line["level"] in ("DEBUG", "INFO", "WARNING")
-        assert len(str(line)) < 2000  # no image in it
+        # The line contains no image data.
+        assert len(str(line)) < 2000
     assert all(set(str(line.get("request_id", "a"))) <= set("0123456789abcdef") for line in lines)
 
 
-def test_text_is_for_people(store: Path, tmp_path: Path) -> None:
+def test_text_log_format_is_one_line_per_request(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log", log_format="text") as server:
         server.ask("POST", "/classify?r=8", PNG, {"X-Request-ID": "abc-1"})
         assert "INFO app.api.boundary [abc-1]: request method=POST path=/classify status=200" in settled_log(server)
 
 
-def test_request_ids_are_kept_on_one_connection_apart(store: Path, tmp_path: Path) -> None:
+def test_requests_on_one_connection_have_separate_ids(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log") as server:
         for request_id in ("one", "two"):
             reply = server.request("POST", "/classify", b"text", {"X-Request-ID": request_id})
             assert reply.headers["X-Request-ID"] == json.loads(reply.body)["request_id"] == request_id
         ask = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n%s\r\ntext"
-        answers = record(server, ask % b"X-Request-ID: three\r\n" + ask % b"Connection: close\r\n")
+        answers = send_raw(server, ask % b"X-Request-ID: three\r\n" + ask % b"Connection: close\r\n")
         assert answers.count(b"x-request-id: three") == 1
         assert answers.count(b"x-request-id: ") == 2
         ids = [line["request_id"] for line in log_lines(server) if line["message"] == "request"]
@@ -76,7 +77,7 @@ def test_request_ids_are_kept_on_one_connection_apart(store: Path, tmp_path: Pat
     assert len(set(ids)) == 4
 
 
-def test_keys_are_needed_everywhere_but_for_health(store: Path, tmp_path: Path) -> None:
+def test_keys_are_required_except_for_health_and_docs(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log", log_level="debug", api_keys=f"other,{KEY}") as server:
         assert 'curl -H "X-API-Key: $KEY" --data-binary' in server.announcement
         for method, path in (("POST", "/classify"), ("GET", "/models"), ("GET", "/metrics"), ("GET", "/v2")):
@@ -96,54 +97,54 @@ def test_keys_are_needed_everywhere_but_for_health(store: Path, tmp_path: Path) 
         assert KEY.encode() not in server.ask("GET", "/metrics", None, {"X-API-Key": KEY})[1]
 
 
-def test_a_refused_caller_is_not_asked_for_the_body(store: Path, tmp_path: Path) -> None:
+def test_request_without_a_key_is_refused_before_its_body(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log", api_keys=KEY) as server:
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
-        answer = record(server, head, is_half_closed=True)
+        answer = send_raw(server, head, is_half_closed=True)
     assert status_of(answer) == 401
     assert b"100 Continue" not in answer
 
 
 @pytest.mark.parametrize("text", ["", "a b", "a,,b"])
-def test_a_bad_key_file_stops_the_start(store: Path, tmp_path: Path, text: str) -> None:
+def test_bad_key_file_stops_the_start(store: Path, tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.write_text(text)
     status, errors = run_failing(model_store=store, port=0, api_key_file=file)
     assert status == 1
-    assert_one_clear_line(errors, f"DTEM_API_KEY_FILE={file}")
+    assert_one_error_line(errors, f"DTEM_API_KEY_FILE={file}")
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "9000"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "x")]
 )
-def test_a_bad_setting_of_opentelemetry_stops_the_start(
+def test_bad_opentelemetry_variable_stops_the_start(
     store: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
     status, errors = run_failing(model_store=store, port=0, trace_endpoint="http://127.0.0.1:9/v1/traces")
     assert status == 1
-    assert_one_clear_line(errors, "DTEM_TRACE_ENDPOINT=http://127.0.0.1:9/v1/traces", "must be")
+    assert_one_error_line(errors, "DTEM_TRACE_ENDPOINT=http://127.0.0.1:9/v1/traces", "must be")
 
 
-def test_tls_serves_https_and_nothing_else(store: Path, tmp_path: Path) -> None:
+def test_tls_serves_only_https(store: Path, tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     with Server(store, tmp_path / "log", tls_certificate=certificate, tls_key=key) as server:
         assert f"ready: https://127.0.0.1:{server.port}" in server.announcement
         reply = server.request("POST", "/classify?r=8", PNG)
         assert reply.status == 200
         assert reply.headers["Strict-Transport-Security"] == "max-age=31536000"
-        assert b"200" not in record(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", is_half_closed=True)
+        assert b"200" not in send_raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n", is_half_closed=True)
         old = ssl.create_default_context(cafile=str(certificate))
         old.maximum_version = ssl.TLSVersion.TLSv1_2
-        wire = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
-        with old.wrap_socket(wire, server_hostname="127.0.0.1") as secure:
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
+        with old.wrap_socket(connection, server_hostname="127.0.0.1") as secure:
             assert secure.version() == "TLSv1.2"
         assert server.ask("GET", "/health/ready")[0] == 200
         assert server.stop() == 0
         assert "Traceback" not in server.log
 
 
-def test_curl_speaks_to_it_over_tls(store: Path, tmp_path: Path) -> None:
+def test_curl_over_tls(store: Path, tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     image = tmp_path / "red.png"
     image.write_bytes(PNG)
@@ -166,14 +167,14 @@ def test_bad_tls_files_stop_the_start(store: Path, tmp_path: Path) -> None:
     ):
         status, errors = run_failing(model_store=store, port=0, tls_certificate=certificate, tls_key=wrong)
         assert status == 1
-        assert_one_clear_line(errors, f"DTEM_TLS_KEY={wrong}", words)
+        assert_one_error_line(errors, f"DTEM_TLS_KEY={wrong}", words)
     status, errors = run_failing(model_store=store, port=0, tls_certificate=certificate)
     assert status == 1
-    assert_one_clear_line(errors, "DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY")
+    assert_one_error_line(errors, "DTEM_TLS_CERTIFICATE", "DTEM_TLS_KEY")
 
 
 @on_both
-def test_every_answer_has_the_headers_of_the_server(server: Address) -> None:
+def test_every_response_has_the_headers_of_the_server(server: Address) -> None:
     for method, path in (
         ("GET", "/docs"),
         ("HEAD", "/docs"),
@@ -188,5 +189,6 @@ def test_every_answer_has_the_headers_of_the_server(server: Address) -> None:
         for name in (*FIXED, "Cache-Control", "Content-Security-Policy", "X-Request-ID"):
             assert len(headers.get_all(name) or []) == 1, (method, path, name)
         assert "Strict-Transport-Security" not in headers
-        assert "Server" not in headers or not isinstance(server, Server)  # Ray's proxies say what they are
+        # Ray's proxies send a Server header.
+        assert "Server" not in headers or not isinstance(server, Server)
         assert not [name for name in headers if name.lower().startswith("access-control-")]

@@ -1,4 +1,4 @@
-"""The page about the Open Inference Protocol: every block of it runs, against a model of that name."""
+"""Runs every code block of `docs/open-inference-protocol.md`, against a model named `reference`."""
 
 import json
 import os
@@ -28,7 +28,7 @@ UNKNOWN_PARAMETER = json.dumps(
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
-    """A service with a model of that name; on the cluster, which is there for all, only for a while."""
+    """A service with a model named `reference`. On the shared cluster it is published only for this module."""
     if request.param == "ray":
         on_ray: RayServer = request.getfixturevalue("ray_server")
         with on_ray.published("reference"):
@@ -46,7 +46,7 @@ def blocks(language: str) -> list[str]:
     return found
 
 
-def test_the_python_of_the_page_runs(
+def test_python_blocks_run(
     server: Address, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -65,7 +65,7 @@ def test_the_python_of_the_page_runs(
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_the_curl_of_the_page_runs(server: Address, block: str) -> None:
+def test_curl_blocks_run(server: Address, block: str) -> None:
     environment = {**os.environ, "SERVER": f"127.0.0.1:{server.port}", "SIDE": str(SIDE)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.replace("curl -sS", "curl -sS -w '\\n'")],
@@ -83,7 +83,7 @@ def test_the_curl_of_the_page_runs(server: Address, block: str) -> None:
         assert {label for item in answer["outputs"] if item["name"] == "label" for label in item["data"]} <= set(LABELS)
 
 
-def test_the_page_tells_of_every_parameter_and_output(server: Address) -> None:
+def test_page_documents_every_parameter_and_output(server: Address) -> None:
     metadata = json.loads(server.ask("GET", "/v2/models/reference")[1])
     accepted = json.loads(server.ask("POST", "/v2/models/reference/infer", UNKNOWN_PARAMETER)[1])["error"]
     names = [item["name"] for item in metadata["inputs"] + metadata["outputs"]]

@@ -40,7 +40,7 @@ def opened(server: Server, folder: Path) -> bool:
     return str(folder) in maps or any(file.startswith(str(folder)) for file in files)
 
 
-def test_versions_come_and_go_under_load_without_a_failed_request(server: Server, root: Path) -> None:
+def test_versions_are_added_and_removed_under_load_without_failed_requests(server: Server, root: Path) -> None:
     with Load(server.port, PNG, n_clients=8, is_kept=True) as load:
         for version in ("2", "3"):
             folder = publish(root, version=version)
@@ -59,7 +59,7 @@ def test_versions_come_and_go_under_load_without_a_failed_request(server: Server
     assert "Traceback" not in server.log
 
 
-def test_a_bad_version_is_refused_under_load_and_served_once_repaired(server: Server, root: Path) -> None:
+def test_bad_version_is_refused_under_load_and_served_once_repaired(server: Server, root: Path) -> None:
     with Load(server.port, PNG, n_clients=4, is_kept=True) as load:
         folder = publish(root, spoil=change_byte)
         wait_until(lambda: "refused tiny version 2" in server.log)
@@ -72,7 +72,7 @@ def test_a_bad_version_is_refused_under_load_and_served_once_repaired(server: Se
     assert "SHA-256" in line
 
 
-def test_sighup_looks_at_once(root: Path, tmp_path: Path) -> None:
+def test_sighup_rescans_the_store(root: Path, tmp_path: Path) -> None:
     with Server(root, tmp_path / "log", reload_seconds=0) as server:
         publish(root)
         assert server.ask("POST", "/classify", PNG)[0] == 200

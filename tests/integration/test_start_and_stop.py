@@ -20,7 +20,7 @@ SECONDS = 60
 
 
 def run_failing(**settings: object) -> tuple[int, str]:
-    """Run a server that should not start. Returns its exit status and its error output."""
+    """Run a server that must fail to start. Returns its exit status and its stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "app"],
         check=False,
@@ -34,7 +34,7 @@ def run_failing(**settings: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def assert_one_clear_line(errors: str, *words: str) -> None:
+def assert_one_error_line(errors: str, *words: str) -> None:
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("cannot start: ")]
     for word in words:
@@ -45,39 +45,39 @@ def assert_one_clear_line(errors: str, *words: str) -> None:
     "name",
     ["missing file", "changed byte", "not JSON", "wrong golden", "missing key", "schema version", "broken graph"],
 )
-def test_a_broken_store_stops_the_start_naming_file_and_reason(tmp_path: Path, name: str) -> None:
+def test_broken_store_stops_the_start_with_file_and_reason(tmp_path: Path, name: str) -> None:
     breakage, file, reason = BREAKAGES[name]
     breakage(write_store(tmp_path))
     status, errors = run_failing(model_store=tmp_path, port=0)
     assert status == 1
-    assert_one_clear_line(errors, str(tmp_path), file, reason)
+    assert_one_error_line(errors, str(tmp_path), file, reason)
 
 
-def test_a_missing_store_stops_the_start(tmp_path: Path) -> None:
+def test_missing_store_stops_the_start(tmp_path: Path) -> None:
     status, errors = run_failing(model_store=tmp_path / "nowhere", port=0)
     assert status == 1
-    assert_one_clear_line(errors, "nowhere", "not a folder")
+    assert_one_error_line(errors, "nowhere", "not a folder")
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("port", "99999"), ("device", "tpu"), ("prot", "1"), ("host", "nowhere.invalid")]
 )
-def test_a_bad_setting_stops_the_start(store: Path, name: str, value: str) -> None:
+def test_bad_setting_stops_the_start(store: Path, name: str, value: str) -> None:
     status, errors = run_failing(model_store=store, **{name: value})
     assert status == 1
-    assert_one_clear_line(errors, f"DTEM_{name.upper()}")
+    assert_one_error_line(errors, f"DTEM_{name.upper()}")
 
 
-def test_a_port_in_use_stops_the_start(store: Path) -> None:
+def test_port_in_use_stops_the_start(store: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, errors = run_failing(model_store=store, port=port)
     assert status == 1
-    assert_one_clear_line(errors, f"DTEM_PORT={port}", "in use")
+    assert_one_error_line(errors, f"DTEM_PORT={port}", "in use")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_promptly_with_status_zero(store: Path, tmp_path: Path, number: int) -> None:
+def test_signal_exits_promptly_with_status_zero(store: Path, tmp_path: Path, number: int) -> None:
     with Server(store, tmp_path / "log") as server:
         idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
         idle.request("GET", "/health/live")
@@ -89,15 +89,16 @@ def test_a_signal_ends_it_promptly_with_status_zero(store: Path, tmp_path: Path,
         idle.close()
 
 
-def test_a_signal_lets_the_request_in_flight_finish(store: Path, tmp_path: Path) -> None:
-    with Server(store, tmp_path / "log") as server, socket.create_connection(("127.0.0.1", server.port)) as wire:
+def test_signal_lets_the_request_in_flight_finish(store: Path, tmp_path: Path) -> None:
+    with Server(store, tmp_path / "log") as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PNG)}\r\n\r\n".encode()
-        wire.sendall(head + PNG[:10])
-        server.ask("GET", "/health/live")  # once this is answered, the event loop has seen the request before it
+        connection.sendall(head + PNG[:10])
+        # Its response shows that the event loop has read the request before it.
+        server.ask("GET", "/health/live")
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: is_refused(server.port))
-        wire.sendall(PNG[10:])
-        response = http.client.HTTPResponse(wire)
+        connection.sendall(PNG[10:])
+        response = http.client.HTTPResponse(connection)
         response.begin()
         assert response.status == 200
         assert server.process.wait(SECONDS) == 0
@@ -111,7 +112,7 @@ def is_refused(port: int) -> bool:
     return False
 
 
-def test_the_announcement_says_where_everything_is(store: Path, tmp_path: Path) -> None:
+def test_announcement_lists_the_addresses(store: Path, tmp_path: Path) -> None:
     with Server(store, tmp_path / "log") as server:
         address = f"http://127.0.0.1:{server.port}"
         assert f"ready: {address}" in server.announcement
@@ -122,13 +123,13 @@ def test_the_announcement_says_where_everything_is(store: Path, tmp_path: Path) 
             assert server.ask("GET", f"/{path}")[0] == 200
 
 
-def test_the_start_costs_less_than_three_seconds_of_cpu(store: Path, tmp_path: Path) -> None:
-    """The wall clock of a busy machine proves nothing; what the start needs of a free one is this at most."""
+def test_start_takes_less_than_three_seconds_of_cpu(store: Path, tmp_path: Path) -> None:
+    """CPU time, because wall time depends on what else runs on the machine."""
     with Server(store, tmp_path / "log") as server:
         assert server.cpu_seconds < 3
 
 
-def test_a_signal_while_loading_ends_it_too(store: Path, tmp_path: Path) -> None:
+def test_signal_while_loading_exits_with_status_zero(store: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "app"],
         cwd=ROOT,
@@ -137,14 +138,15 @@ def test_a_signal_while_loading_ends_it_too(store: Path, tmp_path: Path) -> None
         stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
-    while b"onnxruntime" not in process.stderr.readline():  # imported when the store is about to be loaded
+    # Imported just before the store is loaded.
+    while b"onnxruntime" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=SECONDS)
     assert process.returncode == 0
 
 
-def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
+def test_torchscript_agrees_with_onnx(store: Path, tmp_path: Path) -> None:
     answers: list[dict[str, Any]] = []
     for engine in ("onnxruntime", "torchscript"):
         with Server(store, tmp_path / engine, engine=engine) as server:
@@ -154,8 +156,8 @@ def test_torchscript_answers_like_onnx(store: Path, tmp_path: Path) -> None:
         assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
 
 
-def test_the_service_needs_nothing_of_training() -> None:
-    """What `python -m app` imports, engine included, is what the service alone installs."""
+def test_service_imports_nothing_of_training() -> None:
+    """`python -m app` imports, engine included, only the dependencies of the service."""
     forbidden = {"torch", "timm", "jsonschema", "onnx", "scipy", "sklearn", "matplotlib", "training", "httpx", "ray"}
     program = "import sys, app.__main__, app.backends.onnx; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)

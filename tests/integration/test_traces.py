@@ -15,11 +15,11 @@ from tests.integration.server import Server
 
 PNG = encode(make_photo(8, 8), "PNG")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-SECONDS = 1e9  # in nanoseconds
+NS_PER_SECOND = 1e9
 
 
 @pytest.fixture(autouse=True)
-def _reach_the_collector_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+def _bypass_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -30,7 +30,7 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-def test_a_request_is_a_span_with_its_stages_inside(store: Path, tmp_path: Path, collector: Collector) -> None:
+def test_request_is_a_span_with_its_stages_as_children(store: Path, tmp_path: Path, collector: Collector) -> None:
     with Server(store, tmp_path / "log", trace_endpoint=collector.endpoint) as server:
         began = time.time_ns()
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "abc-1"}
@@ -39,7 +39,8 @@ def test_a_request_is_a_span_with_its_stages_inside(store: Path, tmp_path: Path,
         assert server.ask("POST", "/classify?r=3", PNG)[0] == 422
         assert server.ask("GET", "/models/tiny")[0] == 200
         assert server.ask("GET", "/health/ready")[0] == 200
-        assert server.stop() == 0  # which sends what waits
+        # The shutdown exports the pending spans.
+        assert server.stop() == 0
 
     assert collector.services == {"dtem-serve"}
     assert sorted(span.name for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER) == [
@@ -65,7 +66,12 @@ def test_a_request_is_a_span_with_its_stages_inside(store: Path, tmp_path: Path,
         }.items()
     )
     assert_stages_inside(collector, good)
-    assert began - SECONDS / 100 <= good.start_time_unix_nano <= good.end_time_unix_nano <= ended + SECONDS / 100
+    assert (
+        began - NS_PER_SECOND / 100
+        <= good.start_time_unix_nano
+        <= good.end_time_unix_nano
+        <= ended + NS_PER_SECOND / 100
+    )
     assert refused.trace_id.hex() != TRACE
     assert refused.status.code == Status.STATUS_CODE_UNSET
     assert attributes(refused)["http.response.status_code"] == 422
@@ -82,20 +88,24 @@ def assert_stages_inside(collector: Collector, parent: Span) -> None:
         moments += [span.start_time_unix_nano, span.end_time_unix_nano]
     moments.append(parent.end_time_unix_nano)
     late = [before - after for before, after in pairwise(moments) if before > after]
-    assert all(nanoseconds < 5000 for nanoseconds in late), moments  # what floating point loses
+    # Floating-point rounding.
+    assert all(nanoseconds < 5000 for nanoseconds in late), moments
     assert stages[-1].end_time_unix_nano > stages[-1].start_time_unix_nano
 
 
-def test_the_log_names_the_trace(store: Path, tmp_path: Path, collector: Collector) -> None:
+def test_log_has_the_trace_id(store: Path, tmp_path: Path, collector: Collector) -> None:
     with Server(store, tmp_path / "log", trace_endpoint=collector.endpoint) as server:
         server.ask("POST", "/classify", PNG, {"traceparent": f"00-{TRACE}-{PARENT}-01"})
         assert server.stop() == 0
         assert f'"trace_id": "{TRACE}"' in server.log
 
 
-def test_an_error_inside_is_an_error_there(store: Path, tmp_path: Path, collector: Collector) -> None:
+def test_unsampled_request_is_not_traced_and_bad_traceparent_is_ignored(
+    store: Path, tmp_path: Path, collector: Collector
+) -> None:
     with Server(store, tmp_path / "log", trace_endpoint=collector.endpoint) as server:
-        server.ask("POST", "/classify", PNG, {"traceparent": f"00-{TRACE}-{PARENT}-00"})  # not sampled
+        # Not sampled.
+        server.ask("POST", "/classify", PNG, {"traceparent": f"00-{TRACE}-{PARENT}-00"})
         server.ask("POST", "/classify", PNG, {"traceparent": "nonsense"})
         assert server.stop() == 0
     (span,) = collector.find("POST /classify")
@@ -103,7 +113,7 @@ def test_an_error_inside_is_an_error_there(store: Path, tmp_path: Path, collecto
 
 
 @pytest.mark.parametrize("is_listening", [False, True])
-def test_a_collector_that_does_not_answer_costs_one_line(store: Path, tmp_path: Path, is_listening: bool) -> None:
+def test_unreachable_collector_logs_at_most_two_lines(store: Path, tmp_path: Path, is_listening: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
         if not is_listening:

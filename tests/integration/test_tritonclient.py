@@ -1,4 +1,4 @@
-"""The real `tritonclient` against a real server: what its users have written works as it is."""
+"""Runs `tritonclient` against a server process: code written for Triton works unchanged."""
 
 import asyncio
 import base64
@@ -93,12 +93,12 @@ def test_pixels_in_and_every_output_out(client: Any, binary_input: bool, binary_
 
 
 @pytest.mark.parametrize("version", ["", "1"])
-def test_without_outputs_all_come_in_binary(client: Any, version: str) -> None:
+def test_without_outputs_all_are_returned_in_binary(client: Any, version: str) -> None:
     pixels = make_pixels()
-    result = client.infer("tiny", [pixel_input(pixels)], model_version=version, request_id="mine")
+    result = client.infer("tiny", [pixel_input(pixels)], model_version=version, request_id="request-1")
     assert_logits(result, pixels)
     answer = result.get_response()
-    assert answer["id"] == "mine"
+    assert answer["id"] == "request-1"
     assert all(item["parameters"]["binary_data_size"] for item in answer["outputs"])
     assert len(answer["outputs"]) == len(client.get_model_metadata("tiny")["outputs"])
 
@@ -109,7 +109,7 @@ def test_image_files(client: Any) -> None:
     assert_logits(result, np.stack([np.asarray(photo) for photo in photos]), 0)
 
 
-def test_an_image_file_in_json_is_base64(client: Any) -> None:
+def test_image_file_in_json_is_base64(client: Any) -> None:
     result = client.infer("tiny", [image_input(base64.b64encode(PNG), binary=False)])
     assert_logits(result, np.asarray(PHOTO)[None])
 
@@ -135,7 +135,7 @@ def test_compression_in_both_directions(client: Any, algorithm: str) -> None:
     assert_logits(result, pixels)
 
 
-def test_asynchronous_requests_get_their_own_answers(client: Any) -> None:
+def test_asynchronous_requests_get_their_own_results(client: Any) -> None:
     batches = [make_pixels(1 + seed % 3, seed) for seed in range(12)]
     pending = [
         client.async_infer("tiny", [pixel_input(pixels)], request_id=str(seed), parameters={"r": RATES[seed % 3]})
@@ -148,7 +148,7 @@ def test_asynchronous_requests_get_their_own_answers(client: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", [None, "gzip"])
-def test_the_client_for_asyncio(server: Address, algorithm: str | None) -> None:
+def test_asyncio_client(server: Address, algorithm: str | None) -> None:
     pixels = make_pixels(2)
 
     async def ask() -> Any:
@@ -159,17 +159,18 @@ def test_the_client_for_asyncio(server: Address, algorithm: str | None) -> None:
     assert_logits(asyncio.run(ask()), pixels)
 
 
-def test_callers_at_once_get_their_own_answers(server: Address) -> None:
+def test_concurrent_clients_get_their_own_results(server: Address) -> None:
     def ask(seed: int) -> None:
         pixels = make_pixels(1, seed)
-        with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:  # one is for one thread
+        # A client is not thread-safe.
+        with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
             assert_logits(client.infer("tiny", [pixel_input(pixels)], parameters={"r": 16}), pixels, 16)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(24)))
 
 
-def test_statistics_grow_with_what_is_inferred(client: Any, server: Address) -> None:
+def test_statistics_count_inferred_images(client: Any, server: Address) -> None:
     if not isinstance(server, Server):
         pytest.skip("each replica counts what it has inferred itself")
 
@@ -195,14 +196,15 @@ def test_statistics_grow_with_what_is_inferred(client: Any, server: Address) -> 
         ({"query_params": {"r": 8}}, "422", "Unknown parameter 'r'"),
     ],
 )
-def test_errors_say_what_is_wrong(client: Any, options: dict[str, Any], status: str, words: str) -> None:
+def test_errors_name_the_problem(client: Any, options: dict[str, Any], status: str, words: str) -> None:
     found, message = refusal(client, "tiny", [pixel_input(make_pixels())], **options)
     assert found == status
     assert words in message
-    client.infer("tiny", [pixel_input(make_pixels())])  # the connection still serves
+    # The connection is still usable.
+    client.infer("tiny", [pixel_input(make_pixels())])
 
 
-def test_errors_of_tensors_say_what_is_wrong(client: Any) -> None:
+def test_tensor_errors_name_the_problem(client: Any) -> None:
     assert refusal(client, "nope", [image_input(PNG)])[0] == "404"
     status, message = refusal(client, "tiny", [image_input(PNG, b"text", PNG)])
     assert status == "415"
@@ -222,23 +224,23 @@ def test_errors_of_tensors_say_what_is_wrong(client: Any) -> None:
     assert refusal(client, "tiny", [pixel_input(make_pixels(33))])[0] == "413"
 
 
-def test_a_decompression_bomb_is_refused(client: Any) -> None:
+def test_decompression_bomb_is_refused(client: Any) -> None:
     large = pixel_input(np.zeros((10_000, SIDE, SIDE, 3), np.uint8))
     status, message = refusal(client, "tiny", [large], request_compression_algorithm="gzip")
     assert status == "413"
     assert "Decompressed request body exceeds" in message
 
 
-def test_callers_who_leave_are_let_go(server: Address, client: Any) -> None:
+def test_disconnected_clients_are_cancelled(server: Address, client: Any) -> None:
     body, n_json = client.generate_request_body([image_input(PNG)])
     head = (
         f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         f"Inference-Header-Content-Length: {n_json}\r\n\r\n"
     ).encode()
     for sent in (head, head + body[:20], head + body) * 10:
-        wire = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-        wire.sendall(sent)
-        wire.close()
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        connection.sendall(sent)
+        connection.close()
     client.infer("tiny", [image_input(PNG)])
     wait_until(lambda: sum(server.series("dtem_in_flight_images")) == 0)
     assert "Traceback" not in server.log

@@ -10,7 +10,7 @@ from app.errors import BodyTooLarge, QueueFull
 
 
 async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body, and answer as the boundary would."""
+    """Read the body, and render errors as the boundary does."""
     try:
         while (await receive()).get("more_body", False):
             pass
@@ -21,8 +21,8 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.body", "body": b""})
 
 
-class Wire:
-    """The server's side: what the caller sends, and what it got."""
+class FakeConnection:
+    """Stands in for the server: sends a request body, and collects the response."""
 
     def __init__(self, *chunks: bytes, is_endless: bool = False) -> None:
         self.chunks, self.is_endless = list(chunks), is_endless
@@ -49,60 +49,60 @@ class Wire:
         return status
 
 
-def test_limit_lets_through_what_fits() -> None:
-    wire = Wire(b"12345", b"67890")
-    assert wire.run(10, content_length="10") == 200
-    assert wire.sent[-1].get("more_body", False) is False
+def test_limit_accepts_a_body_within_it() -> None:
+    connection = FakeConnection(b"12345", b"67890")
+    assert connection.run(10, content_length="10") == 200
+    assert connection.sent[-1].get("more_body", False) is False
 
 
-def test_limit_refuses_by_content_length_before_reading_and_then_drains() -> None:
-    wire = Wire(b"12345", b"678901")
-    assert wire.run(10, content_length="11") == 413
-    assert (b"connection", b"close") in wire.sent[0]["headers"]
-    assert [message.get("more_body") for message in wire.sent[1:]] == [True, False]
-    assert wire.n_received == 2
+def test_limit_refuses_a_large_content_length_before_reading_and_then_drains() -> None:
+    connection = FakeConnection(b"12345", b"678901")
+    assert connection.run(10, content_length="11") == 413
+    assert (b"connection", b"close") in connection.sent[0]["headers"]
+    assert [message.get("more_body") for message in connection.sent[1:]] == [True, False]
+    assert connection.n_received == 2
 
 
-def test_limit_counts_chunks_when_there_is_no_length() -> None:
-    wire = Wire(b"12345", b"678901", b"more")
-    assert wire.run(10) == 413
-    assert wire.n_received == 3
+def test_limit_counts_chunks_without_content_length() -> None:
+    connection = FakeConnection(b"12345", b"678901", b"more")
+    assert connection.run(10) == 413
+    assert connection.n_received == 3
 
 
-def test_limit_counts_chunks_when_the_length_lies() -> None:
-    assert Wire(b"12345", b"678901").run(10, content_length="5") == 413
+def test_limit_counts_chunks_if_content_length_is_too_small() -> None:
+    assert FakeConnection(b"12345", b"678901").run(10, content_length="5") == 413
 
 
 def test_limit_does_not_wait_for_more_after_the_last_chunk() -> None:
-    wire = Wire(b"x" * 11)
-    assert wire.run(10, drain_seconds=1e6) == 413
+    connection = FakeConnection(b"x" * 11)
+    assert connection.run(10, drain_seconds=1e6) == 413
 
 
-def test_limit_sends_the_whole_answer_before_it_drains() -> None:
-    wire = Wire(b"x" * 11, is_endless=True)
-    assert wire.run(10, drain_seconds=0.05) == 413
-    assert b"body_too_large" in wire.sent[1]["body"]
-    assert wire.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+def test_limit_sends_the_whole_response_before_it_drains() -> None:
+    connection = FakeConnection(b"x" * 11, is_endless=True)
+    assert connection.run(10, drain_seconds=0.05) == 413
+    assert b"body_too_large" in connection.sent[1]["body"]
+    assert connection.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "1e9"])
-def test_limit_counts_chunks_when_the_length_is_no_number(length: str) -> None:
-    assert Wire(b"12345").run(10, content_length=length) == 200
-    assert Wire(b"x" * 11).run(10, content_length=length) == 413
+def test_limit_counts_chunks_if_content_length_is_invalid(length: str) -> None:
+    assert FakeConnection(b"12345").run(10, content_length=length) == 200
+    assert FakeConnection(b"x" * 11).run(10, content_length=length) == 413
 
 
-def test_limit_leaves_other_scopes_alone() -> None:
+def test_limit_passes_other_scopes_through() -> None:
     seen = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    wire = Wire()
-    asyncio.run(BodyLimit(app, 10, max_in_flight_bytes=100)({"type": "lifespan"}, wire.receive, wire.send))
+    connection = FakeConnection()
+    asyncio.run(BodyLimit(app, 10, max_in_flight_bytes=100)({"type": "lifespan"}, connection.receive, connection.send))
     assert seen == ["lifespan"]
 
 
-def test_limit_refuses_what_all_bodies_together_would_exceed_and_gives_the_room_back() -> None:
+def test_limit_bounds_all_bodies_in_flight_and_releases_them() -> None:
     statuses: list[int] = []
     is_held, release = asyncio.Event(), asyncio.Event()
 
@@ -120,14 +120,15 @@ def test_limit_refuses_what_all_bodies_together_would_exceed_and_gives_the_room_
     async def scenario() -> None:
         limit = BodyLimit(hold, max_body_bytes=10, max_in_flight_bytes=15)
         scope: dict[str, Any] = {"type": "http", "headers": []}
-        first = asyncio.ensure_future(limit(scope, (wire := Wire(b"1234567890")).receive, wire.send))
+        connection = FakeConnection(b"1234567890")
+        first = asyncio.ensure_future(limit(scope, connection.receive, connection.send))
         await is_held.wait()
-        await limit(scope, (second := Wire(b"123456")).receive, second.send)
+        await limit(scope, (second := FakeConnection(b"123456")).receive, second.send)
         assert second.sent[0]["status"] == 429
         assert (b"connection", b"close") in second.sent[0]["headers"]
         release.set()
         await first
-        await limit(scope, (third := Wire(b"123456")).receive, third.send)
+        await limit(scope, (third := FakeConnection(b"123456")).receive, third.send)
 
     asyncio.run(scenario())
     assert statuses == [200, 429, 200]

@@ -21,13 +21,13 @@ PNG = encode(make_photo(8, 8), "PNG")
 PATHS = ["/classify", "/models", "/health/live", "/metrics", "/openapi.json", "/docs", "/nothing"]
 
 
-def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+def log_fields(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [getattr(record, FIELDS) for record in caplog.records if record.name == "app.api.boundary"]
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "DELETE"])
-def test_every_answer_has_the_headers(make_client: ClientFactory, method: str, path: str) -> None:
+def test_every_response_has_the_security_headers(make_client: ClientFactory, method: str, path: str) -> None:
     headers = make_client().request(method, path, headers={"Origin": "https://evil.example"}).headers
     assert headers["cache-control"] == "no-store"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
@@ -37,12 +37,12 @@ def test_every_answer_has_the_headers(make_client: ClientFactory, method: str, p
 
 
 @pytest.mark.parametrize("path", ["/classify", "/models"])
-def test_a_preflight_is_refused(make_client: ClientFactory, path: str) -> None:
+def test_preflight_is_refused(make_client: ClientFactory, path: str) -> None:
     headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     assert make_client().options(path, headers=headers).status_code == 405
 
 
-def test_docs_may_run_what_it_is_made_of_and_nothing_else(make_client: ClientFactory) -> None:
+def test_docs_policy_allows_only_the_scripts_of_the_page(make_client: ClientFactory) -> None:
     response = make_client().get("/docs")
     policy = response.headers["content-security-policy"]
     assert policy == content_policy(response.text)
@@ -53,20 +53,18 @@ def test_docs_may_run_what_it_is_made_of_and_nothing_else(make_client: ClientFac
     assert content_policy(response.text.replace("deepLinking", "evil")) != policy
 
 
-def test_an_answer_with_a_policy_of_its_own_keeps_it() -> None:
+def test_content_policy_of_a_response_is_kept() -> None:
     own = (b"content-security-policy", b"default-src 'self'")
     headers = with_headers({"type": "http.response.start", "status": 200, "headers": [own]}, "id")["headers"]
     assert [value for name, value in headers if name == own[0]] == [own[1]]
 
 
-def test_hsts_comes_with_tls_alone() -> None:
+def test_hsts_is_sent_only_with_tls() -> None:
     assert "Strict-Transport-Security" in dict(server_headers(is_tls=True))
     assert "Strict-Transport-Security" not in dict(server_headers(is_tls=False))
 
 
-def test_the_request_id_is_in_the_answer_the_problem_and_the_log(
-    make_client: ClientFactory, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_request_id_is_in_header_and_problem(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
     client = make_client()
     response = client.post("/classify", content=b"text", headers={"X-Request-ID": "abc-1"})
     assert response.headers["x-request-id"] == "abc-1"
@@ -74,7 +72,7 @@ def test_the_request_id_is_in_the_answer_the_problem_and_the_log(
     assert client.post("/classify", content=b"text").json()["request_id"] not in ("", "abc-1")
 
 
-def test_a_shared_error_is_answered_to_each_with_its_own_id() -> None:
+def test_shared_error_is_rendered_with_the_id_of_each_request() -> None:
     error = InferenceFailed()
 
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +97,7 @@ def answer(app: Any, request_id: bytes) -> dict[str, Any]:
     return document
 
 
-def test_the_log_of_an_unexpected_error_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_of_an_unexpected_error_has_the_request_id(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str | None] = []
 
     class Watcher(logging.Filter):
@@ -119,13 +117,11 @@ def test_the_log_of_an_unexpected_error_names_the_request(caplog: pytest.LogCapt
     assert "abc" in seen
 
 
-def test_classify_has_a_line_with_what_ran_and_how_long_it_took(
-    make_client: ClientFactory, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_classify_logs_what_ran_and_its_timings(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
     client = make_client()
     with caplog.at_level(logging.INFO):
         client.post("/classify?r=8", content=PNG)
-    (line,) = lines(caplog)
+    (line,) = log_fields(caplog)
     stages = {name: line.pop(name) for name in list(line) if name.endswith("_ms")}
     assert line == {
         "method": "POST",
@@ -143,31 +139,31 @@ def test_classify_has_a_line_with_what_ran_and_how_long_it_took(
     assert stages["duration_ms"] >= stages["total_ms"] >= stages["inference_ms"] > 0
 
 
-def test_a_refused_request_says_why_in_its_line(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_request_logs_the_error_code(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
     client = make_client()
     with caplog.at_level(logging.INFO):
         client.post("/classify?r=3", content=PNG)
-    (line,) = lines(caplog)
+    (line,) = log_fields(caplog)
     assert (line["status"], line["refusals"]) == (422, ["rate_not_exported"])
     assert "model" not in line
 
 
-def test_other_paths_have_a_line_at_debug_level(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_paths_are_logged_at_debug_level(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
     client = make_client()
     with caplog.at_level(logging.INFO):
         client.get("/models")
-    assert lines(caplog) == []
+    assert log_fields(caplog) == []
     with caplog.at_level(logging.DEBUG):
         client.get("/" + "x" * 1000)
-    (line,) = lines(caplog)
+    (line,) = log_fields(caplog)
     assert line["status"] == 404
     assert len(line["path"]) < 200
 
 
-def test_a_refused_key_has_a_line_without_it(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_key_is_logged_without_the_key(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
     client = make_client(api_keys="hunter2")
     with caplog.at_level(logging.INFO):
         client.get("/models", headers={"X-API-Key": "hunter3"})
-    (line,) = lines(caplog)
+    (line,) = log_fields(caplog)
     assert (line["path"], line["status"], line["refusals"]) == ("/models", 401, ["unauthorized"])
     assert "hunter" not in caplog.text + str(line)

@@ -35,7 +35,7 @@ def assert_problem(response: Any, status: int, code: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("r", [0, 8, 16])
-def test_classify_answers_with_the_logits_of_the_rate(client: TestClient, r: int) -> None:
+def test_classify_returns_the_probabilities_of_the_rate(client: TestClient, r: int) -> None:
     response = client.post(f"/classify?r={r}", content=PNG)
     assert response.status_code == 200
     answer = response.json()
@@ -65,12 +65,12 @@ def test_classify_reports_the_same_timings_in_body_and_header(client: TestClient
 @pytest.mark.parametrize(
     "content_type", [None, "image/png", "image/jpeg", "application/x-www-form-urlencoded", "text/html", "💥", ";;;"]
 )
-def test_classify_recognises_an_image_whatever_its_content_type(client: TestClient, content_type: str | None) -> None:
+def test_classify_ignores_the_content_type_of_an_image(client: TestClient, content_type: str | None) -> None:
     headers = {} if content_type is None else {"content-type": content_type.encode()}
     assert client.post("/classify", content=PNG, headers=headers).status_code == 200  # type: ignore[arg-type]
 
 
-def test_classify_gives_each_file_of_a_form_its_own_result(client: TestClient) -> None:
+def test_classify_returns_a_result_or_problem_per_file(client: TestClient) -> None:
     files = [
         ("file", ("a.png", PNG)),
         ("file", ("b.txt", b"text")),
@@ -81,20 +81,21 @@ def test_classify_gives_each_file_of_a_form_its_own_result(client: TestClient) -
     assert response.status_code == 200
     first, text, cut, last = response.json()["results"]
     assert [item["filename"] for item in (first, text, cut, last)] == ["a.png", "b.txt", "ü.png", "d"]
-    assert first["predictions"] == last["predictions"]
+    for one, other in zip(first["predictions"], last["predictions"], strict=True):
+        assert one == {**other, "probability": pytest.approx(other["probability"], rel=1e-5)}
     assert first["batch_size"] == last["batch_size"] == 2
     assert (text["status"], text["code"]) == (415, "not_an_image")
     assert (cut["status"], cut["code"]) == (400, "malformed_image")
 
 
-def test_classify_answers_a_form_of_one_with_a_list(client: TestClient) -> None:
+def test_classify_returns_a_list_for_a_form_with_one_file(client: TestClient) -> None:
     (result,) = client.post("/classify", files={"file": PNG}).json()["results"]
     assert result["r"] == 8
     (result,) = client.post("/classify", files={"file": b"x"}).json()["results"]
     assert result["code"] == "not_an_image"
 
 
-def test_classify_answers_a_form_in_its_order(client: TestClient) -> None:
+def test_classify_returns_results_in_the_order_of_the_form(client: TestClient) -> None:
     photos = [make_photo(8, 8, seed) for seed in range(20)]
     results = client.post("/classify", files=[("file", encode(photo, "PNG")) for photo in photos]).json()["results"]
     best = [int(expected_logits(np.asarray(photo)[None], 8).argmax()) for photo in photos]
@@ -139,7 +140,7 @@ def part(name: str = "file", content: bytes = PNG, rest: str = '; filename="x"')
         ('multipart/form-data; boundary="XX"', form(part()), 200, ""),
     ],
 )
-def test_classify_reads_or_refuses_forms(
+def test_classify_accepts_or_refuses_forms(
     client: TestClient, content_type: str, body: bytes, status: int, code: str
 ) -> None:
     response = client.post("/classify", content=body, headers={"content-type": content_type})
@@ -150,7 +151,7 @@ def test_classify_reads_or_refuses_forms(
 
 
 @pytest.mark.parametrize(("name", "case"), refused_images().items(), ids=lambda value: str(value)[:30])
-def test_classify_refuses_bad_images_and_goes_on(
+def test_classify_refuses_bad_images_and_stays_available(
     make_client: ClientFactory, name: str, case: tuple[bytes, int]
 ) -> None:
     client = make_client(max_pixels=900_000)
@@ -163,7 +164,7 @@ def test_classify_refuses_an_empty_body(client: TestClient) -> None:
     assert_problem(client.post("/classify"), 400, "malformed_body")
 
 
-def test_classify_lists_the_rates_that_there_are(client: TestClient) -> None:
+def test_classify_lists_the_exported_rates(client: TestClient) -> None:
     problem = assert_problem(client.post("/classify?r=3", content=PNG), 422, "rate_not_exported")
     assert (problem["accepted"], problem["value"], problem["field"]) == ([0, 8, 16], 3, "r")
 
@@ -197,14 +198,14 @@ def test_classify_refuses_bad_queries(client: TestClient, query: str, status: in
     assert len(str(problem)) < 1000
 
 
-def test_unknown_parameter_lists_the_accepted_ones(client: TestClient) -> None:
+def test_unknown_parameter_lists_the_accepted_parameters(client: TestClient) -> None:
     problem = client.post("/classify?rate=8", content=PNG).json()
     assert problem["field"] == "rate"
     assert problem["accepted"] == list(Query.model_fields)
 
 
 class Gate:
-    """A runner that waits, to fill the service with work."""
+    """A runner that blocks until it is opened, to fill the queue."""
 
     def __init__(self) -> None:
         self.started, self.opened, self.n_runs = threading.Event(), threading.Event(), 0
@@ -225,7 +226,7 @@ def gate_all(catalogue: Catalogue, gate: Gate) -> Catalogue:
     return Catalogue({"tiny": {1: ServedModel(model.manifest, variants)}}, "tiny")
 
 
-def test_classify_refuses_at_once_when_full(make_client: ClientFactory, catalogue: Catalogue) -> None:
+def test_classify_refuses_immediately_when_full(make_client: ClientFactory, catalogue: Catalogue) -> None:
     gate = Gate()
     client = make_client(gate_all(catalogue, gate), max_in_flight_images=2, max_queue_images=2, max_files=2)
     with ThreadPoolExecutor(1) as pool:
@@ -240,7 +241,7 @@ def test_classify_refuses_at_once_when_full(make_client: ClientFactory, catalogu
     assert client.post("/classify", content=PNG).status_code == 200
 
 
-def test_classify_hides_the_reason_of_a_failing_backend(
+def test_classify_hides_the_cause_of_an_engine_failure(
     make_client: ClientFactory, catalogue: Catalogue, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
@@ -255,7 +256,7 @@ def test_classify_hides_the_reason_of_a_failing_backend(
     assert client.post("/classify", content=PNG).status_code == 200
 
 
-def test_unexpected_errors_are_answered_with_fixed_text(
+def test_unexpected_errors_return_a_fixed_text(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: object) -> None:
@@ -279,7 +280,7 @@ def test_classify_is_refused_until_the_models_are_loaded(make_client: ClientFact
     assert client.post("/classify", content=PNG).status_code == 200
 
 
-def test_draining_is_not_ready_but_answers_what_still_comes(make_client: ClientFactory, catalogue: Catalogue) -> None:
+def test_draining_is_not_ready_but_serves_new_requests(make_client: ClientFactory, catalogue: Catalogue) -> None:
     gate = Gate()
     client = make_client(gate_all(catalogue, gate))
     with ThreadPoolExecutor(2) as pool:
@@ -296,7 +297,7 @@ def test_draining_is_not_ready_but_answers_what_still_comes(make_client: ClientF
             assert response.headers.get_list("connection") == ["close"]
 
 
-def test_an_answer_that_closes_by_itself_says_so_once_while_draining(make_client: ClientFactory) -> None:
+def test_connection_close_is_sent_once_while_draining(make_client: ClientFactory) -> None:
     client = make_client(max_body_bytes=10)
     client.service.drain()  # type: ignore[attr-defined]
     response = client.post("/classify", content=PNG)
@@ -318,13 +319,13 @@ def test_an_answer_that_closes_by_itself_says_so_once_while_draining(make_client
         ("GET", "/models/tiny?version=1&version=1", 422, "duplicate_parameter"),
     ],
 )
-def test_other_refusals_are_problems_too(client: TestClient, method: str, path: str, status: int, code: str) -> None:
+def test_other_errors_are_problem_documents(client: TestClient, method: str, path: str, status: int, code: str) -> None:
     response = client.request(method, path)
     assert_problem(response, status, code)
     assert ("allow" in response.headers) == (status == 405)
 
 
-def test_body_cap_is_exact(make_client: ClientFactory) -> None:
+def test_body_limit_is_exact(make_client: ClientFactory) -> None:
     client = make_client(max_body_bytes=len(PNG))
     assert client.post("/classify", content=PNG).status_code == 200
     response = client.post("/classify", content=PNG + b"x")
@@ -332,7 +333,7 @@ def test_body_cap_is_exact(make_client: ClientFactory) -> None:
     assert response.headers["connection"] == "close"
 
 
-def test_body_cap_counts_a_body_without_length(make_client: ClientFactory) -> None:
+def test_body_limit_counts_a_body_without_content_length(make_client: ClientFactory) -> None:
     client = make_client(max_body_bytes=1000)
     taken = []
 
@@ -344,6 +345,6 @@ def test_body_cap_counts_a_body_without_length(make_client: ClientFactory) -> No
     assert_problem(client.post("/classify", content=chunks()), 413, "body_too_large")
 
 
-def test_top_k_bounds_the_list(client: TestClient) -> None:
+def test_top_k_limits_the_predictions(client: TestClient) -> None:
     assert len(client.post("/classify?top_k=1", content=PNG).json()["predictions"]) == 1
     assert len(client.post("/classify", content=PNG).json()["predictions"]) == 3

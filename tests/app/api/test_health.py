@@ -18,7 +18,7 @@ from tests.app.conftest import ClientFactory, wait_until
 PROBES = ("/health/live", "/health/ready")
 
 
-def test_a_run_that_hangs_is_neither_alive_nor_ready_until_it_ends(
+def test_hanging_batch_is_neither_live_nor_ready_until_it_ends(
     make_client: ClientFactory, catalogue: Catalogue
 ) -> None:
     gate = Gate()
@@ -33,15 +33,14 @@ def test_a_run_that_hangs_is_neither_alive_nor_ready_until_it_ends(
         refused = client.post("/classify", content=PNG)
         assert int(refused.headers["retry-after"]) >= 1
         assert_problem(refused, 503, "engine_stalled")
-        assert_problem(hung.result(SECONDS), 503, "engine_stalled")  # nobody is left waiting
+        # The pending request is answered, not left hanging.
+        assert_problem(hung.result(SECONDS), 503, "engine_stalled")
         gate.opened.set()
     wait_until(lambda: client.get("/health/live").status_code == 200)
     assert client.get("/health/ready").status_code == 200
 
 
-def test_an_engine_whose_thread_dies_is_neither_alive_nor_ready(
-    make_client: ClientFactory, catalogue: Catalogue
-) -> None:
+def test_engine_with_a_dead_worker_is_neither_live_nor_ready(make_client: ClientFactory, catalogue: Catalogue) -> None:
     gate = Gate()
     gate.opened.set()
     gate.error = SystemExit()
@@ -53,14 +52,14 @@ def test_an_engine_whose_thread_dies_is_neither_alive_nor_ready(
     assert_problem(client.post("/classify", content=PNG), 503, "engine_stalled")
 
 
-def test_an_engine_that_has_ended_is_neither_alive_nor_ready(client: TestClient) -> None:
+def test_stopped_engine_is_neither_live_nor_ready(client: TestClient) -> None:
     assert [client.get(path).status_code for path in PROBES] == [200, 200]
     client.service.engine.stop(SECONDS)  # type: ignore[attr-defined]
     for path in PROBES:
         assert_problem(client.get(path), 503, "engine_stalled")
 
 
-def test_a_service_that_loads_is_alive_but_not_ready(make_client: ClientFactory) -> None:
+def test_loading_service_is_live_but_not_ready(make_client: ClientFactory) -> None:
     client = make_client(None)
     assert client.get("/health/live").json() == {"status": "alive"}
     assert_problem(client.get("/health/ready"), 503, "not_ready")
@@ -72,7 +71,7 @@ def test_health_documents_its_503(client: TestClient, path: str) -> None:
     assert "application/problem+json" in documented["503"]["content"]
 
 
-def test_a_request_that_the_server_cuts_off_gets_an_answer() -> None:
+def test_aborted_request_gets_a_response() -> None:
     sent: list[Message] = []
     begun = threading.Event()
 

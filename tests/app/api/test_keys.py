@@ -31,7 +31,7 @@ def test_keys_leave_health_and_documentation_open(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_without_keys_everyone_may_call(path: str) -> None:
+def test_without_keys_no_key_is_required(path: str) -> None:
     Keys([]).require(scope(path))
 
 
@@ -46,7 +46,7 @@ def test_without_keys_everyone_may_call(path: str) -> None:
         [(b"authorization", b"Basic eA=="), (b"x-api-key", b"k2")],
     ],
 )
-def test_keys_let_a_known_key_through(headers: list[tuple[bytes, bytes]]) -> None:
+def test_keys_accept_a_known_key(headers: list[tuple[bytes, bytes]]) -> None:
     Keys(["k1", "k2"]).require(scope("/classify", *headers))
 
 
@@ -69,7 +69,7 @@ def test_keys_refuse_an_unknown_key(headers: list[tuple[bytes, bytes]]) -> None:
 
 
 @pytest.mark.parametrize("authorization", [b"", b"Basic k1", b"k1", b"Bearer"])
-def test_another_scheme_is_no_key(authorization: bytes) -> None:
+def test_other_authorization_schemes_are_refused(authorization: bytes) -> None:
     with pytest.raises(Unauthorized):
         Keys(["k1"]).require(scope("/classify", (b"authorization", authorization)))
 
@@ -78,13 +78,13 @@ def test_keys_are_not_in_their_repr() -> None:
     assert "hunter2" not in repr(Keys(["hunter2"])) + repr(vars(Keys(["hunter2"])))
 
 
-def test_read_keys_takes_a_list() -> None:
+def test_read_keys_reads_a_list() -> None:
     keys = read_keys(Settings.model_validate({"api_keys": "k1, k2"}))
     for key in (b"k1", b"k2"):
         keys.require(scope("/classify", (b"x-api-key", key)))
 
 
-def test_read_keys_takes_a_file(tmp_path: Path) -> None:
+def test_read_keys_reads_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("k1\n\n  k2\r\n")
     keys = read_keys(Settings(api_key_file=file))
@@ -92,14 +92,14 @@ def test_read_keys_takes_a_file(tmp_path: Path) -> None:
         keys.require(scope("/classify", (b"x-api-key", key)))
 
 
-def test_read_keys_without_a_setting_needs_none() -> None:
+def test_read_keys_without_a_setting_requires_none() -> None:
     assert not read_keys(Settings()).are_required
 
 
 @pytest.mark.parametrize(
     ("text", "words"), [(",", "key 1 of 2 is empty"), ("hunter2,", "key 2 of 2 is empty"), ("hunter2 x", "key 1 of 1")]
 )
-def test_read_keys_refuses_a_list_and_never_says_it(text: str, words: str) -> None:
+def test_read_keys_refuses_a_list_without_revealing_it(text: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words) as caught:
         read_keys(Settings.model_validate({"api_keys": text}))
     assert "hunter2" not in str(caught.value)
@@ -115,7 +115,7 @@ def test_read_keys_refuses_a_list_and_never_says_it(text: str, words: str) -> No
         (None, "No such"),
     ],
 )
-def test_read_keys_refuses_a_file_naming_it(tmp_path: Path, data: bytes | None, words: str) -> None:
+def test_read_keys_refuses_a_file_by_name(tmp_path: Path, data: bytes | None, words: str) -> None:
     file = tmp_path / "keys"
     if data is not None:
         file.write_bytes(data)
@@ -125,7 +125,7 @@ def test_read_keys_refuses_a_file_naming_it(tmp_path: Path, data: bytes | None, 
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_application_refuses_and_counts(make_client: ClientFactory) -> None:
+def test_application_refuses_and_counts_requests_without_a_key(make_client: ClientFactory) -> None:
     client = make_client(api_keys="hunter2")
     for path in ("/classify", "/models"):
         response = client.request("POST" if path == "/classify" else "GET", path, content=PNG)
@@ -139,12 +139,13 @@ def test_the_application_refuses_and_counts(make_client: ClientFactory) -> None:
     assert 'dtem_requests_total{code="401"' in metrics
 
 
-def test_the_body_of_a_refused_request_is_not_read(make_client: ClientFactory) -> None:
+def test_body_of_a_refused_request_is_not_read(make_client: ClientFactory) -> None:
     client = make_client(api_keys="hunter2", max_body_bytes=10)
-    assert client.post("/classify", content=bytes(1000)).status_code == 401  # and not 413
+    # 401 instead of 413 shows that the body was not read.
+    assert client.post("/classify", content=bytes(1000)).status_code == 401
 
 
-def test_the_document_says_how_to_send_a_key(make_client: ClientFactory) -> None:
+def test_openapi_describes_how_to_send_a_key(make_client: ClientFactory) -> None:
     client = make_client(api_keys="hunter2")
     document = client.get("/openapi.json")
     assert "hunter2" not in document.text + client.get("/docs").text
@@ -153,7 +154,7 @@ def test_the_document_says_how_to_send_a_key(make_client: ClientFactory) -> None
     assert "security" not in document.json()["paths"]["/classify"]["post"]
 
 
-def test_the_document_has_no_keys_where_none_are_required(make_client: ClientFactory) -> None:
+def test_openapi_has_no_security_if_no_keys_are_required(make_client: ClientFactory) -> None:
     document = make_client().get("/openapi.json").json()
     assert "security" not in document
     assert "securitySchemes" not in document["components"]

@@ -27,7 +27,7 @@ def test_models_lists_every_variant(client: TestClient) -> None:
     assert model["input"]["resize_shorter_side"] == 8
 
 
-def test_models_shows_the_latency_seen_on_this_host(client: TestClient) -> None:
+def test_models_shows_the_measured_latency(client: TestClient) -> None:
     def n_seen() -> int:
         n: int = client.get("/models/tiny").json()["variants"][-1]["latency_ms"]["n"]
         return n
@@ -40,13 +40,13 @@ def test_models_shows_the_latency_seen_on_this_host(client: TestClient) -> None:
     assert n_seen() == min(before + 1, 100)
 
 
-def test_models_shows_what_runs_are_expected_to_take(make_client: ClientFactory) -> None:
+def test_models_shows_the_expected_batch_durations(make_client: ClientFactory) -> None:
     variant = make_client(max_batch_images=4).get("/models/tiny").json()["variants"][-1]
     assert [item["batch_size"] for item in variant["run_ms"]] == [1, 2, 4]
     assert all(item["expected"] > 0 for item in variant["run_ms"])
 
 
-def test_models_by_name_takes_a_version(client: TestClient) -> None:
+def test_model_by_name_accepts_a_version(client: TestClient) -> None:
     assert client.get("/models/tiny?version=1").json() == client.get("/models/tiny").json()
 
 
@@ -80,15 +80,17 @@ def test_metrics_show_state(make_client: ClientFactory) -> None:
     text = client.get("/metrics").text
     assert sample(client, "dtem_ready") == 1
     assert sample(client, "dtem_in_flight_images") == 0
-    assert "dtem_queue_depth_images{" not in text  # nothing waits
+    # The queue is empty.
+    assert "dtem_queue_depth_images{" not in text
     assert sample(client, 'dtem_model_info{device="cpu",format="onnx",model="tiny",version="1"}') == 1
     assert "process_resident_memory_bytes" in text
-    assert 'le="0.0005"' not in text  # no series before the first request
+    # No series exists before the first request.
+    assert 'le="0.0005"' not in text
     client.service.drain()  # type: ignore[attr-defined]
     assert sample(client, "dtem_ready") == 0
 
 
-def test_metrics_of_two_services_are_apart(make_client: ClientFactory) -> None:
+def test_metrics_of_two_services_are_separate(make_client: ClientFactory) -> None:
     first, second = make_client(), make_client()
     first.post("/classify", content=PNG)
     line = 'dtem_requests_total{code="200",model="tiny",policy="tome",r="8"}'

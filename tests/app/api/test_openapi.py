@@ -18,7 +18,7 @@ def document(client: TestClient) -> dict[str, Any]:
 
 
 def validate(document: dict[str, Any], path: str, method: str, response: Any) -> None:
-    """Check an answer against what is documented for its path and status."""
+    """Validate a response against the schema of its path and status."""
     described = document["paths"][path][method]["responses"][str(response.status_code)]["content"]
     media_type = response.headers["content-type"].split(";")[0]
     schema = {**described[media_type]["schema"], "components": document["components"]}
@@ -42,7 +42,7 @@ def validate(document: dict[str, Any], path: str, method: str, response: Any) ->
         ("get", "/health/ready", "", {}),
     ],
 )
-def test_answers_are_as_documented(
+def test_responses_match_openapi(
     client: TestClient, document: dict[str, Any], method: str, path: str, query: str, body: dict[str, Any]
 ) -> None:
     validate(document, path, method, client.request(method, path + query, **body))
@@ -75,13 +75,13 @@ PIXELS = {"inputs": [{"name": "pixels", "shape": [1, 8, 8, 3], "datatype": "UINT
         ("post", INFER, {"content": bytes(21_000_000)}),
     ],
 )
-def test_answers_under_v2_are_as_documented(
+def test_responses_under_v2_match_openapi(
     client: TestClient, document: dict[str, Any], method: str, path: str, body: dict[str, Any]
 ) -> None:
     validate(document, path, method, client.request(method, path.format(name="tiny", version="1"), **body))
 
 
-def test_infer_documents_its_body_as_it_is_read(client: TestClient, document: dict[str, Any]) -> None:
+def test_infer_documents_the_body_it_accepts(client: TestClient, document: dict[str, Any]) -> None:
     content = document["paths"][INFER]["post"]["requestBody"]["content"]
     assert content["application/octet-stream"]["schema"]["format"] == "binary"
     schema = {**content["application/json"]["schema"], "components": document["components"]}
@@ -93,14 +93,14 @@ def test_infer_documents_its_body_as_it_is_read(client: TestClient, document: di
 
 
 @pytest.mark.parametrize("path", [INFER, "/v2/models/{name}/versions/{version}/infer"])
-def test_infer_documents_every_status_that_it_can_give(document: dict[str, Any], path: str) -> None:
+def test_infer_documents_every_status(document: dict[str, Any], path: str) -> None:
     documented = set(document["paths"][path]["post"]["responses"])
     assert documented == {"200"} | {str(status) for status, _ in PROBLEMS.values()} - {"405", "499"}
 
 
-def test_classify_documents_every_status_that_it_can_give(document: dict[str, Any]) -> None:
+def test_classify_documents_every_status(document: dict[str, Any]) -> None:
     documented = set(document["paths"]["/classify"]["post"]["responses"])
-    # 405 belongs to other methods, and nobody is there to read a 499.
+    # 405 is of other methods, and 499 reaches no client.
     assert documented == {"200"} | {str(status) for status, _ in PROBLEMS.values()} - {"405", "499"}
 
 
@@ -117,9 +117,9 @@ def test_classify_documents_its_parameters(document: dict[str, Any]) -> None:
     assert all(item["description"] for item in parameters.values())
 
 
-def test_no_framework_error_schema_is_left(document: dict[str, Any]) -> None:
+def test_openapi_has_no_framework_error_schema(document: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-def test_docs_are_there(client: TestClient) -> None:
+def test_docs_are_served(client: TestClient) -> None:
     assert "openapi.json" in client.get("/docs").text

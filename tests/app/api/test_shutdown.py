@@ -30,7 +30,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 
 class Running:
-    """Our server in a thread, with one parser and one event loop of those that uvicorn has."""
+    """The server in a thread, with one of uvicorn's parsers and event loops."""
 
     def __init__(self, parser: str, loop: str, catalogue: Catalogue, **settings: object) -> None:
         given = Settings.model_validate({"port": 0, **settings})
@@ -49,20 +49,20 @@ class Running:
         self.loop.close()
 
     def stop(self) -> None:
-        """What the signal does: pytest has the main thread, which alone is told of signals."""
+        """Simulate a signal. A real one would reach the main thread, which runs pytest."""
         self.loop.call_soon_threadsafe(self.server.handle_exit, signal.SIGTERM, None)
 
     def connect(self, data: bytes = b"") -> socket.socket:
-        wire = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
-        wire.sendall(data)
-        return wire
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+        connection.sendall(data)
+        return connection
 
     def ask(self, data: bytes) -> bytes:
-        with self.connect(data) as wire:
-            return read_answer(wire)
+        with self.connect(data) as connection:
+            return read_answer(connection)
 
     def wait_until_seen(self) -> None:
-        """Return when the event loop has read what was sent before."""
+        """Wait until the event loop has read everything sent so far."""
         assert b" 200 OK" in self.ask(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
 
     def wait_until_closed(self) -> None:
@@ -72,10 +72,10 @@ class Running:
             time.sleep(0.01)
 
 
-def read_answer(wire: socket.socket) -> bytes:
-    """Read until the server closes, or for a kept connection until the body is complete."""
+def read_answer(connection: socket.socket) -> bytes:
+    """Read until the server closes the connection, or until the body is complete if it is kept alive."""
     answer = b""
-    while chunk := wire.recv(65536):
+    while chunk := connection.recv(65536):
         answer += chunk
         head, _, body = answer.partition(b"\r\n\r\n")
         lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
@@ -102,7 +102,7 @@ def start(request: pytest.FixtureRequest, catalogue: Catalogue) -> Any:
     return start
 
 
-def test_idle_connections_are_closed_after_a_moment_in_which_they_may_ask(start: Any) -> None:
+def test_idle_connections_are_closed_after_a_last_chance_to_send(start: Any) -> None:
     with start() as running:
         used, fresh, late = running.connect(POST), running.connect(), running.connect()
         assert b" 200 OK" in read_answer(used)
@@ -113,22 +113,25 @@ def test_idle_connections_are_closed_after_a_moment_in_which_they_may_ask(start:
         answer = read_answer(late)
         assert b" 200 OK" in answer
         assert b"connection: close" in answer.lower()
-        for wire in (used, fresh):
-            assert wire.recv(1) == b""  # an end, no reset
-        for wire in (used, fresh, late):
-            wire.close()
+        for connection in (used, fresh):
+            # The connection ends without a reset.
+            assert connection.recv(1) == b""
+        for connection in (used, fresh, late):
+            connection.close()
 
 
 @pytest.mark.parametrize("n_bytes", [1, 40, len(POST) - 10])
-def test_a_request_that_has_begun_is_answered(start: Any, n_bytes: int) -> None:
-    with start() as running, running.connect(POST) as wire, running.connect() as idle:
-        assert b" 200 OK" in read_answer(wire)  # the second request on this connection is the one of interest
-        wire.sendall(POST[:n_bytes])
+def test_request_that_has_begun_is_answered(start: Any, n_bytes: int) -> None:
+    with start() as running, running.connect(POST) as connection, running.connect() as idle:
+        # The second request on this connection is the one under test.
+        assert b" 200 OK" in read_answer(connection)
+        connection.sendall(POST[:n_bytes])
         running.wait_until_seen()
         running.stop()
-        assert idle.recv(1) == b""  # by now idle connections are closed
-        wire.sendall(POST[n_bytes:])
-        answer = read_answer(wire)
+        # Idle connections are closed by now.
+        assert idle.recv(1) == b""
+        connection.sendall(POST[n_bytes:])
+        answer = read_answer(connection)
         assert b" 200 OK" in answer
         assert b"connection: close" in answer.lower()
 
@@ -136,17 +139,17 @@ def test_a_request_that_has_begun_is_answered(start: Any, n_bytes: int) -> None:
 def test_requests_in_flight_are_answered(start: Any, catalogue: Catalogue) -> None:
     gate = Gate()
     with start(gate_all(catalogue, gate)) as running:
-        wires = [running.connect(POST) for _ in range(4)]
+        connections = [running.connect(POST) for _ in range(4)]
         assert gate.started.wait(SECONDS)
         running.stop()
         running.wait_until_closed()
         gate.opened.set()
-        for wire in wires:
-            assert b" 200 OK" in read_answer(wire)
-            wire.close()
+        for connection in connections:
+            assert b" 200 OK" in read_answer(connection)
+            connection.close()
 
 
-def test_the_grace_keeps_the_port_open_and_is_not_ready(start: Any) -> None:
+def test_grace_period_keeps_the_port_open_while_not_ready(start: Any) -> None:
     with start(drain_grace_seconds=2.0) as running:
         running.wait_until_seen()
         running.stop()
@@ -159,7 +162,7 @@ def test_the_grace_keeps_the_port_open_and_is_not_ready(start: Any) -> None:
         running.wait_until_closed()
 
 
-def test_what_takes_too_long_is_cut_off_with_an_answer(start: Any, catalogue: Catalogue) -> None:
+def test_request_that_outlasts_the_drain_is_aborted_with_503(start: Any, catalogue: Catalogue) -> None:
     gate = Gate()
     with (
         start(gate_all(catalogue, gate), drain_seconds=2) as running,
@@ -169,15 +172,16 @@ def test_what_takes_too_long_is_cut_off_with_an_answer(start: Any, catalogue: Ca
         assert gate.started.wait(SECONDS)
         started_at = time.monotonic()
         running.stop()
-        for wire in (hung, half):
-            answer = read_answer(wire)
+        for connection in (hung, half):
+            answer = read_answer(connection)
             assert b" 503 " in answer
             assert b"shutting_down" in answer
-        assert time.monotonic() - started_at < 2 + SECONDS / 2  # however busy the machine; and not for ever
+        # A generous limit, for a busy machine.
+        assert time.monotonic() - started_at < 2 + SECONDS / 2
         gate.opened.set()
 
 
-def test_refuse_handshakes_leaves_those_made_before() -> None:
+def test_refuse_handshakes_keeps_established_connections() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         assert not is_readable(listener)

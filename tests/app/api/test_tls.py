@@ -39,7 +39,7 @@ def test_open_tls_reads_certificate_and_key(files: Files) -> None:
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
-def test_open_tls_without_files_is_plain_http() -> None:
+def test_open_tls_without_files_returns_none() -> None:
     assert open_tls(Settings()) is None
 
 
@@ -65,7 +65,9 @@ def test_open_tls_without_files_is_plain_http() -> None:
         ),
     ],
 )
-def test_open_tls_refuses_in_one_clear_line(files: Files, change: Callable[[Files], Files], words: list[str]) -> None:
+def test_open_tls_refuses_bad_files_with_one_line(
+    files: Files, change: Callable[[Files], Files], words: list[str]
+) -> None:
     with pytest.raises(SettingsError) as caught:
         open_tls(settings(change(files)))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Inference requests, written by hand: what clients send, and what they should not."""
+"""Requests: builds inference requests, valid and invalid, without a client library."""
 
 import json
 from typing import Any

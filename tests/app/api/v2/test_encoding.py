@@ -10,14 +10,14 @@ TEXT = b"pixels " * 1000
 
 
 @pytest.mark.parametrize(("encoding", "undo"), [("gzip", gzip.decompress), ("deflate", zlib.decompress)])
-def test_what_is_compressed_others_can_read(encoding: str, undo: object) -> None:
+def test_compress_is_readable_by_the_standard_library(encoding: str, undo: object) -> None:
     packed = compress(TEXT, encoding)
     assert len(packed) < len(TEXT) / 10
     assert undo(packed) == TEXT  # type: ignore[operator]
     assert decompress(packed, encoding, len(TEXT)) == TEXT
 
 
-def test_the_cap_holds_for_what_is_unpacked() -> None:
+def test_decompress_limits_the_decompressed_size() -> None:
     packed = gzip.compress(bytes(50_000_000))
     assert len(packed) < 100_000
     with pytest.raises(BodyTooLarge, match="Decompressed request body exceeds 1000 bytes"):
@@ -37,18 +37,18 @@ def test_the_cap_holds_for_what_is_unpacked() -> None:
         (zlib.compress(TEXT), "is not valid gzip"),
     ],
 )
-def test_broken_streams_are_refused(packed: bytes, reason: str) -> None:
+def test_decompress_refuses_broken_streams(packed: bytes, reason: str) -> None:
     with pytest.raises(MalformedBody, match=reason):
         decompress(packed, "gzip", 1_000_000)
 
 
-def test_a_body_that_is_not_encoded_passes() -> None:
+def test_identity_leaves_the_body_unchanged() -> None:
     assert (read_encoding(None), read_encoding("Identity"), read_encoding(" GZIP ")) == ("identity", "identity", "gzip")
     assert decompress(TEXT, "identity", len(TEXT)) == TEXT
 
 
 @pytest.mark.parametrize("header", ["br", "gzip, deflate", "zstd", "x" * 1000])
-def test_other_encodings_are_refused_with_a_list(header: str) -> None:
+def test_other_encodings_are_refused_with_the_accepted_ones(header: str) -> None:
     with pytest.raises(UnsupportedEncoding) as caught:
         read_encoding(header)
     assert caught.value.headers["Accept-Encoding"] == "gzip, deflate, identity"
@@ -70,5 +70,5 @@ def test_other_encodings_are_refused_with_a_list(header: str) -> None:
         (";;,q=1", "identity"),
     ],
 )
-def test_the_answer_is_encoded_as_the_caller_accepts(accept: str | None, chosen: str) -> None:
+def test_choose_encoding_follows_accept_encoding(accept: str | None, chosen: str) -> None:
     assert choose_encoding(accept) == chosen

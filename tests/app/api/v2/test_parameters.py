@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from app.api.v2.parameters import ACCEPTED, read_flag, read_query, format_value
+from app.api.v2.parameters import ACCEPTED, format_value, read_flag, read_query
 from app.errors import InvalidParameter, ServiceError, UnknownParameter
 
 
@@ -10,23 +10,23 @@ from app.errors import InvalidParameter, ServiceError, UnknownParameter
     ("value", "text"),
     [(8, "8"), (8.0, "8"), ("8", "8"), (2.5, "2.5"), (True, "true"), (False, "false"), ("dtem", "dtem"), (-1, "-1")],
 )
-def test_values_are_written_as_in_a_query(value: Any, text: str) -> None:
+def test_format_value_formats_as_in_a_url_query(value: Any, text: str) -> None:
     assert format_value("r", value) == text
 
 
 @pytest.mark.parametrize("value", [None, [], {}, [8], float("inf"), float("nan")])
-def test_other_values_are_refused(value: Any) -> None:
+def test_format_value_refuses_other_values(value: Any) -> None:
     with pytest.raises(InvalidParameter, match=r"parameters\.r=.* is not a number, string or boolean"):
         format_value("r", value)
 
 
-def test_a_query_takes_its_model_from_the_path() -> None:
+def test_query_takes_its_model_from_the_path() -> None:
     query = read_query({"r": 8, "policy": "tome", "binary_data_output": True}, "tiny", "1")
     assert query.model_dump(exclude_none=True) == {"model": "tiny", "version": "1", "r": "8", "policy": "tome"}
 
 
 @pytest.mark.parametrize("name", ["rate", "R", "model", "version", "top_k", "triton_x", "headers", "", "\ud800"])
-def test_unknown_parameters_are_refused_with_a_list(name: str) -> None:
+def test_unknown_parameters_are_refused_with_the_accepted_ones(name: str) -> None:
     with pytest.raises(UnknownParameter) as caught:
         read_query({name: 1}, "tiny", "1")
     assert caught.value.members["accepted"] == ACCEPTED
@@ -34,24 +34,24 @@ def test_unknown_parameters_are_refused_with_a_list(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sequence_id", "sequence_start", "sequence_end", "priority"])
-def test_what_triton_reserves_is_refused_unless_it_means_nothing(name: str) -> None:
+def test_reserved_parameters_are_refused_unless_null(name: str) -> None:
     for nothing in (0, "", False):
         assert read_query({name: nothing}, "tiny", "1") == read_query({}, "tiny", "1")
     with pytest.raises(UnknownParameter, match=f"Unsupported parameter '{name}': "):
         read_query({name: 1}, "tiny", "1")
 
 
-def test_a_timeout_of_zero_is_none() -> None:
+def test_timeout_of_zero_means_none() -> None:
     assert read_query({"timeout": 0}, "tiny", "1") == read_query({}, "tiny", "1")
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "5", True, None])
-def test_a_timeout_is_a_whole_number(value: Any) -> None:
+def test_timeout_must_be_a_non_negative_integer(value: Any) -> None:
     with pytest.raises(InvalidParameter, match="is not a non-negative integer, in microseconds"):
         read_query({"timeout": value}, "tiny", "1")
 
 
-def test_a_timeout_is_the_deadline_in_microseconds() -> None:
+def test_timeout_is_the_deadline_in_microseconds() -> None:
     assert read_query({"timeout": 2500}, "tiny", "1") == read_query({"deadline_ms": 2.5}, "tiny", "1")
     with pytest.raises(InvalidParameter, match="are mutually exclusive"):
         read_query({"timeout": 2500, "deadline_ms": 2}, "tiny", "1")
@@ -65,7 +65,7 @@ def test_every_selector_of_classify_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("value", ["true", 1, 0, None, []])
-def test_a_flag_is_true_or_false(value: Any) -> None:
+def test_flag_must_be_a_boolean(value: Any) -> None:
     assert read_flag({}, "binary_data", default=True) is True
     assert read_flag({"binary_data": False}, "binary_data", default=True) is False
     with pytest.raises(ServiceError, match=r"parameters\.binary_data=.* is neither true nor false"):

@@ -21,7 +21,8 @@ from tests.app.api.v2.requests import (
 )
 
 MAX_IMAGES = 4
-MAX_TEXT = 700  # of an error, whatever the caller sent
+# Maximum length of an error, for any client input.
+MAX_TEXT = 700
 EVERY = ("logits", "probabilities", "label", "tokens", "gmacs")
 lasting = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -46,7 +47,7 @@ def assert_images(request: InferenceRequest, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("n_images", [1, 3])
-def test_pixels_are_the_same_however_they_are_written(model: ServedModel, n_images: int) -> None:
+def test_pixels_are_equal_in_every_format(model: ServedModel, n_images: int) -> None:
     pixels = make_pixels(n_images)
     flat, nested = pixel_input(pixels), pixel_input(pixels, data=pixels.tolist())
     for tensor in (flat, nested):
@@ -58,7 +59,7 @@ def test_pixels_are_the_same_however_they_are_written(model: ServedModel, n_imag
 
 
 @pytest.mark.parametrize("shape", [[2], [2, 1]])
-def test_files_are_the_same_however_they_are_written(model: ServedModel, shape: list[int]) -> None:
+def test_files_are_equal_in_every_format(model: ServedModel, shape: list[int]) -> None:
     files = [PNG, b"\x00\xff"]
     texts = [base64.b64encode(data).decode() for data in files]
     flat = image_input(shape, data=texts)
@@ -70,21 +71,21 @@ def test_files_are_the_same_however_they_are_written(model: ServedModel, shape: 
     assert list(parse(model, body, headers).images) == files
 
 
-def test_a_raw_request_is_one_file(model: ServedModel) -> None:
+def test_raw_request_is_one_file(model: ServedModel) -> None:
     request = parse(model, PNG, {"length": "0"})
     assert list(request.images) == [PNG]
     assert [output.output.name for output in request.outputs] == list(EVERY)
 
 
-def wanted(request: InferenceRequest) -> list[tuple[str, bool, int | None]]:
+def summarize_outputs(request: InferenceRequest) -> list[tuple[str, bool, int | None]]:
     return [(output.output.name, output.is_binary, output.n_classes) for output in request.outputs]
 
 
-def test_without_outputs_all_are_wanted(model: ServedModel) -> None:
+def test_request_without_outputs_gets_all(model: ServedModel) -> None:
     nothing: list[dict[str, Any]] = [{}, {"outputs": []}, {"outputs": None}]
     for outputs in nothing:
         request = parse_json(model, {"inputs": [pixel_input(make_pixels())], **outputs})
-        assert wanted(request) == [(name, False, None) for name in EVERY]
+        assert summarize_outputs(request) == [(name, False, None) for name in EVERY]
     request = parse_json(
         model, {"inputs": [pixel_input(make_pixels())], "parameters": {"binary_data_output": True, "r": 16}}
     )
@@ -92,7 +93,7 @@ def test_without_outputs_all_are_wanted(model: ServedModel) -> None:
     assert (request.query.r, request.query.model, request.query.version) == ("16", "tiny", "1")
 
 
-def test_outputs_are_as_each_is_asked_for(model: ServedModel) -> None:
+def test_each_output_follows_its_own_parameters(model: ServedModel) -> None:
     outputs = [
         {"name": "label", "parameters": {"binary_data": False}},
         {"name": "logits", "parameters": {"classification": 2}},
@@ -101,7 +102,7 @@ def test_outputs_are_as_each_is_asked_for(model: ServedModel) -> None:
     document = {"id": "7", "inputs": [pixel_input(make_pixels())], "outputs": outputs}
     request = parse_json(model, {**document, "parameters": {"binary_data_output": True}})
     assert request.id == "7"
-    assert wanted(request) == [("label", False, None), ("logits", True, 2), ("gmacs", True, None)]
+    assert summarize_outputs(request) == [("label", False, None), ("logits", True, 2), ("gmacs", True, None)]
 
 
 PIXELS = make_pixels()
@@ -166,7 +167,7 @@ PIXELS = make_pixels()
         ({"inputs": [pixel_input(PIXELS, parameters={"binary_data_size": 192})]}, "has both data and binary"),
     ],
 )
-def test_what_breaks_the_protocol_is_refused_by_name(model: ServedModel, document: Any, reason: str) -> None:
+def test_malformed_request_is_refused_by_name(model: ServedModel, document: Any, reason: str) -> None:
     with pytest.raises(MalformedTensor, match=reason) as caught:
         parse_json(model, document)
     assert len(str(caught.value)) < MAX_TEXT
@@ -196,7 +197,7 @@ def test_what_breaks_the_protocol_is_refused_by_name(model: ServedModel, documen
         ),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(
+def test_invalid_parameter_is_refused_by_name(
     model: ServedModel, changes: dict[str, Any], error: type[ServiceError], reason: str
 ) -> None:
     with pytest.raises(error, match=reason):
@@ -218,7 +219,7 @@ def test_what_cannot_be_used_is_refused_by_name(
         (with_length(PNG) + b"trailing", len(with_length(PNG)), "bytes follow the JSON"),
     ],
 )
-def test_binary_files_that_do_not_add_up_are_refused(
+def test_binary_files_with_wrong_lengths_are_refused(
     model: ServedModel, binary: bytes, size: int | None, reason: str
 ) -> None:
     parameters = {"binary_data_size": len(binary) if size is None else size}
@@ -228,14 +229,14 @@ def test_binary_files_that_do_not_add_up_are_refused(
 
 
 @pytest.mark.parametrize("n_bytes", [0, 191, 193])
-def test_binary_pixels_that_do_not_add_up_are_refused(model: ServedModel, n_bytes: int) -> None:
+def test_binary_pixels_with_wrong_length_are_refused(model: ServedModel, n_bytes: int) -> None:
     body, headers = frame(binary_input(bytes(n_bytes)), bytes(n_bytes))
     with pytest.raises(MalformedTensor, match=f"requires 192 values, got {n_bytes}"):
         parse(model, body, headers)
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "1.0", "", "+1", "01", "9" * 30, "1000000", " 1", "１"])
-def test_a_bad_header_length_is_refused(model: ServedModel, length: str) -> None:
+def test_invalid_header_length_is_refused(model: ServedModel, length: str) -> None:
     with pytest.raises(MalformedTensor, match="is not an integer from 0 to 192, the body size"):
         parse(model, bytes(192), {"length": length})
 
@@ -256,7 +257,7 @@ def test_a_bad_header_length_is_refused(model: ServedModel, length: str) -> None
         (b'{"inputs": [{"name": "\\ud800", "shape": [], "datatype": ""}]}', "Unknown input"),
     ],
 )
-def test_what_is_no_json_is_refused(model: ServedModel, body: bytes, reason: str) -> None:
+def test_invalid_json_is_refused(model: ServedModel, body: bytes, reason: str) -> None:
     with pytest.raises(MalformedTensor, match=reason) as caught:
         parse(model, body)
     assert len(str(caught.value)) < MAX_TEXT
@@ -264,8 +265,8 @@ def test_what_is_no_json_is_refused(model: ServedModel, body: bytes, reason: str
 
 @lasting
 @given(body=st.binary(max_size=400), length=st.one_of(st.none(), st.text(max_size=5), st.integers().map(str)))
-def test_arbitrary_bytes_give_a_request_or_our_error(model: ServedModel, body: bytes, length: str | None) -> None:
-    assert_request_or_our_error(model, body, length)
+def test_arbitrary_bytes_give_a_request_or_a_service_error(model: ServedModel, body: bytes, length: str | None) -> None:
+    assert_request_or_service_error(model, body, length)
 
 
 JSON_VALUES = st.recursive(
@@ -289,24 +290,24 @@ ENVELOPES = st.fixed_dictionaries(
 
 @lasting
 @given(document=ENVELOPES, binary=st.binary(max_size=200) | st.just(bytes(192)), is_framed=st.booleans())
-def test_arbitrary_documents_give_a_request_or_our_error(
+def test_arbitrary_json_gives_a_request_or_a_service_error(
     model: ServedModel, document: Any, binary: bytes, is_framed: bool
 ) -> None:
     head = json.dumps(document).encode()
-    assert_request_or_our_error(model, head + binary, str(len(head)) if is_framed else None)
+    assert_request_or_service_error(model, head + binary, str(len(head)) if is_framed else None)
 
 
 @lasting
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
-def test_one_changed_byte_gives_a_request_or_our_error(model: ServedModel, place: int, byte: int) -> None:
+def test_one_changed_byte_gives_a_request_or_a_service_error(model: ServedModel, place: int, byte: int) -> None:
     binary = with_length(PNG)
     body, headers = frame(image_input([1], parameters={"binary_data_size": len(binary)}), binary)
     place %= len(body)
     changed = body[:place] + bytes([byte]) + body[place + 1 :]
-    assert_request_or_our_error(model, changed, next(iter(headers.values())))
+    assert_request_or_service_error(model, changed, next(iter(headers.values())))
 
 
-def assert_request_or_our_error(model: ServedModel, body: bytes, length: str | None) -> None:
+def assert_request_or_service_error(model: ServedModel, body: bytes, length: str | None) -> None:
     try:
         request = parse_request(body, length, model, MAX_IMAGES)
     except ServiceError as error:
