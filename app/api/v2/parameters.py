@@ -15,14 +15,14 @@ IN_THE_PATH = ("model", "version")
 PER_OUTPUT = "top_k"
 SELECTORS = [name for name in Query.model_fields if name not in (*IN_THE_PATH, PER_OUTPUT)]
 ACCEPTED = [*SELECTORS, BINARY_OUTPUT, TIMEOUT]
-# Parameters of Triton that are not supported. Its clients send them with a null value when they are not used.
+# Parameters of Triton that are not supported. Its clients send an empty value when they do not use them.
 RESERVED = {
     "sequence_id": "models are stateless",
     "sequence_start": "models are stateless",
     "sequence_end": "models are stateless",
     "priority": "requests have no priorities",
 }
-NULL_VALUES = (0, "", False)
+EMPTY_VALUES = (0, "", False)
 MICROSECONDS_PER_MS = 1000
 
 
@@ -33,7 +33,7 @@ def read_query(parameters: Mapping[str, Any], model: str, version: str) -> Query
     """
     texts: dict[str, str] = {}
     for name, value in parameters.items():
-        if name in RESERVED and value in NULL_VALUES:
+        if name in RESERVED and value in EMPTY_VALUES:
             continue
         _require_known(name)
         if name == TIMEOUT:

@@ -34,7 +34,7 @@ def test_unknown_parameters_are_refused_with_the_accepted_ones(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["sequence_id", "sequence_start", "sequence_end", "priority"])
-def test_reserved_parameters_are_refused_unless_null(name: str) -> None:
+def test_reserved_parameters_are_refused_unless_empty(name: str) -> None:
     for nothing in (0, "", False):
         assert read_query({name: nothing}, "tiny", "1") == read_query({}, "tiny", "1")
     with pytest.raises(UnknownParameter, match=f"Unsupported parameter '{name}': "):
