@@ -1,4 +1,6 @@
-"""The commit that a report and its models belong to: git's, or what the kit noted of it where there is no git."""
+"""Commit: which one a report and its models belong to. The kit's note goes before git's answer: a copied tree may have
+the history of an earlier commit, or none.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,9 @@ UNKNOWN = "unknown"
 
 
 def read_commit(root: Path = ROOT) -> str:
-    """Return the commit; "unknown" where neither git nor the kit tells it."""
+    """Return the kit's commit, else git's; "unknown" without either."""
     noted = root / KIT / COMMIT_FILE
-    commit = read_git_commit(root)
-    if commit != UNKNOWN or not noted.is_file():
-        return commit
-    return noted.read_text(encoding="ascii").strip()
+    return noted.read_text(encoding="ascii").strip() if noted.is_file() else read_git_commit(root)
 
 
 def read_git_commit(root: Path = ROOT) -> str:
