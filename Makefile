@@ -1,32 +1,38 @@
-# Two commands do all the set-up: `make serve` runs the service on the model in the repository, `make test` the tests.
 PYTHON ?= python3
 PORT ?= 8000
-ENGINE ?= cpu# or gpu: onnxruntime-gpu instead of onnxruntime
+# `gpu` installs onnxruntime-gpu instead of onnxruntime.
+ENGINE ?= cpu
 BIN := .venv/bin
 
-.PHONY: serve test test-containers check format clean
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-containers check format clean
 .DELETE_ON_ERROR:
 
-serve: .venv/service-$(ENGINE)
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: .venv/service-$(ENGINE) ## Serve the reference model (PORT=8000, ENGINE=cpu or gpu)
 	@DTEM_PORT=$(PORT) DTEM_LOG_FORMAT=$${DTEM_LOG_FORMAT:-text} exec $(BIN)/python -m app
 
-test: .venv/development
-	$(BIN)/python -m pytest -m "not gpu and not container"
+test: .venv/development ## Run the tests that need no container engine
+	$(BIN)/python -m pytest -m "not container"
 
-# On a real Docker engine: .ci/containers says what that takes, and brings what it can.
-test-containers: .venv/development
+test-containers: .venv/development ## Run the tests that need Docker, Prometheus and kubectl
 	.ci/containers
-	$(BIN)/python -m pytest -m container
+	$(BIN)/python -m pytest -m container --require-tools
 
-check: .venv/development
+check: .venv/development ## Run ruff, mypy and import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/development
+format: .venv/development ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+clean: ## Remove the virtual environment
+	rm -rf .venv
 
 .venv/service-$(ENGINE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +42,3 @@ format: .venv/development
 .venv/development: .venv/service-$(ENGINE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE),ray,training,test]'
 	@touch $@
-
-clean:
-	rm -rf .venv

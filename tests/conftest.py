@@ -1,14 +1,73 @@
-from collections.abc import Iterator
+"""Fixtures and rules for all tests: a test that needs a tool which is missing here is skipped, or fails on request."""
+
+import importlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
 from tests.app.tiny_store import write_store
 from tests.deploy.ray_server import RayServer
 
+REQUIRE_TOOLS = "--require-tools"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        REQUIRE_TOOLS,
+        action="store_true",
+        help="fail, instead of skipping, a test whose tools are missing (a GPU, Docker, Prometheus, kubectl, chromium)",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = [tool for marker, find in TOOLS.items() if item.get_closest_marker(marker) for tool in find()]
+    if not missing:
+        return
+    reason = f"missing here: {', '.join(missing)}"
+    if item.config.getoption(REQUIRE_TOOLS):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@cache
+def missing_for_gpu() -> tuple[str, ...]:
+    # Imported late: it takes seconds, which other tests need not pay.
+    torch = importlib.import_module("torch")
+    return () if torch.cuda.is_available() else ("a CUDA device",)
+
+
+@cache
+def missing_for_containers() -> tuple[str, ...]:
+    """Name what `.ci/containers` would provide."""
+    programs = _missing_programs("prometheus", "promtool", "kubectl")
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True, check=False).returncode:
+        return ("a Docker engine that answers", *programs)
+    return programs
+
+
+@cache
+def missing_for_browsers() -> tuple[str, ...]:
+    return _missing_programs("chromium")
+
+
+def _missing_programs(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if shutil.which(name) is None)
+
+
+TOOLS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "gpu": missing_for_gpu,
+    "container": missing_for_containers,
+    "browser": missing_for_browsers,
+}
+
 
 @pytest.fixture(scope="session")
 def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
-    """One cluster for all; who changes it leaves two nodes and two replicas, with the tiny model alone."""
+    """Start one Ray cluster for all tests; a test that changes it restores two nodes, two replicas and one model."""
     root = tmp_path_factory.mktemp("store")
     write_store(root)
     with RayServer(root, max_body_bytes=1_000_000, reload_seconds=0.2, default_model="tiny") as server:
