@@ -17,7 +17,7 @@ serve: .venv/service-$(ENGINE) ## Serve the reference model (PORT=8000, ENGINE=c
 test: .venv/development ## Run the tests that need no container engine
 	$(BIN)/python -m pytest -m "not container"
 
-test-containers: .venv/development ## Run the tests that need Docker, Prometheus and kubectl
+test-containers: .venv/development ## Run the tests that need Docker, Prometheus, kubectl or wrk
 	.ci/containers
 	$(BIN)/python -m pytest -m container --require-tools
 

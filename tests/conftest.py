@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         REQUIRE_TOOLS,
         action="store_true",
-        help="fail, instead of skipping, a test whose tools are missing (a GPU, Docker, Prometheus, kubectl, chromium)",
+        help="fail, instead of skipping, a test whose tools are missing (a GPU, Docker, Prometheus, kubectl, wrk, chromium)",
     )
 
 
@@ -42,16 +42,20 @@ def missing_for_gpu() -> tuple[str, ...]:
 @cache
 def missing_for_containers() -> tuple[str, ...]:
     """Name what `.ci/containers` would provide."""
-    programs = _missing_programs("prometheus", "promtool", "kubectl")
-    docker = shutil.which("docker")
-    if docker is None or subprocess.run([docker, "info"], capture_output=True, check=False).returncode:
-        return ("a Docker engine that answers", *programs)
-    return programs
+    missing = [] if _succeeds("docker", "info") else ["a Docker engine that answers"]
+    if not _succeeds("docker", "compose", "version") and shutil.which("docker-compose") is None:
+        missing.append("Docker Compose")
+    return (*missing, *_missing_programs("prometheus", "promtool", "kubectl", "wrk"))
 
 
 @cache
 def missing_for_browsers() -> tuple[str, ...]:
     return _missing_programs("chromium")
+
+
+def _succeeds(program: str, *arguments: str) -> bool:
+    path = shutil.which(program)
+    return path is not None and subprocess.run([path, *arguments], capture_output=True, check=False).returncode == 0
 
 
 def _missing_programs(*names: str) -> tuple[str, ...]:

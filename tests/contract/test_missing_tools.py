@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONTAINER_TEST = "tests/deploy/test_alerts.py"
+REASON = "missing here: a Docker engine that answers, Docker Compose, prometheus, promtool, kubectl, wrk"
 
 
 def run_without_tools(*arguments: str) -> tuple[int, str]:
@@ -25,12 +26,12 @@ def run_without_tools(*arguments: str) -> tuple[int, str]:
 def test_container_tests_are_skipped_where_their_tools_are_missing() -> None:
     status, output = run_without_tools()
     assert status == 0, output
-    assert "missing here: a Docker engine that answers, prometheus, promtool, kubectl" in output
+    assert REASON in output
     assert "passed" not in output
 
 
 def test_container_tests_fail_where_their_tools_are_missing_and_required() -> None:
     status, output = run_without_tools("--require-tools")
     assert status == 1, output
-    assert "missing here: a Docker engine that answers, prometheus, promtool, kubectl" in output
+    assert REASON in output
     assert "skipped" not in output
