@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         REQUIRE_TOOLS,
         action="store_true",
-        help="fail, instead of skipping, a test whose tools are missing (a GPU, Docker, Prometheus, kubectl, wrk, chromium)",
+        help="fail, instead of skipping, a test that needs a GPU, Docker, Prometheus, kubectl, wrk or chromium",
     )
 
 
