@@ -1,15 +1,20 @@
 """Fixtures and rules for all tests: a test that needs a tool which is missing here is skipped, or fails on request."""
 
+from __future__ import annotations
+
 import importlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.app.tiny_store import write_store
-from tests.deploy.ray_server import RayServer
+
+if TYPE_CHECKING:
+    from tests.deploy.ray_server import RayServer
 
 REQUIRE_TOOLS = "--require-tools"
 
@@ -74,5 +79,7 @@ def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
     """Start one Ray cluster for all tests; a test that changes it restores two nodes, two replicas and one model."""
     root = tmp_path_factory.mktemp("store")
     write_store(root)
-    with RayServer(root, max_body_bytes=1_000_000, reload_seconds=0.2, default_model="tiny") as server:
+    # Imported late: a machine for GPU tests need not have what it imports.
+    server_class: type[RayServer] = importlib.import_module("tests.deploy.ray_server").RayServer
+    with server_class(root, max_body_bytes=1_000_000, reload_seconds=0.2, default_model="tiny") as server:
         yield server
