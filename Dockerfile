@@ -8,7 +8,7 @@ FROM ${PYTHON} AS build
 WORKDIR /build
 RUN python -m venv --without-pip /opt/venv
 # Only what names the dependencies and the version, so that the layer below stays cached when other sources change.
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints.txt LICENSE ./
 COPY app/__init__.py app/
 RUN touch README.md
 

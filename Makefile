@@ -1,48 +1,55 @@
-# Two commands do all the set-up: `make serve` runs the service on the model in the repository, `make test` the tests.
 PYTHON ?= python3
 PORT ?= 8000
-KIT_SITE ?= /tmp/dtem-serve-kit# where the kit's wheels are unpacked on a GPU machine
-SMOKE ?=# any value: gpu-report with tiny models on the CPU
-ENGINE ?= cpu# or gpu: onnxruntime-gpu instead of onnxruntime
+# Where the kit's wheels are unpacked on a GPU machine.
+KIT_SITE ?= /tmp/dtem-serve-kit
+# Any value: gpu-report runs tiny models on the CPU.
+SMOKE ?=
+# `gpu` installs onnxruntime-gpu instead of onnxruntime.
+ENGINE ?= cpu
 BIN := .venv/bin
 
-.PHONY: serve test test-containers check format gpu-kit gpu-report clean
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-containers check format gpu-kit gpu-report clean
 .DELETE_ON_ERROR:
 
-serve: .venv/service-$(ENGINE)
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: .venv/service-$(ENGINE) ## Serve the reference model (PORT=8000, ENGINE=cpu or gpu)
 	@DTEM_PORT=$(PORT) DTEM_LOG_FORMAT=$${DTEM_LOG_FORMAT:-text} exec $(BIN)/python -m app
 
-test: .venv/development
-	$(BIN)/python -m pytest -m "not gpu and not container"
+test: .venv/development ## Run the tests that need no container engine
+	$(BIN)/python -m pytest -m "not container"
 
-# On a real Docker engine: .ci/containers says what that takes, and brings what it can.
-test-containers: .venv/development
+test-containers: .venv/development ## Run the tests that need Docker, Prometheus, kubectl or wrk
 	.ci/containers
-	$(BIN)/python -m pytest -m container
+	$(BIN)/python -m pytest -m container --require-tools
 
-check: .venv/development
+check: .venv/development ## Run ruff, mypy and import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/development
+format: .venv/development ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# What a GPU machine without a package registry lacks: wheels for its Python 3.12, in .gpu-kit/, to be taken there.
-gpu-kit: .venv/service-$(ENGINE)
+gpu-kit: .venv/service-$(ENGINE) ## Collect in .gpu-kit/ the wheels that a GPU machine without a registry lacks
 	$(BIN)/python -m benchmarks.gpu.kit
 
-# On a GPU machine `make gpu-report PYTHON=python3`: that Python's own packages and the kit's, not ours.
+# On a GPU machine `make gpu-report PYTHON=python3` runs that Python's own packages and the kit's.
 ifeq ($(origin PYTHON),file)
-gpu-report: .venv/development
+gpu-report: .venv/development ## Run the gpu tests and measurements (SMOKE=1: tiny models on the CPU)
 	$(BIN)/python -m benchmarks.gpu $(if $(SMOKE),--smoke)
 else
 gpu-report:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(KIT_SITE) .gpu-kit/*.whl
 	PYTHONPATH=$(KIT_SITE) $(PYTHON) -m benchmarks.gpu $(if $(SMOKE),--smoke)
 endif
+
+clean: ## Remove the virtual environment
+	rm -rf .venv
 
 .venv/service-$(ENGINE): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -52,6 +59,3 @@ endif
 .venv/development: .venv/service-$(ENGINE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE),ray,training,test]'
 	@touch $@
-
-clean:
-	rm -rf .venv

@@ -1,6 +1,12 @@
+"""Fixtures and rules for all tests: a test that needs a tool which is missing here is skipped, or fails on request."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,22 +16,70 @@ from tests.app.tiny_store import write_store
 if TYPE_CHECKING:
     from tests.deploy.ray_server import RayServer
 
+REQUIRE_TOOLS = "--require-tools"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        REQUIRE_TOOLS,
+        action="store_true",
+        help="fail, instead of skipping, a test that needs a GPU, Docker, Prometheus, kubectl, wrk or chromium",
+    )
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a CUDA device where there is none."""
-    if item.get_closest_marker("gpu") is not None:
-        import torch  # noqa: PLC0415  # seconds, which tests of the service alone need not wait
+    missing = [tool for marker, find in TOOLS.items() if item.get_closest_marker(marker) for tool in find()]
+    if not missing:
+        return
+    reason = f"missing here: {', '.join(missing)}"
+    if item.config.getoption(REQUIRE_TOOLS):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+
+@cache
+def missing_for_gpu() -> tuple[str, ...]:
+    # Imported late: it takes seconds, which other tests need not pay.
+    torch = importlib.import_module("torch")
+    return () if torch.cuda.is_available() else ("a CUDA device",)
+
+
+@cache
+def missing_for_containers() -> tuple[str, ...]:
+    """Name what `.ci/containers` would provide."""
+    missing = [] if _succeeds("docker", "info") else ["a Docker engine that answers"]
+    if not _succeeds("docker", "compose", "version") and shutil.which("docker-compose") is None:
+        missing.append("Docker Compose")
+    return (*missing, *_missing_programs("prometheus", "promtool", "kubectl", "wrk"))
+
+
+@cache
+def missing_for_browsers() -> tuple[str, ...]:
+    return _missing_programs("chromium")
+
+
+def _succeeds(program: str, *arguments: str) -> bool:
+    path = shutil.which(program)
+    return path is not None and subprocess.run([path, *arguments], capture_output=True, check=False).returncode == 0
+
+
+def _missing_programs(*names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if shutil.which(name) is None)
+
+
+TOOLS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "gpu": missing_for_gpu,
+    "container": missing_for_containers,
+    "browser": missing_for_browsers,
+}
 
 
 @pytest.fixture(scope="session")
 def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServer]:
-    """One cluster for all; who changes it leaves two nodes and two replicas, with the tiny model alone."""
-    from tests.deploy.ray_server import RayServer  # noqa: PLC0415  # it needs more than a GPU machine has
-
+    """Start one Ray cluster for all tests; a test that changes it restores two nodes, two replicas and one model."""
     root = tmp_path_factory.mktemp("store")
     write_store(root)
-    with RayServer(root, max_body_bytes=1_000_000, reload_seconds=0.2, default_model="tiny") as server:
+    # Imported late: a machine for GPU tests need not have what it imports.
+    server_class: type[RayServer] = importlib.import_module("tests.deploy.ray_server").RayServer
+    with server_class(root, max_body_bytes=1_000_000, reload_seconds=0.2, default_model="tiny") as server:
         yield server
