@@ -71,7 +71,8 @@ def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
     assert evaluate.main([*command, *embedding]) == 0
     rows = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
     assert list(rows) == ["none-r0", "tome-r30", "tome-r60", "dtem-r30", "dtem-r60"]
-    # 197, 167 and 137 tokens enter the blocks, each meets 32 x 8 weights; scores by 8 numbers instead of a head's 16
+    # 197, 167 and 137 tokens enter the blocks, each meets 32 x 8 weights; scores by 8 numbers
+    # instead of a head's 16
     scores = sum(n_a * n_b for n_a, n_b in ((98, 98), (83, 83), (68, 68)))
     own = (197 + 167 + 137) * 32 * 8 - scores * (16 - 8)
     assert (rows["dtem-r30"].gmacs - rows["tome-r30"].gmacs) * 1e9 == pytest.approx(own, abs=1)
@@ -103,7 +104,7 @@ def adaptive(tmp_path: Path, embedding: list[str]) -> list[str]:
     own = load_embedding(Path(embedding[1]))
     for metric, digest in (("features", None), ("embedding", weights_digest(own))):
         limits = Thresholds(0.9, 0.05, 0.5, 2)
-        Calibration(metric, limits, weights_digest(tiny_vit()), digest, *rest).save(tmp_path / f"{metric}.json")  # type: ignore[arg-type]
+        Calibration(metric, limits, weights_digest(tiny_vit()), digest, *rest).save(tmp_path / f"{metric}.json")
     return [*embedding, "--calibrations", f"{tmp_path / 'features.json'},{tmp_path / 'embedding.json'}"]
 
 
@@ -204,7 +205,7 @@ def test_rows_without_or_with_other_arrays_are_refused(tmp_path: Path) -> None:
         read_evaluation(tmp_path / "two.json")
     arrays: dict[str, Any] = {"tome-r2": np.packbits([True, False, False, False])}
     np.savez(tmp_path / "one.npz", **arrays)
-    with pytest.raises(ValueError, match=r"says top-1 0\.25, the row 0\.5"):
+    with pytest.raises(ValueError, match=r"row tome-r2 has top-1 0\.5, its array 0\.25"):
         read_evaluation(tmp_path / "one.json")
     np.savez(tmp_path / "one.npz", **{"tome-r4": arrays["tome-r2"]})
     with pytest.raises(ValueError, match="row tome-r2 has no array"):

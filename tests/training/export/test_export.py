@@ -24,7 +24,7 @@ from training.evaluate.results import read_evaluation
 from training.export import measured as measured_rows
 from training.export import parity
 from training.export import publish as publishing
-from training.export.manifest import git_commit, variant_key
+from training.export.manifest import git_commit
 from training.export.onnx_format import OnnxClassifier
 from training.export.parity import (
     Decisions,
@@ -34,6 +34,7 @@ from training.export.torchscript_format import TorchScriptClassifier
 from training.models.calibration import load_calibration
 from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
+from training.models.variants import variant_key
 
 
 def test_manifest_is_what_the_service_reads(published: Path) -> None:
@@ -129,6 +130,7 @@ def test_graph_that_differs_is_not_published(
     assert not (tmp_path / "store" / "tiny" / "1").exists()
 
 
+@pytest.mark.usefixtures("quick_format")
 def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = accuracy.measure
@@ -140,8 +142,7 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
         return measure(*arguments, **settings)
 
     monkeypatch.setattr(measured_rows, "measure", counting)
-    with pytest.raises(KeyboardInterrupt):
-        export.main(command(tmp_path))
+    assert export.main(command(tmp_path)) == 130
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == [".1.unfinished"]
     measured.pop()
     assert export.main(command(tmp_path)) == 0
@@ -149,12 +150,12 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
 
 
+@pytest.mark.usefixtures("quick_format")
 def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_evaluation", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            export.main(plan)
+        assert export.main(plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
         json.loads((work / "measured.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
@@ -215,8 +216,36 @@ def test_variants_that_adapt_say_what_images_cost(published: Path, manifest: dic
         assert variant["tokens"] == tokens.double().mean(0).round().int().tolist()
         assert sum(variant["schedule"]) == 197 - variant["tokens"][-1]
         assert (variant["r"], variant["data_dependent"], variant["calibration"]) == (None, True, f"{policy}.json")
-        assert "alone" in variant["promise"]
+        assert variant["promise"].startswith("Batch-invariant")
         assert load_calibration(published / f"{policy}.json").policy == policy
+
+
+@pytest.mark.usefixtures("quick_format")
+def test_precisions_of_a_variant_do_not_collide(tmp_path: Path) -> None:
+    embedding_file = ["--embedding", str(tmp_path / "own.safetensors")]
+    adaptive = ["--calibrations", str(tmp_path / "atm.json"), "--rates", "0,8"]
+    plan = [*command(tmp_path), *embedding_file, *adaptive, "--precisions", "float32,int8"]
+    assert export.main(plan) == 0
+    folder = tmp_path / "store" / "tiny" / "1"
+    keys = ["none-r0", "tome-r8", "dtem-r8", "atm"]
+    assert {file.name for file in folder.glob("*.onnx")} == {
+        f"{key}{suffix}.onnx" for key in keys for suffix in ("", "-int8")
+    }
+    variants = Manifest.model_validate_json((folder / "manifest.json").read_bytes()).variants
+    assert {(v.precision, v.id) for v in variants if v.policy == "dtem" and v.r == 8} == {
+        ("float32", "dtem-r8-float32-onnx"),
+        ("int8", "dtem-r8-int8-onnx"),
+    }
+    assert len({v.id for v in variants}) == len(variants) == 12
+    golden = np.load(folder / "golden.npz")
+    for key in (*keys, "tome-r0", "dtem-r0"):
+        difference = golden[f"logits/{key}-int8"] - golden[f"logits/{key}"]
+        np.testing.assert_allclose(difference, 0.05, atol=1e-5)
+    rows = {row.key: row for row in read_evaluation(folder / "evaluation.json").rows}
+    assert [rows[key].series for key in ("tome-r8", "tome-r8-int8")] == ["tome", "tome int8"]
+    assert {key.removesuffix("-int8") for key in rows if key.endswith("-int8")} == {
+        key for key in rows if not key.endswith("-int8")
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,8 +283,7 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     plan = [*command(tmp_path), "--formats", "torchscript"]  # the quicker ones to make
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_manifest", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")])
+        assert export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
     (work,) = (tmp_path / "store" / "tiny").iterdir()
     assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
     assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
@@ -289,7 +317,8 @@ def test_export_outside_a_git_checkout_says_what_it_needs(
         (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
         (["--default-policy", "none"], "default_r 8: expected one of [0], the rates of policy none"),
         (["--rates", "8,8"], "rates [8, 8]"),
-        (["--formats", "onnx,tensorrt"], "tensorrt"),
+        (["--formats", "onnx,tensorrt"], "format tensorrt with precision float32: expected one of onnx float32"),
+        (["--precisions", "int4"], "format onnx with precision int4"),
         (["--rates", "8,150"], "cannot remove r=150"),
         (["--architecture", "swin_tiny_patch4_window7_224", "--arguments", "{}"], "window"),
     ],

@@ -15,7 +15,8 @@ from training.learn.recipe import AdamW, Data, DtemRecipe
 from training.models.embedding import EmbeddingMismatch, load_embedding
 from training.models.vit import load_vit
 
-# Of three blocks the last merges after the last attention that the class token takes part in: no loss reaches it.
+# Of three blocks the last merges after the last attention that the class token takes part in: no
+# loss reaches it.
 LEARNT = {f"blocks.{block}.{part}" for block in (0, 1) for part in ("weight", "bias")}
 
 
@@ -219,7 +220,7 @@ def test_epochs_are_counted_in_images_of_the_folder(modular: DtemRecipe, tmp_pat
             "5 classes.* 4",
         ),
         ({"r": 9}, "r 9: the first block can remove 8 of 17"),
-        ({"n_images": 7}, "n_images 7 .*batch_size of 8"),
+        ({"n_images": 7}, "n_images 7: .*batch_size of 8"),
     ],
 )
 def test_recipe_that_does_not_fit_is_refused(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.training.learn.tiny_run import RULE, write_images
 from training.data.augmentation import augmentation
-from training.learn.images import DigitImages, FolderImages, image_batches, training_images, validation_images
+from training.data.training_images import AugmentedFolder, TrainingDigits
+from training.learn.images import image_batches, training_images, validation_images
 from training.learn.recipe import Data
 
 STRONG = "rand-m9-mstd0.5-inc1"
@@ -20,8 +21,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "train", 10)
 
 
-def folder_images(root: Path, *, seed: int = 5, share: float = 1.0) -> FolderImages:
-    return FolderImages(root, augmentation(RULE, randaugment=STRONG, erasing=0.5), seed=seed, share=share)
+def folder_images(root: Path, *, seed: int = 5, share: float = 1.0) -> AugmentedFolder:
+    return AugmentedFolder(root, augmentation(RULE, randaugment=STRONG, erasing=0.5), seed=seed, share=share)
 
 
 def test_drawn_image_depends_on_seed_epoch_and_index_alone(root: Path) -> None:
@@ -109,7 +110,7 @@ def test_image_lies_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(pixels).save(tmp_path / "train" / "one" / "0.png", exif=exif)
-    images = FolderImages(tmp_path / "train", lambda image: torch.from_numpy(np.array(image)), seed=1)
+    images = AugmentedFolder(tmp_path / "train", lambda image: torch.from_numpy(np.array(image)), seed=1)
     assert images.draw(0, 0)[0][:32].max() == 0
 
 
@@ -142,8 +143,8 @@ def test_validation_is_spread_over_the_classes(root: Path) -> None:
 
 
 def test_digits_are_normalised_training_scenes() -> None:
-    pixels, label = DigitImages(4, RULE.mean, RULE.std).draw(3, 0)
-    again, _ = DigitImages(4, RULE.mean, RULE.std).draw(3, 7)
+    pixels, label = TrainingDigits(4, RULE.mean, RULE.std).draw(3, 0)
+    again, _ = TrainingDigits(4, RULE.mean, RULE.std).draw(3, 7)
     assert pixels.shape == (3, 112, 112)
     assert -1 <= float(pixels.min()) < float(pixels.max()) <= 1
     assert 0 <= label <= 9

@@ -107,4 +107,4 @@ def test_bad_run_is_refused_with_the_reason(
 def test_folder_of_other_classes_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_run(tmp_path, validation="")
     (tmp_path / "train" / "dog").rename(tmp_path / "dog")
-    assert "names 4 classes, the images are of 3" in refused(capsys, recipe, tmp_path / "out")
+    assert "has 4 classes, the images 3" in refused(capsys, recipe, tmp_path / "out")

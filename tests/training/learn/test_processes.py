@@ -53,7 +53,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: there are 2"),
+        pytest.raises(ValueError, match="process 2 of this machine has no GPU: there are 2"),
         started_processes(),
     ):
         pass

@@ -17,7 +17,7 @@ SCORES: tuple[Score, ...] = ("similarity", "error")
 
 
 def images(seed: int, n_tokens: int, n_images: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return metric (narrow, so that much is alike), features and sizes of whole patches, in float64."""
+    """Return a narrow metric (for many similar tokens), features and whole sizes, in float64."""
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(n_images, n_tokens, 3, generator=generator, dtype=torch.float64)
     x = torch.randn(n_images, n_tokens, 4, generator=generator, dtype=torch.float64)

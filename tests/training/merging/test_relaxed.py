@@ -26,7 +26,7 @@ def test_soft_grouping_is_the_formula_and_so_is_its_gradient(r: int, relaxation:
 
 
 def test_soft_grouping_gradient_is_that_of_finite_differences() -> None:
-    """Few picks of many rows: no row is cut at 1, where the gradient on purpose is not the function's own."""
+    """Few picks of many rows, so that no row is clamped at 1, where the gradient differs on purpose."""
     scores = (drawn(0, 2, 7, 6).tanh() / 4).requires_grad_()
     assert float(soft_grouping(scores.detach(), 3, SOFT).sum(-1).max()) < 1
     assert torch.autograd.gradcheck(lambda s: soft_grouping(s, 3, SOFT), (scores,))

@@ -17,7 +17,7 @@ NEVER = Thresholds(alpha=2.0, beta=0.0, floor=2.0, split_depth=2)
 
 
 def pixels(n_images: int) -> Tensor:
-    """Return images that are more and less alike within: noise, fainter with each image, on one colour."""
+    """Return images of varying uniformity: noise on one colour, weaker with each image."""
     noise = torch.randn(n_images, 3, 112, 112, generator=torch.Generator().manual_seed(2))
     return 0.5 + noise / 4.0 ** torch.arange(n_images).view(-1, 1, 1, 1)
 

@@ -59,7 +59,7 @@ def test_relaxed_model_keeps_all_patches_in_its_sizes_and_none_but_the_class_tok
 
 
 def test_relaxed_model_teaches_every_block_that_merges_before_a_later_attention() -> None:
-    """The last block merges after the last attention: what the class token says cannot depend on it."""
+    """The last block merges after the last attention, so the class token does not depend on it."""
     own = embedding()
     vit = tiny_vit().requires_grad_(False)
     RelaxedVisionTransformer(vit, [16, 8, 8], metric=own)(pixels()).square().sum().backward()

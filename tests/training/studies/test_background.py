@@ -7,10 +7,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import background
 from training.data.digits import digit_patches
-from training.evaluate.background import FIGURES, Measured, estimate, patch_figures, summarise
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.studies import background
+from training.studies.patches import FIGURES, Measured, estimate, patch_figures, summarise
 
 
 def _source(token_of_patch: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -99,7 +99,7 @@ def test_background_writes_table_json_and_pictures(command: list[str], tmp_path:
     few, many = rows[0]["figures"], rows[1]["figures"]
     assert few["background_alone"]["mean"] > many["background_alone"]["mean"]
     assert 1 <= few["digit_group"]["mean"] < many["digit_group"]["mean"]
-    assert "| dtem less tome | 60 | " in (tmp_path / "v1.2.md").read_text()
+    assert "| dtem minus tome | 60 | " in (tmp_path / "v1.2.md").read_text()
     for name in ("v1.2.png", "v1.2-tokens.png"):
         with Image.open(tmp_path / name) as picture:
             assert len(set(picture.convert("RGB").get_flattened_data())) > 50

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import study
-from training.learn import studies
 from training.learn.recipe import DtemRecipe, read_recipe
+from training.studies import study
+from training.studies import variants as studies
 
 
 @pytest.fixture
