@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from training.cli.command import run_command
+from training.cli.command import report, run_command
 from training.evaluate.comparison import compare, markdown, plot, write_json
 from training.evaluate.results import read_evaluation, with_suffix
 
@@ -44,7 +44,9 @@ def _compare(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(found, base.about, other.about, with_suffix(options.out, ".json"))
     table = markdown(found)
-    with_suffix(options.out, ".md").write_text(table)
+    title = f"{options.other} compared with {options.base}"
+    summary = "Paired differences of top-1 on the same images."
+    with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
     models = " against ".join(dict.fromkeys(str(about.get("model")) for about in (other.about, base.about)))
     n_images, dataset = found[0].n_images, base.about.get("dataset")
     plot(found, with_suffix(options.out, ".png"), f"{models}, {n_images} images of {dataset}")

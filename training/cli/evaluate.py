@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from training.cli.command import run_command
+from training.cli.command import report, run_command
 from training.cli.model_options import (
     ChosenModel,
     add_model_options,
@@ -118,7 +118,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"policies {options.policies} at rates {options.rates}: nothing to measure")
     write_evaluation(options.out, about, in_order(rows))
-    _report(options.out, about, in_order(rows))
+    _write_report(options, about, in_order(rows))
 
 
 def _published(options: argparse.Namespace) -> Evaluation:
@@ -128,10 +128,13 @@ def _published(options: argparse.Namespace) -> Evaluation:
     return read_evaluation(options.published / "evaluation.json")
 
 
-def _report(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+def _write_report(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
     table = markdown(rows, about)
-    with_suffix(out, ".md").write_text(table)
-    plot(rows, with_suffix(out, ".png"), f"{about['model']}, {about['n_images']} images of {about['dataset']}")
+    title = f"Accuracy and GMACs of {about['model']}"
+    summary = "Top-1 and GMACs of each merging policy at each rate."
+    with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
+    title = f"{about['model']}, {about['n_images']} images of {about['dataset']}"
+    plot(rows, with_suffix(options.out, ".png"), title)
     print(table)
 
 

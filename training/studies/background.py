@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from training.cli.command import run_command
+from training.cli.command import report, run_command
 from training.cli.evaluate import chosen_policies
 from training.cli.model_options import ChosenModel, add_model_options, chosen_model, rates
 from training.data.digits import Scene, digit_patches, draw
@@ -130,7 +130,9 @@ def _write(options: argparse.Namespace, chosen: ChosenModel, rows: list[Backgrou
     content = {"about": about, "rows": [asdict(row) for row in rows]}
     with_suffix(options.out, ".json").write_text(json.dumps(content, indent=2) + "\n")
     table = markdown(rows, options.n_images)
-    with_suffix(options.out, ".md").write_text(table)
+    title = f"Merging of digit and background, {model}"
+    summary = "How patches of the digit and of the background are grouped into tokens."
+    with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
     plot(rows, with_suffix(options.out, ".png"), f"{model}, {options.n_images} {options.split} images")
     print(table)
 

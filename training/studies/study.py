@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.cli.command import run_command
+from training.cli.command import report, run_command
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import Measurement, measure
 from training.learn.dtem import DtemTraining
@@ -68,7 +68,8 @@ def _study(options: argparse.Namespace) -> None:
             rows += _evaluated(name, training.vit.eval(), metric, study.rates, images, varied.n_images)
         file.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
     table = markdown(study, rows)
-    file.with_suffix(".md").write_text(table)
+    title = f"Study of {options.study}"
+    file.with_suffix(".md").write_text(report(title, study.question, options.command_line, table))
     plot(study, rows, file.with_suffix(".png"))
     print(table)
 
@@ -123,7 +124,7 @@ def markdown(study: Study, rows: list[Row]) -> str:
     """Render the rows as a table: one line per variant, one column per rate."""
     rates = sorted({row["r"] for row in rows})
     lines = [
-        f"{study.question} Top-1 % on {rows[0]['n_images']} validation images, 95 % interval.",
+        f"Top-1 % on {rows[0]['n_images']} validation images, 95 % interval.",
         "",
         f"| variant | images seen | {' | '.join(f'r={r}' for r in rates)} |",
         f"|---|---:|{'---:|' * len(rates)}",

@@ -51,7 +51,7 @@ def counts(n_images: int, n_lost: int, n_won: int) -> PairedCounts:
         (9, 0, 0.5, False),  # 0.45 points lost, and the interval ends past 0.5
     ],
 )
-def test_inside_is_what_the_interval_of_the_loss_allows(n_lost: int, n_won: int, drop: float, expected: bool) -> None:
+def test_bound_applies_to_the_interval_of_the_loss(n_lost: int, n_won: int, drop: float, expected: bool) -> None:
     assert is_within_bound(counts(2000, n_lost, n_won), drop) is expected
 
 
@@ -92,7 +92,7 @@ def try_out(evaluator: FakeEvaluator, level: float, drop: float, best_costs: Any
     return trial
 
 
-def test_trial_inside_the_bound_meets_all_images_in_growing_parts() -> None:
+def test_trial_within_the_bound_uses_all_images_in_growing_parts() -> None:
     evaluator = FakeEvaluator()
     trial = try_out(evaluator, 0.9, 0.0)
     assert evaluator.n_evaluated == [128, 128, 256, 512, 976]
@@ -100,17 +100,17 @@ def test_trial_inside_the_bound_meets_all_images_in_growing_parts() -> None:
     assert trial.gmacs == pytest.approx(1.8, abs=1e-3)
 
 
-def test_hopeless_trial_stops_at_once() -> None:
+def test_trial_outside_the_bound_stops_after_the_first_part() -> None:
     evaluator = FakeEvaluator()
     trial = try_out(evaluator, 0.5, 0.0)
     assert (evaluator.n_evaluated, trial.is_within_bound, trial.counts.n_only_base) == ([128], False, 40)
 
 
-def test_trial_that_loses_less_than_the_bound_goes_on() -> None:
+def test_trial_that_loses_less_than_the_bound_continues() -> None:
     assert try_out(FakeEvaluator(), 0.5, 3.0).n_images == 2000
 
 
-def test_trial_dearer_than_the_best_stops_and_is_evaluatord_by_the_best() -> None:
+def test_trial_more_expensive_than_the_best_stops_and_is_extrapolated() -> None:
     evaluator = FakeEvaluator()
     _, best_costs = attempt(evaluator, flat(0.8), 0.0)  # type: ignore[arg-type]
     evaluator.n_evaluated.clear()
@@ -140,7 +140,7 @@ def test_split_depth_may_be_fixed() -> None:
     assert len(trials) == 40
 
 
-def test_search_takes_up_known_trials_and_ends_as_it_would_have() -> None:
+def test_search_resumed_from_known_trials_has_the_same_result() -> None:
     trials: list[Trial] = []
     best = search(FakeEvaluator(), 0.0, n_trials=100, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
     more: list[Trial] = []
@@ -149,7 +149,7 @@ def test_search_takes_up_known_trials_and_ends_as_it_would_have() -> None:
     assert more == trials[70:]
 
 
-def test_search_without_a_way_says_so() -> None:
+def test_search_without_a_trial_within_the_bound_is_refused() -> None:
     evaluator: Any = FakeEvaluator(limit=3.0)
     with pytest.raises(ValueError, match=r"max_accuracy_drop 0\.0: none of 20 trials stays within it"):
         search(evaluator, 0.0, n_trials=20, seed=1)
@@ -285,7 +285,7 @@ def test_embedding_is_calibrated_as_adaptive_dtem(command: list[str], tmp_path: 
         found.model(tiny_vit())
 
 
-def test_folder_is_parted_in_images_to_search_by_and_others(command: list[str], tmp_path: Path) -> None:
+def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: list[str], tmp_path: Path) -> None:
     for index in range(30):
         folder = tmp_path / "val" / f"class{index % 10}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
     assert (rows["dtem-r30"].gmacs - rows["tome-r30"].gmacs) * 1e9 == pytest.approx(own, abs=1)
 
 
-def test_rows_say_which_images_were_right(command: list[str], embedding: list[str], tmp_path: Path) -> None:
+def test_rows_record_which_images_were_right(command: list[str], embedding: list[str], tmp_path: Path) -> None:
     assert evaluate.main([*command, *embedding]) == 0
     found = read_evaluation(tmp_path / "result.json")
     assert all(row.is_right.shape == (24,) and row.is_right.mean() == row.top1 for row in found.rows)
@@ -111,7 +111,7 @@ def adaptive(tmp_path: Path, embedding: list[str]) -> list[str]:
     return [*embedding, "--calibrations", f"{tmp_path / 'features.json'},{tmp_path / 'embedding.json'}"]
 
 
-def test_policies_that_adapt_have_rows_of_their_own(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
+def test_adaptive_policies_have_separate_rows(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
     assert evaluate.main([*command, *adaptive]) == 0
     found = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
     assert list(found)[-2:] == ["atm-features-drop0.5", "adaptive-dtem-embedding-drop0.5"]
@@ -139,7 +139,7 @@ def test_policies_that_adapt_have_rows_of_their_own(command: list[str], adaptive
     assert found["atm-features-drop0.5"].images_per_second == row.images_per_second
 
 
-def test_two_calibrations_that_one_row_would_hold_are_refused(
+def test_two_calibrations_of_the_same_row_are_refused(
     command: list[str], adaptive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(tmp_path / "features.json")
@@ -148,7 +148,7 @@ def test_two_calibrations_that_one_row_would_hold_are_refused(
     assert not (tmp_path / "result.json").exists()
 
 
-def test_a_policy_that_adapts_can_be_compared(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
+def test_an_adaptive_policy_can_be_compared(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
     assert evaluate.main([*command, *adaptive]) == 0
     pair = [str(tmp_path / "result.json"), "--base", "none", "--other", "tome,atm", "--out", str(tmp_path / "pairs")]
     assert compare.main(pair) == 0

@@ -36,6 +36,9 @@ from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
 from training.models.variants import variant_key
 
+# The fixture `published` exports graphs for minutes on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_manifest_is_what_the_service_reads(published: Path) -> None:
     manifest = Manifest.model_validate_json((published / "manifest.json").read_bytes())
@@ -60,7 +63,7 @@ def test_unmerged_graph_is_one_under_every_policys_name(manifest: dict[str, Any]
     assert {v["policy"] for v in manifest["variants"] if v["r"] == 0} == {"none", "tome", "dtem"}
 
 
-def test_embedding_is_published_beside_the_model_and_found_there(published: Path) -> None:
+def test_embedding_is_published_with_the_model_and_found_there(published: Path) -> None:
     options = argparse.ArgumentParser()
     add_model_options(options)
     chosen = chosen_model(options.parse_args(["--published", str(published)]))
@@ -133,7 +136,7 @@ def test_graph_that_differs_is_not_published(
 
 
 @pytest.mark.usefixtures("quick_format")
-def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_export_keeps_its_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = accuracy.measure
 
@@ -153,7 +156,7 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("quick_format")
-def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_evaluation", interrupt)
@@ -172,7 +175,7 @@ def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypat
     assert atm["tokens"] == [round(count) for count in entry[2]]
 
 
-def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
+def test_measurements_of_identical_files_are_taken_from_the_published_version(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
@@ -206,7 +209,7 @@ def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
     assert "tome-r16" not in before
 
 
-def test_variants_that_adapt_say_what_images_cost(published: Path, manifest: dict[str, Any]) -> None:
+def test_adaptive_variants_state_the_gmacs_of_images(published: Path, manifest: dict[str, Any]) -> None:
     scenes = torch.stack([torch.from_numpy(draw("test", index).image) for index in range(300)])
     for policy in ("atm", "adaptive-dtem"):
         (variant,) = [v for v in manifest["variants"] if v["id"] == f"{policy}-float32-onnx"]
@@ -302,7 +305,7 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_export_outside_a_git_checkout_says_what_it_needs(
+def test_export_outside_a_git_checkout_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"no git checkout.*export from a clone"):

@@ -25,7 +25,7 @@ def folder_images(root: Path, *, seed: int = 5, share: float = 1.0) -> Augmented
     return AugmentedFolder(root, augmentation(RULE, randaugment=STRONG, erasing=0.5), seed=seed, share=share)
 
 
-def test_drawn_image_depends_on_seed_epoch_and_index_alone(root: Path) -> None:
+def test_drawn_image_depends_on_seed_epoch_and_index_only(root: Path) -> None:
     images = folder_images(root)
     first, label = images.draw(12, 3)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -46,7 +46,7 @@ def test_drawing_leaves_all_generators_as_they_were(root: Path) -> None:
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
-def test_share_takes_as_many_of_each_class_and_the_smaller_lie_in_the_larger(root: Path) -> None:
+def test_share_is_taken_from_each_class_and_larger_shares_contain_smaller_ones(root: Path) -> None:
     def chosen(share: float, seed: int = 5) -> set[str]:
         images = folder_images(root, seed=seed, share=share)
         assert len(images) == len(images._samples)
@@ -59,7 +59,7 @@ def test_share_takes_as_many_of_each_class_and_the_smaller_lie_in_the_larger(roo
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
-def test_processes_together_see_what_one_sees_and_so_does_a_resumed_run(root: Path, n_workers: int) -> None:
+def test_several_processes_and_resumed_runs_see_the_same_images_as_one(root: Path, n_workers: int) -> None:
     def batches(first_step: int, rank: int = 0, n_processes: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(
             image_batches(
@@ -103,7 +103,7 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         folder_images(root).draw(1, 0)
 
 
-def test_image_lies_as_its_exif_says(tmp_path: Path) -> None:
+def test_image_is_oriented_by_its_exif(tmp_path: Path) -> None:
     (tmp_path / "train" / "one").mkdir(parents=True)
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32] = 255  # white above; to be turned upside down

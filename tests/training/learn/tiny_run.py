@@ -56,7 +56,7 @@ clip_norm = 1.0
 
 
 def write_vit(file: Path, **changes: Any) -> Path:
-    """Save a seeded ViT whose logits differ between images (timm's beginnings are near zero)."""
+    """Save a seeded ViT whose logits differ between images (timm initialises near zero)."""
     torch.manual_seed(11)
     vit = load_vit("vit_tiny_patch16_224", **{**ARGUMENTS, **changes})
     for parameter in vit.parameters():

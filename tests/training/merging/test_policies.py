@@ -20,7 +20,7 @@ def embedding(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
     return hidden
 
 
-def test_labels_and_colours_tell_all_policies_apart() -> None:
+def test_labels_and_colours_are_distinct() -> None:
     assert len({policy.label for policy in POLICIES}) == len(POLICIES)
     assert len({policy.colour for policy in POLICIES}) == len(POLICIES)
     assert all(policy.needs_embedding or policy.metric in METRICS for policy in POLICIES)

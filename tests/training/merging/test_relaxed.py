@@ -92,7 +92,7 @@ def test_relaxed_merge_without_tail_is_the_same_tokens_cut_short() -> None:
     assert torch.equal(kept_x[:, 25:], x[:, 25:])  # what faded before stays where it is
 
 
-def test_relaxed_merge_leaves_protected_tokens_alone() -> None:
+def test_relaxed_merge_keeps_protected_tokens() -> None:
     x, size = drawn(12, 2, 20, 4), torch.ones(2, 20, 1, dtype=torch.float64)
     merged_x, merged_size = relaxed_matching(drawn(13, 2, 20, 8), 5, n_protected=3).merge(x, size)
     assert torch.equal(merged_x[:, :3], x[:, :3])

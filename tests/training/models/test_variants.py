@@ -15,7 +15,7 @@ from training.models.variants import variant_id, variant_key
         ("adaptive-dtem", None, "int8", "adaptive-dtem-int8"),
     ],
 )
-def test_key_leaves_out_float32_alone(policy: str, r: int | None, precision: str, key: str) -> None:
+def test_key_leaves_out_float32_only(policy: str, r: int | None, precision: str, key: str) -> None:
     assert variant_key(policy, r, precision) == key
 
 

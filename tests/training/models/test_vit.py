@@ -120,7 +120,7 @@ def test_timms_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
 
 
-def test_metric_can_be_random_and_repeated() -> None:
+def test_random_metric_repeats_with_its_seed() -> None:
     vit, x = build("augreg"), images()
     with torch.no_grad():
         first, same, other = (MergingVisionTransformer(vit, 8, metric="random", metric_seed=s)(x) for s in (0, 0, 1))

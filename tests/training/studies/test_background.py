@@ -18,7 +18,7 @@ def _source(token_of_patch: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[n
 
 
 def test_figures_of_groups_counted_by_hand() -> None:
-    # patches 0, 1, 2 are the digit's: 0 alone, 1 and 2 together with 3; 4 alone, 5 and 6 together
+    # Patches 0, 1, 2 are the digit's. Tokens: {0}, {1, 2, 3}, {4}, {5, 6}.
     source = _source([0, 1, 1, 1, 2, 3, 3])[None]
     is_digit = np.array([[True, True, True, False, False, False, False]])
     figures = patch_figures(source, is_digit)
@@ -30,7 +30,7 @@ def test_figures_of_groups_counted_by_hand() -> None:
     assert figures["purity"] == pytest.approx([1 / 2])
 
 
-def test_figures_are_of_each_image_by_itself() -> None:
+def test_figures_of_an_image_do_not_depend_on_the_batch() -> None:
     is_digit = np.array([[True, False, False], [True, True, False]])
     sources = np.stack([_source([0, 1, 1]), _source([0, 1, 0])])
     whole = patch_figures(sources, is_digit)
@@ -114,7 +114,7 @@ def test_background_writes_table_json_and_pictures(command: list[str], tmp_path:
         (["--policies", "tome,dtm"], "expected some of none, tome, dtem, random"),
     ],
 )
-def test_what_has_no_background_is_refused(
+def test_background_of_other_data_or_policies_is_refused(
     command: list[str], extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert background.main([*command, "--out", str(tmp_path / "result"), *extra]) == 2
