@@ -41,7 +41,7 @@ from training.merging.policies import UNMERGED, default_policy, supported_polici
 from training.models.calibration import Calibration
 from training.models.classifier import AdaptiveClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
-from training.models.tasks import CLASSIFY, TASKS, graph_outputs, output_tensors
+from training.models.tasks import TASKS, graph_outputs, output_tensors
 from training.models.variants import FLOAT32, variant_key
 from training.models.weights import save_weights
 
@@ -119,6 +119,7 @@ def publish(
     """
     graphs = _planned(vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
+    task = TASKS[graphs[0].classifier.task]
     commit = plan.git_commit or git_commit()
     target = store / plan.name / plan.version
     if target.exists():
@@ -142,13 +143,13 @@ def publish(
         **source_entries(source, plan.recipe),
         "git_commit": commit,
         "input": input_entry(rule),
-        "output": output_entry(TASKS[CLASSIFY].outputs_of(is_adaptive=bool(calibrations))),
+        "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
         "variants": variants,
         "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
         "default": default,
         **embedding_entry(embedding),
     }
-    write_manifest(entries, work, store / "manifest.schema.json", task=CLASSIFY)
+    write_manifest(entries, work, store / "manifest.schema.json", task=task.name)
     for path in work.iterdir():
         # safetensors makes files readable by their owner only, but the service may run as another
         # user.
