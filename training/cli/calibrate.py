@@ -1,4 +1,4 @@
-"""Calibrate adaptive merging: find the thresholds with the fewest GMACs within a bound on the loss of accuracy.
+"""Calibrate adaptive merging: find the thresholds with the fewest GMACs within a bound on lost accuracy.
 
 ATM:               python -m training.cli.calibrate --published model_store/reference/4 --max-accuracy-drop 0.0
                      --metric features --out runs/atm

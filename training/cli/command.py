@@ -1,4 +1,4 @@
-"""One way to run a command: parse the options, refuse a bad request in one line, return an exit status.
+"""One way to run a command: parse options, refuse bad requests in one line, return a status.
 
 This module imports the standard library only, so that commands outside `training.cli` can use it.
 """
@@ -47,7 +47,7 @@ def run_command(
 
 
 def report(title: str, summary: str, command_line: str, body: str) -> str:
-    """Return a Markdown document: a title, one sentence, the command that made it, and the result."""
+    """Return a Markdown document: title, one sentence, the command that made it, result."""
     return f"# {title}\n\n{summary}\n\n```\n{command_line}\n```\n\n{body}"
 
 

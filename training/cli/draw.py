@@ -1,4 +1,4 @@
-"""Draw images of the reference task: files to look at or to send to the service, and a contact sheet.
+"""Draw images of the reference task: files to view or to classify, and a contact sheet.
 
 The examples in the repository, JPEG and PNG alternating:
   python -m training.cli.draw --count 12 --out examples

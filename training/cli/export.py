@@ -1,4 +1,4 @@
-"""Export a ViT with token merging: one graph per policy and rate, verified, measured and published to the store.
+"""Export a ViT with token merging: one verified and measured graph per policy and rate.
 
 The reference model: python -m training.cli.export --run runs/reference --name reference
 Your own:            python -m training.cli.export --architecture deit_small_patch16_224 --weights pretrained

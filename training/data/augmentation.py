@@ -36,7 +36,8 @@ def seeded(*seed: int) -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(words.integer(0, _MAX_WORD))
     np.random.seed(words.integer(0, _MAX_WORD))
-    torch.default_generator.manual_seed(words.integer(0, _MAX_WORD))  # torch.manual_seed would seed GPUs too
+    # torch.manual_seed would seed GPUs too.
+    torch.default_generator.manual_seed(words.integer(0, _MAX_WORD))
     try:
         yield
     finally:

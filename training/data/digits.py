@@ -183,7 +183,7 @@ def _placed(words: RandomWords, scan: Image.Image, task: Task) -> NDArray[np.uin
 
 
 def _ink(words: RandomWords, under: NDArray[np.uint8], task: Task) -> NDArray[np.int32]:
-    """Choose a colour at least `min_contrast` grey levels from the mean of the pixels under the digit."""
+    """Choose a colour `min_contrast` grey levels or more from the mean under the digit."""
     if task.light_on_dark:
         return np.array([words.integer(200, 255)] * 3, np.int32)
     red, green, blue = (int(channel) for channel in under.astype(np.int64).sum(0))

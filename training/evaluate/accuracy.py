@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Classifier = Callable[[Tensor], Tensor | tuple[Tensor, Tensor, Tensor]]
-"""Shapes: uint8 (B, H, W, 3) -> logits (B, classes); if adaptive, tokens (B, blocks + 1), GMACs (B,)"""
+"""Shapes: uint8 (B, H, W, 3) -> (B, classes); if adaptive, also (B, blocks + 1) tokens, (B,) GMACs"""
 
 Z95 = 1.959963984540054
 

@@ -180,7 +180,7 @@ def is_within_bound(counts: PairedCounts, max_accuracy_drop: float) -> bool:
 
 
 def _can_stay_within(counts: PairedCounts, max_accuracy_drop: float, n_images: int) -> bool:
-    """Return whether the bound can hold on all n_images, without further loss and at the present gain."""
+    """Return whether the bound can hold on all n_images, without further loss."""
     n_lost = counts.n_only_base
     n_won = min(counts.n_only_other * n_images // counts.n_images, n_images - n_lost)
     return is_within_bound(PairedCounts(n_images - n_lost - n_won, n_lost, n_won, 0), max_accuracy_drop)

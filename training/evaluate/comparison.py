@@ -1,4 +1,4 @@
-"""Compare rows of one or two evaluations, and render the differences as a table, JSON and a plot."""
+"""Compare rows of one or two evaluations; render differences as a table, JSON and a plot."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def series(self) -> str:
-        """The label of the policy and any reduced precision: rows of a series share a line in plots."""
+        """The policy's label and any reduced precision: one line in plots."""
         label = find_policy(self.policy, self.metric).label
         return label if self.precision == FLOAT32 else f"{label} {self.precision}"
 

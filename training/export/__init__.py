@@ -1,1 +1,1 @@
-"""Export: one graph per policy and rate, verified against eager PyTorch, published with a manifest."""
+"""Export: one graph per policy and rate, verified against eager, published with a manifest."""

@@ -1,4 +1,4 @@
-"""ONNX graphs by torch.export. Linear layers become one Gemm each, on weights in PyTorch's layout."""
+"""ONNX graphs by torch.export. Each linear layer becomes one Gemm, in PyTorch's weight layout."""
 
 from __future__ import annotations
 

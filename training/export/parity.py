@@ -108,7 +108,8 @@ def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decis
     with _recorded(model, "decide_similar", record):
         classifier(pixels)
     for threshold, scores in seen:
-        best, partner = scores.max(-1)  # -inf where a token is absent, so its difference is infinite
+        # Absent tokens score -inf, so their margins are infinite.
+        best, partner = scores.max(-1)
         margin = torch.minimum(margin, (best - threshold).abs().min(1).values)
         merges = best > threshold
         if scores.shape[2] > 1:
@@ -149,7 +150,7 @@ def parity_pixels(
 
 @torch.no_grad()
 def _extremes(classifier: AdaptiveClassifier, pixels: Tensor, n_images: int) -> Tensor:
-    """Return images from both ends of the order by GMACs, alternating: most, fewest, second most, …"""
+    """Return images with the most and the fewest GMACs, alternating."""
     if not len(pixels):
         return pixels
     falling = torch.cat([classifier(part)[2] for part in torch.split(pixels, _BATCH)]).argsort(descending=True)
@@ -169,7 +170,7 @@ def golden_pixels(
     further: Iterable[Tensor],
     n_images: int,
 ) -> Tensor:
-    """Return images with clear decisions in every graph, which rounding on other hosts cannot change.
+    """Return images whose decisions are clear in every graph, also on other hosts.
 
     They are the candidates with the largest margins. Where those are too few, the first further
     images that qualify follow.

@@ -27,7 +27,7 @@ class Place:
 
 
 def tensor_places(weights: Path) -> dict[bytes, Place]:
-    """Index a safetensors file by the bytes of its tensors, joined qkv and embedding rows included."""
+    """Index a safetensors file by the bytes of its tensors and joined qkv and embedding rows."""
     content = weights.read_bytes()
     n_header = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n_header])
