@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, Any] = {
 def tiny_vit() -> nn.Module:
     torch.manual_seed(11)
     vit = load_vit("vit_tiny_patch16_224", **ARGUMENTS)
-    for parameter in vit.parameters():  # timm's beginnings are near zero: the logits would hardly differ
+    for parameter in vit.parameters():  # timm initialises near zero, so logits would hardly differ
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)
     return vit.eval()

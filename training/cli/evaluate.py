@@ -1,14 +1,17 @@
-"""Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a picture.
+"""Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a plot.
 
-`python -m training.cli.evaluate --published model_store/reference/4 --out docs/results/policies`
-`python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16 --out runs/reference-dtem/policies`
-`python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
- --out runs/deit-s` does the same for any timm ViT. Rows already in the JSON file of --out are kept, so it resumes.
-`--calibrations runs/atm.json,runs/adaptive-dtem.json` adds rows of policies that adapt to the image, by thresholds that
+A published model:  python -m training.cli.evaluate --published model_store/reference/4 --out docs/results/policies
+A training run:     python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16
+                      --out runs/reference-dtem/policies
+Any timm ViT:       python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained
+                      --data /data/imagenet/val --out runs/deit-s
+
+Rows already in <out>.json are kept, so an interrupted evaluation resumes.
+--calibrations runs/atm.json,runs/adaptive-dtem.json adds rows of adaptive policies, with thresholds that
 `training.cli.calibrate` found.
-`--published model_store/reference/4 --measured --out docs/results/policies` lays out what was measured when it was exported, on
-its very graphs; with --policies or --calibrations it measures in PyTorch what that lacks, on the same images.
-Which images each row got right is kept in <out>.npz, for `python -m training.cli.compare`.
+--published VERSION --measured reports what the export measured on the exported graphs. With --policies or
+--calibrations it also measures, in PyTorch on the same images, the rows that are missing.
+<out>.npz records which images each row got right, for `python -m training.cli.compare`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from training.cli.command import report, run_command
 from training.cli.model_options import (
     ChosenModel,
     add_model_options,
@@ -42,8 +46,6 @@ from training.evaluate.results import (
     write_evaluation,
 )
 from training.evaluate.table import (
-    POLICIES,
-    check_policies,
     evaluate,
     evaluate_adaptive,
     in_order,
@@ -52,29 +54,28 @@ from training.evaluate.table import (
     plot,
     policy_classifier,
 )
+from training.merging.policies import FIXED_POLICIES, check_policies, supported_policies
 from training.models.classifier import AdaptiveClassifier, ServedClassifier
+from training.models.variants import variant_key
 from training.models.weights import weights_digest
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0 measured, 2 refused, with the reason on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_command("evaluation", __doc__, _add_options, _evaluate, arguments)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
-    parser.add_argument("--policies", help=f"some of {', '.join(POLICIES)}, with commas (default: none, tome and dtem)")
+    supported = ", ".join(policy.name for policy in supported_policies(has_embedding=True))
     parser.add_argument(
-        "--measured", action="store_true", help="begin with what the export of --published measured, on its very graphs"
+        "--policies",
+        help=f"comma-separated, of {', '.join(FIXED_POLICIES)}; default: those of {supported} that the model supports",
     )
-    parser.add_argument("--calibrations", type=calibrations, help="files of training.cli.calibrate, with commas")
+    parser.add_argument("--measured", action="store_true", help="start from what the export of --published measured")
+    parser.add_argument("--calibrations", type=calibrations, help="comma-separated files of training.cli.calibrate")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--out", type=Path, required=True, help="files <out>.json, <out>.npz, <out>.md and <out>.png")
-    options = parser.parse_args(arguments)
-    try:
-        _evaluate(options)
-    except (ValueError, OSError) as err:
-        print(f"evaluation refused: {err}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--out", type=Path, required=True, help="writes <out>.json, <out>.npz, <out>.md and <out>.png")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -92,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if calibrations is None:
         calibrations = [] if published is not None else published_calibrations(options.published)
     keys = [adaptive_key(one.policy, one.metric, one.max_accuracy_drop) for one in calibrations]
-    if len(set(keys)) < len(keys):  # an evaluation knows its rows by their keys
+    if len(set(keys)) < len(keys):
         raise ValueError(f"calibrations {', '.join(keys)}: expected no two of one policy, metric and drop")
 
     def classifiers(policy: str, r: int) -> ServedClassifier:
@@ -103,8 +104,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         return tqdm(pixel_batches(source, options.batch_size, n_workers=1), desc=title, total=n_batches, unit="batch")
 
     if published is None or options.policies:
-        policies = chosen_policies(options, chosen, default="none,tome,dtem" if chosen.embedding else "none,tome")
-        plan = [(policy, r) for policy, r in planned(policies, options.rates) if f"{policy}-r{r}" not in done]
+        supported = supported_policies(has_embedding=chosen.embedding is not None)
+        policies = chosen_policies(options, chosen, default=",".join(policy.name for policy in supported))
+        plan = [(policy, r) for policy, r in planned(policies, options.rates) if variant_key(policy, r) not in done]
         for row in evaluate(classifiers, chosen.rule, batches, plan):
             rows.append(row)
             write_evaluation(options.out, about, in_order(rows))
@@ -116,32 +118,38 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not rows:
         raise ValueError(f"policies {options.policies} at rates {options.rates}: nothing to measure")
     write_evaluation(options.out, about, in_order(rows))
-    _lay_out(options.out, about, in_order(rows))
+    _write_report(options, about, in_order(rows))
 
 
 def _published(options: argparse.Namespace) -> Evaluation:
-    """Read what the export of a version measured. Raises: ValueError without a version."""
+    """Read the evaluation of a published version. Raises: ValueError without --published."""
     if not options.published:
         raise ValueError("--measured needs --published, a version in the store")
     return read_evaluation(options.published / "evaluation.json")
 
 
-def _lay_out(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+def _write_report(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
     table = markdown(rows, about)
-    with_suffix(out, ".md").write_text(table)
-    plot(rows, with_suffix(out, ".png"), f"{about['model']}, {about['n_images']} images of {about['dataset']}")
+    title = f"Accuracy and GMACs of {about['model']}"
+    summary = "Top-1 and GMACs of each merging policy at each rate."
+    with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
+    title = f"{about['model']}, {about['n_images']} images of {about['dataset']}"
+    plot(rows, with_suffix(options.out, ".png"), title)
     print(table)
 
 
 def chosen_policies(options: argparse.Namespace, chosen: ChosenModel, default: str) -> list[str]:
-    """Return the policies asked for. Raises: ValueError where one is unknown, or dtem without an embedding."""
+    """Return the policies of --policies.
+
+    Raises: ValueError for an unknown policy, or a missing embedding.
+    """
     policies = (options.policies or default).split(",")
     check_policies(policies, chosen.embedding)
     return policies
 
 
 def _about(options: argparse.Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
-    """Say what is evaluated. Weights and embedding by their digest: a run's change while it learns."""
+    """Describe the evaluation. Digests identify weights, which change during a training run."""
     return {
         "model": str(options.published or options.run or options.architecture),
         "weights": weights_digest(chosen.vit),

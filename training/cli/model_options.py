@@ -1,4 +1,4 @@
-"""The options by which every command is told its model and its data: one of our runs, or any timm ViT."""
+"""Options for model and data that all commands share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from training.data.digits import SPLITS
 from training.data.preprocessing import InputRule
-from training.data.sources import REFERENCE_INPUT, Source, open_source
+from training.data.sources import DATASETS, REFERENCE_DATASET, Source, find_dataset, open_source
 from training.models.calibration import Calibration, CalibrationMismatch, load_calibration
 from training.models.classifier import input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
@@ -22,7 +23,7 @@ EMBEDDING = "embedding.safetensors"
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """A loaded model, what rebuilds it, and how its images are prepared."""
+    """A loaded model, the arguments that rebuild it, and the preprocessing of its images."""
 
     vit: nn.Module
     timm_name: str
@@ -33,33 +34,38 @@ class ChosenModel:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("the model: --run or --published, or --architecture with --weights")
+    model = parser.add_argument_group("model", "one of --run, --published, and --architecture with --weights")
     model.add_argument("--run", type=Path, help="folder of a training run (recipe.json, weights.safetensors)")
     model.add_argument("--published", type=Path, help="a version in the store, e.g. model_store/reference/4")
     model.add_argument("--architecture", help="a timm name, e.g. deit_small_patch16_224")
     model.add_argument("--weights", help="'pretrained' (timm's own) or a local safetensors file")
-    model.add_argument("--arguments", type=json.loads, default={}, help="JSON for timm.create_model")
-    model.add_argument("--embedding", type=Path, help="DTEM's, a safetensors file; default: the run's or version's own")
-    data = parser.add_argument_group("the data")
-    data.add_argument(
-        "--data", default="digits", help="'digits' (the reference task) or a folder with one folder a class"
+    model.add_argument("--arguments", type=json.loads, default={}, help="JSON arguments for timm.create_model")
+    model.add_argument(
+        "--embedding", type=Path, help="embedding of DTEM, a safetensors file; default: that of the run or version"
     )
-    data.add_argument("--split", default="test", choices=["train", "validation", "test"], help="of the reference task")
-    data.add_argument("--n-images", type=int, help="how many images (default: 10,000 digits, or the whole folder)")
+    data = parser.add_argument_group("data")
+    named = ", ".join(DATASETS)
+    data.add_argument(
+        "--data",
+        default=REFERENCE_DATASET,
+        help=f"a dataset ({named}) or a folder with one subfolder per class; default: the reference task",
+    )
+    data.add_argument("--split", default="test", choices=SPLITS, help="split of a dataset that has splits")
+    data.add_argument("--n-images", type=int, help="number of images; default: 10,000 digits, or the whole folder")
 
 
 def chosen_model(options: argparse.Namespace) -> ChosenModel:
-    """Load what the options name, and the embedding that is beside it or named by itself.
+    """Load the model that the options name, with its embedding.
 
-    Raises: EmbeddingMismatch; ValueError where they name no model or more than one, or weights that are neither a file
-        nor 'pretrained'.
+    Raises: EmbeddingMismatch; ValueError where the options name no model or several, or invalid
+        weights.
     """
     named = [name for name in ("run", "published", "architecture") if getattr(options, name)]
     if len(named) != 1:
         raise ValueError(f"expected exactly one of --run, --published and --architecture, not {named or 'none'}")
     chosen = _chosen_vit(options)
-    beside = (options.run or options.published or Path()) / EMBEDDING
-    file = options.embedding or (beside if beside.is_file() and not options.architecture else None)
+    default = (options.run or options.published or Path()) / EMBEDDING
+    file = options.embedding or (default if default.is_file() and not options.architecture else None)
     if file is None:
         return chosen
     embedding = load_embedding(file).eval()
@@ -72,8 +78,8 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
         recipe = json.loads((options.run / "recipe.json").read_text())
         name, arguments = recipe["architecture"], recipe["arguments"]
         vit = load_vit(name, weights=options.run / "weights.safetensors", **arguments)
-        is_digits = recipe.get("data", {}).get("source", "digits") == "digits"
-        rule = REFERENCE_INPUT if is_digits else input_rule(vit)
+        dataset = find_dataset(recipe.get("data", {}).get("source", REFERENCE_DATASET))
+        rule = dataset.rule(lambda: input_rule(vit))
         return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"])
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
@@ -89,13 +95,13 @@ def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
 
 
 def newest_version(model: Path) -> Path | None:
-    """Return the folder of a model's highest version, None where there is none."""
+    """Return the folder of a model's latest version, None where there is none."""
     versions = [folder for folder in model.iterdir() if folder.name.isdigit()] if model.is_dir() else []
     return max(versions, key=lambda folder: int(folder.name), default=None)
 
 
 def published_rule(folder: Path) -> InputRule:
-    """Return how a published version's images are prepared."""
+    """Return the preprocessing of a published version."""
     return _rule_of(json.loads((folder / "manifest.json").read_text())["input"])
 
 
@@ -112,7 +118,7 @@ def chosen_source(options: argparse.Namespace, rule: InputRule) -> Source:
 
 
 def calibrations(text: str) -> list[Calibration]:
-    """Read the calibrations that a list of files names."""
+    """Parse a comma-separated list of calibration files."""
     try:
         return [load_calibration(Path(name)) for name in text.split(",")]
     except (CalibrationMismatch, FileNotFoundError) as err:
@@ -120,7 +126,7 @@ def calibrations(text: str) -> list[Calibration]:
 
 
 def published_calibrations(folder: Path | None) -> list[Calibration]:
-    """Read those that a published version was exported with; none where there is no version."""
+    """Read the calibrations of a published version; an empty list without a version."""
     if folder is None:
         return []
     variants = json.loads((folder / "manifest.json").read_text())["variants"]
@@ -129,7 +135,7 @@ def published_calibrations(folder: Path | None) -> list[Calibration]:
 
 
 def rates(text: str) -> tuple[int, ...]:
-    """Read `0,2,4` or `0:16:2` (end included)."""
+    """Parse rates: `0,2,4`, or `0:16:2` with the end included."""
     if ":" in text:
         first, last, step = (int(part) for part in text.split(":"))
         return tuple(range(first, last + 1, step))

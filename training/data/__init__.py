@@ -1,1 +1,1 @@
-"""Where images come from: the reference task, drawn on demand, and folders of image files."""
+"""Datasets: the reference task, drawn on demand, and folders of image files."""

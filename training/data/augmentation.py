@@ -1,7 +1,8 @@
-"""What varies training images, by timm: crop, flip, RandAugment, erasing, mixup and cutmix.
+"""Augmentation of training images, by timm: crop, flip, RandAugment, erasing, mixup and cutmix.
 
-Each draw is a pure function of the words that it is seeded with, so that a resumed run and several processes see the
-very images that one undisturbed process sees. Beside `training.models.vit` the one module that imports timm.
+Each draw is a pure function of its seed, so that resumed runs and several processes see the same
+images as one uninterrupted process. Besides `training.models.vit`, the only module that imports
+timm.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ _MAX_WORD = 2**32 - 1
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Begin Python's, NumPy's and PyTorch's own generators anew; afterwards they go on where they were."""
+    """Seed the global generators of Python, NumPy and PyTorch, and restore them afterwards."""
     words = RandomWords(*seed)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(words.integer(0, _MAX_WORD))
     np.random.seed(words.integer(0, _MAX_WORD))
-    torch.default_generator.manual_seed(words.integer(0, _MAX_WORD))  # torch.manual_seed would seed GPUs as well
+    # torch.manual_seed would seed GPUs too.
+    torch.default_generator.manual_seed(words.integer(0, _MAX_WORD))
     try:
         yield
     finally:
@@ -45,10 +47,11 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: float = 0.0) -> Augmentation:
-    """Return a random resized crop, a flip and normalisation and, where asked for, RandAugment and erasing with noise.
+    """Return a transform: crop, flip and normalisation, optionally RandAugment and erasing.
 
-    randaugment: timm's name, e.g. rand-m9-mstd0.5-inc1; erasing: probability. Colours are not jittered besides.
-    Raises: ValueError where timm does not know the name.
+    randaugment: timm's name, e.g. rand-m9-mstd0.5-inc1. erasing: probability. There is no colour
+        jitter.
+    Raises: ValueError for a name that timm does not know.
     """
     if randaugment is not None and not randaugment.startswith("rand-"):
         raise ValueError(f"randaugment {randaugment!r}: expected timm's name for it, e.g. 'rand-m9-mstd0.5-inc1'")
@@ -56,7 +59,7 @@ def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: fl
         transform: Augmentation = create_transform(
             (3, rule.height, rule.width),
             is_training=True,
-            color_jitter=None,  # type: ignore[arg-type]  # 0 would draw, to no effect
+            color_jitter=None,  # type: ignore[arg-type]  # 0 would still draw random numbers
             auto_augment=randaugment,
             interpolation=rule.interpolation,
             mean=rule.mean,
@@ -65,14 +68,14 @@ def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: fl
             re_mode="pixel",
         )
     except (AssertionError, KeyError, ValueError) as err:
-        raise ValueError(f"randaugment {randaugment!r}: timm does not know it {err}".rstrip()) from err
+        raise ValueError(f"randaugment {randaugment!r}: unknown to timm {err}".rstrip()) from err
     return transform
 
 
 class Mixing:
-    """Blend each batch with its reverse: whole images (mixup) or a box (cutmix), one draw a batch.
+    """Blend each batch with its reverse, as whole images (mixup) or in a box (cutmix).
 
-    Where both have an alpha above 0, a toss decides which.
+    Where both alphas are above 0, one of the two is chosen at random.
     Source: arXiv 1710.09412, arXiv 1905.04899.
     """
 
@@ -81,12 +84,14 @@ class Mixing:
         self._mix = Mixup(label_smoothing=0.0, **settings)  # type: ignore[no-untyped-call]
 
     def __call__(self, images: Tensor, labels: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
-        """Return new images and how much of each class they show. Shapes: (B, 3, H, W), (B,) -> same, (B, classes)
+        """Return blended images and the share of each class.
 
-        Raises: ValueError where B is odd: an image would be blended with itself.
+        Shapes: (B, 3, H, W), (B,) -> (B, 3, H, W), (B, classes)
+
+        Raises: ValueError for an odd B, since an image would be blended with itself.
         """
         if len(images) % 2:
-            raise ValueError(f"mixup and cutmix need an even number of images a process, not {len(images)}")
+            raise ValueError(f"mixup and cutmix need an even number of images per process, not {len(images)}")
         with seeded(_MIXING_SEED, *seed):
             mixed, shares = self._mix(images.clone(), labels)
         return mixed, shares

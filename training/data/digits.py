@@ -1,9 +1,10 @@
-"""The reference task: name the one handwritten digit, drawn small on a photograph or a texture.
+"""The reference task: classify a small handwritten digit on a photograph or a texture.
 
-Sources that pip brings: scikit-learn's 1,797 scans of handwritten digits (8x8, UCI, CC BY 4.0) and its two photographs
-(CC BY 2.0). Digit scans and photograph regions are disjoint between train, validation and test. Every image is a pure
-function of (task, split, index), bit for bit: all arithmetic that decides a pixel is integer (`RandomWords`, Pillow's
-fixed-point resampling, affine coefficients rounded to 2**-16).
+The sources are part of scikit-learn: 1,797 scans of handwritten digits (8x8, UCI, CC BY 4.0) and
+two photographs (CC BY 2.0). Train, validation and test use disjoint scans and disjoint regions of
+the photographs. Each image is a pure function of (task, split, index), bit-identical on every
+machine: pixels are computed in integers (`RandomWords`, Pillow's fixed-point resampling, affine
+coefficients rounded to 2**-16).
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ LABELS = tuple(str(digit) for digit in range(10))
 _SPLIT_SEED = 20_1998
 _N_SCANS = {"train": 1297, "validation": 200, "test": 300}
 _PHOTO_COLUMNS = {"train": (0, 368), "validation": (368, 488), "test": (488, 640)}
-_SCAN_PIXELS = 64  # side of a scan after enlarging, before it is drawn
-_EDGE_LEVELS = (64, 76, 88, 100)  # where the enlarged scan is cut: low is a bold pen, high a fine one
+_SCAN_PIXELS = 64
+"""Side of an enlarged scan."""
+_EDGE_LEVELS = (64, 76, 88, 100)
+"""Thresholds of ink: low ones give bold strokes, high ones fine strokes."""
 _MAX_CROP_PIXELS = 120
 
 
 @dataclass(frozen=True)
 class Task:
-    """How hard the images are. The curriculum grows it; `REFERENCE_TASK` is what is evaluated.
+    """The difficulty of the images. The curriculum increases it; evaluation uses `REFERENCE_TASK`.
 
-    Units: sizes in pixels; `photo_percent` and `texture_percent` of 100 images (the rest have a plain ground);
-    `max_tilt_degrees` either way; `max_clutter` strokes beside the digit; `min_contrast` in grey levels of 255.
+    Units: sizes in pixels; photo_percent and texture_percent of the images, the rest having a plain
+        background; max_tilt_degrees in either direction; max_clutter strokes around the digit;
+        min_contrast in grey levels of 255
     """
 
     image_pixels: int = 112
@@ -65,8 +69,8 @@ REFERENCE_TASK = Task()
 class Scene(NamedTuple):
     """One image of the task.
 
-    Shapes: image uint8 (S, S, 3); mask bool (S, S), True where the digit's ink covers at least half a pixel; box
-    (left, top, right, bottom) in pixels, right and bottom exclusive, around the mask.
+    Shapes: image uint8 (S, S, 3); mask bool (S, S), True where ink covers at least half of a pixel
+    Units: box (left, top, right, bottom) of the mask in pixels, right and bottom exclusive
     """
 
     image: NDArray[np.uint8]
@@ -107,7 +111,7 @@ def _enlarged(scan: NDArray[np.float64]) -> Image.Image:
 
 
 def draw(split: Split, index: int, task: Task = REFERENCE_TASK) -> Scene:
-    """Draw image `index` of a split: the same bits for the same arguments, whoever asks, in whatever order.
+    """Draw image `index` of a split. Equal arguments give identical bits, in any order of calls.
 
     Raises: ValueError for an unknown split or a negative index.
     """
@@ -129,14 +133,17 @@ def draw(split: Split, index: int, task: Task = REFERENCE_TASK) -> Scene:
 
 
 def patch_ink(mask: NDArray[np.bool_], patch_pixels: int) -> NDArray[np.int64]:
-    """Count the digit's pixels in each patch, patches row by row. Shapes: mask (S, S) -> (patches,)"""
+    """Count the digit's pixels in each patch, row by row. Shapes: mask (S, S) -> (patches,)"""
     cells = len(mask) // patch_pixels
     ink: NDArray[np.int64] = mask.reshape(cells, patch_pixels, cells, patch_pixels).sum((1, 3)).ravel()
     return ink
 
 
 def digit_patches(mask: NDArray[np.bool_], patch_pixels: int) -> NDArray[np.bool_]:
-    """Say which patches are the digit's: those of which an eighth is ink. Shapes: mask (S, S) -> (patches,)"""
+    """Return which patches belong to the digit: at least an eighth is ink.
+
+    Shapes: mask (S, S) -> (patches,)
+    """
     return patch_ink(mask, patch_pixels) * 8 >= patch_pixels**2
 
 
@@ -149,7 +156,10 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _placed(words: RandomWords, scan: Image.Image, task: Task) -> NDArray[np.uint8]:
-    """Draw a scan with a random pen, size, slant, tilt and place, wholly inside. Shapes: returns uint8 alpha (S, S)."""
+    """Draw a scan with random stroke width, size, slant, tilt and position.
+
+    Shapes: returns uint8 alpha (S, S)
+    """
     edge = words.pick(_EDGE_LEVELS)
     glyph = scan.point([min(255, max(0, (level - edge) * 3)) for level in range(256)])
     size = words.integer(task.min_digit_pixels, task.max_digit_pixels)
@@ -157,23 +167,23 @@ def _placed(words: RandomWords, scan: Image.Image, task: Task) -> NDArray[np.uin
     slant = words.integer(-20, 20) / 100
     tilt = math.radians(words.integer(-100, 100) * task.max_tilt_degrees / 100)
     width, height = size * (1 - stretch / 2), size * (1 + stretch / 2)
-    margin = size * 5 // 8  # half the size, and what tilt, stretch and slant may add
+    margin = size * 5 // 8  # half the size, plus room for tilt, stretch and slant
     centre_x, centre_y = (words.integer(margin * 64, (task.image_pixels - margin) * 64) / 64 for _ in range(2))
-    # Pillow maps output to input pixels: rotate about the centre, slant, then scale to the enlarged scan.
+    # Pillow maps output to input pixels: rotate about the centre, slant, then scale to the scan.
     cosine, sine = math.cos(tilt), math.sin(tilt)
     x_scale, y_scale = _SCAN_PIXELS / width, _SCAN_PIXELS / height
     middle = scan.width / 2
     a, b = (cosine - slant * sine) * x_scale, (sine + slant * cosine) * x_scale
     d, e = -sine * y_scale, cosine * y_scale
     matrix = (a, b, middle - a * centre_x - b * centre_y, d, e, middle - d * centre_x - e * centre_y)
-    # libm may differ in the last bit from one machine to the next; 2**-16 of a pixel does not show.
+    # libm may differ in the last bit between machines, so round to 2**-16 of a pixel.
     rounded = tuple(round(value * 65536) / 65536 for value in matrix)
     side = (task.image_pixels, task.image_pixels)
     return np.asarray(glyph.transform(side, Image.Transform.AFFINE, rounded, Image.Resampling.BILINEAR))
 
 
 def _ink(words: RandomWords, under: NDArray[np.uint8], task: Task) -> NDArray[np.int32]:
-    """Choose the digit's colour, at least `min_contrast` grey levels from the mean of what it covers."""
+    """Choose a colour `min_contrast` grey levels or more from the mean under the digit."""
     if task.light_on_dark:
         return np.array([words.integer(200, 255)] * 3, np.int32)
     red, green, blue = (int(channel) for channel in under.astype(np.int64).sum(0))
@@ -185,7 +195,7 @@ def _ink(words: RandomWords, under: NDArray[np.uint8], task: Task) -> NDArray[np
             return colour
 
 
-# --- what it is drawn on ---
+# --- the background ---
 
 
 def _ground(words: RandomWords, split: Split, task: Task) -> Image.Image:
@@ -201,7 +211,7 @@ def _ground(words: RandomWords, split: Split, task: Task) -> Image.Image:
 
 
 def _photo(words: RandomWords, split: Split, side: int) -> Image.Image:
-    """Crop a photograph inside the split's own columns, turn it, and mix its colours."""
+    """Crop a photograph within the split's columns, rotate it, and mix its colours."""
     photo = words.pick(_sources().photos[split])
     crop = words.integer(48, _MAX_CROP_PIXELS)
     left, top = words.integer(0, photo.width - crop), words.integer(0, photo.height - crop)
@@ -220,7 +230,7 @@ def _texture(words: RandomWords, side: int) -> Image.Image:
 
 
 def _noise(words: RandomWords, side: int) -> Image.Image:
-    """Coarse noise plus fine noise, each a small grid of random colours enlarged."""
+    """Blend coarse and fine noise, each an enlarged grid of random colours."""
     coarse, fine = (
         np.asarray(
             Image.fromarray(words.bytes(cells, cells, 3)).resize((side, side), Image.Resampling.BICUBIC), np.int32
@@ -232,21 +242,21 @@ def _noise(words: RandomWords, side: int) -> Image.Image:
 
 
 def _phase(words: RandomWords, side: int) -> NDArray[np.int64]:
-    """A plane wave in 1/256 periods, in integers. Shapes: returns (side, side)."""
+    """Return a plane wave in integers. Units: 1/256 of a period. Shapes: returns (side, side)"""
     y, x = np.mgrid[0:side, 0:side]
     wave: NDArray[np.int64] = x * words.integer(-28, 28) + y * words.integer(-28, 28) + words.integer(0, 255)
     return wave
 
 
 def _two_colours(words: RandomWords, share: NDArray[np.int64]) -> Image.Image:
-    """Mix two random colours. Shapes: share (side, side), 0 … 256 of the second."""
+    """Mix two random colours. Shapes: share (side, side), from 0 to 256 of the second"""
     first, second = words.bytes(2, 3).astype(np.int64)
     mixed = (first * (256 - share[..., None]) + second * share[..., None]) // 256
     return Image.fromarray(mixed.astype(np.uint8))
 
 
 def _stripes(words: RandomWords, side: int) -> Image.Image:
-    """Stripes with a triangular profile."""
+    """Draw stripes with a triangular profile."""
     return _two_colours(words, np.abs((_phase(words, side) % 256) - 128) * 2)
 
 
@@ -255,7 +265,7 @@ def _checks(words: RandomWords, side: int) -> Image.Image:
 
 
 def _clutter(words: RandomWords, ground: Image.Image, keep_clear: NDArray[np.bool_], task: Task) -> Image.Image:
-    """Draw a few strokes and blobs anywhere but over the digit: small, coloured, and no digit."""
+    """Draw a few small coloured strokes and shapes outside the digit."""
     pen = ImageDraw.Draw(ground)
     rows, columns = np.flatnonzero(keep_clear.any(1)), np.flatnonzero(keep_clear.any(0))
     for _ in range(words.integer(0, task.max_clutter)):

@@ -1,8 +1,9 @@
-"""From an image file to the pixels a graph reads: the rule that the manifest states and the service follows to the bit.
+"""Preprocessing: from an image file to the pixels of a graph, by a rule that the manifest states.
 
-Decode with Pillow, first frame; JPEG shrinks while decoding (`draft`) but never below `jpeg_draft_scale` times the side
-that is wanted; EXIF orientation; 16-bit grey by its high byte; transparency over a ground colour; resize the shorter
-side; crop the centre.
+The service implements the same rule, with bit-identical results. Steps: decode the first frame with
+Pillow, where JPEG may shrink while decoding (`draft`) to no less than `jpeg_draft_scale` times the
+target side; apply the EXIF orientation; reduce 16-bit grey to its high byte; blend transparency
+with a background colour; resize the shorter side; crop the centre.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO comes by way of JPEG
-_UNDEFINED_RANGE = ("I", "F")  # 32-bit integers and floats, of which no one says what is white
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Accepted file formats. Pillow reads MPO as JPEG."""
+_UNDEFINED_RANGE = ("I", "F")
+"""Pillow modes of 32-bit integers and floats, whose value range is undefined."""
 
 
 @dataclass(frozen=True)
 class InputRule:
-    """What becomes the manifest's `input`. Units: sides in pixels; mean and std of channel values scaled to 0 … 1."""
+    """The manifest's `input`.
+
+    Units: sides in pixels; mean and std of channel values scaled to 0 … 1
+    """
 
     height: int
     width: int
@@ -46,17 +52,19 @@ class InputRule:
 def read_pixels(source: Path | BinaryIO, rule: InputRule) -> NDArray[np.uint8]:
     """Decode, orient, resize and crop an image file. Shapes: returns uint8 (height, width, 3).
 
-    Raises: OSError where Pillow cannot read the file; ValueError where its pixels have no defined range.
+    Raises: OSError where Pillow cannot read the file; ValueError where the value range of its
+        pixels is undefined.
     """
     with Image.open(source, formats=FORMATS) as image:
-        least = rule.jpeg_draft_scale * rule.resize_shorter_side
-        image.draft(None, (least, least))  # JPEG alone has it: decode at 1/2, 1/4 or 1/8, never below what is asked
+        minimum = rule.jpeg_draft_scale * rule.resize_shorter_side
+        # JPEG only: decode at 1/2, 1/4 or 1/8 of the size, but not below the minimum.
+        image.draft(None, (minimum, minimum))
         image.load()
         return _cropped(_rgb(_upright(image), rule.alpha_background), rule)
 
 
 def read_whole(source: Path) -> Image.Image:
-    """Decode and orient an image file as `read_pixels` does, in RGB, at its own size: what training crops from.
+    """Decode and orient an image file as `read_pixels` does, in RGB at full size.
 
     Raises: as `read_pixels`.
     """
@@ -66,10 +74,10 @@ def read_whole(source: Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; EXIF that cannot be read counts as none."""
+    """Apply the EXIF orientation; ignore invalid EXIF."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 - a dozen kinds, for broken metadata of a sound image
+    except Exception:  # noqa: BLE001 - broken metadata raises many kinds of errors
         return image
 
 
@@ -77,7 +85,7 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = _by_high_byte(image)
     if image.mode in _UNDEFINED_RANGE:
-        raise ValueError(f"pixels of mode {image.mode}: expected 8 or 16 bits a channel")
+        raise ValueError(f"unsupported pixel type (mode {image.mode}): its value range is undefined")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         ground = Image.new("RGBA", coloured.size, (*background, 255))
@@ -86,7 +94,7 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def _by_high_byte(image: Image.Image) -> Image.Image:
-    """Make 8 bits of 16-bit grey; the one grey that a PNG may declare transparent becomes so."""
+    """Convert 16-bit grey to 8 bits, including the value that a PNG declares transparent."""
     values = np.asarray(image).astype(np.int64)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")

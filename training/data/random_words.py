@@ -1,7 +1,7 @@
-"""Random integers that are the same on every machine and with every NumPy.
+"""Random integers that are identical on every machine and with every version of NumPy.
 
-NumPy promises that a bit generator's raw words never change, and promises no such thing of the distributions drawn from
-them (NEP 19). The reference task must come out bit for bit the same in years, so it draws from the raw words alone.
+NumPy guarantees that the raw words of a bit generator never change, but not the distributions based
+on them (NEP 19). The reference task must stay bit-identical for years, so it uses only raw words.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 class RandomWords:
-    """Integers from the raw 64-bit words of PCG64, seeded with a tuple of non-negative integers."""
+    """Random integers from the raw 64-bit words of PCG64, seeded with non-negative integers."""
 
     def __init__(self, *seed: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(seed))
 
     def integer(self, low: int, high: int) -> int:
-        """Draw one integer with low <= value <= high (bias below 2**-32)."""
+        """Draw an integer with low <= value <= high (bias below 2**-32)."""
         return low + ((int(self._bits.random_raw()) >> 32) * (high - low + 1) >> 32)
 
     def chance(self, percent: int) -> bool:
-        """Return True in `percent` of 100 cases."""
+        """Return True with a probability of `percent` in 100."""
         return self.integer(0, 99) < percent
 
     def pick(self, items: Sequence[T]) -> T:
@@ -39,5 +39,5 @@ class RandomWords:
         return words.astype("<u8").view(np.uint8)[:n_bytes].reshape(shape)
 
     def permutation(self, n: int) -> NDArray[np.int64]:
-        """Draw an order of 0 … n-1: the order of n raw words (ties are as good as impossible, and stable)."""
+        """Draw a permutation of 0 … n - 1: the stable order of n raw words."""
         return np.argsort(self._bits.random_raw(n), kind="stable")

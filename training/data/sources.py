@@ -1,8 +1,13 @@
-"""Labelled pixels for evaluation and export: the reference task, or a folder of image files, one subfolder a class."""
+"""Datasets: the table of those that commands and recipes can name, and the images that they hold.
+
+A dataset is named by its key in `DATASETS` or by a folder of image files with one subfolder per
+class. To add a dataset, add a subclass of `NamedDataset` here and an entry to `DATASETS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
+from training.data.augmentation import augmentation
 from training.data.digits import LABELS, REFERENCE_TASK, Split, Task, draw
 from training.data.preprocessing import InputRule, read_pixels
+from training.data.training_images import AugmentedFolder, TrainingDigits, TrainingImages
 
 REFERENCE_INPUT = InputRule(height=112, width=112, resize_shorter_side=112)
 
@@ -70,9 +77,9 @@ class DigitScenes(Dataset[tuple[Tensor, int]]):
 
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
-    """Image files under `<root>/<class>/`, as ImageNet's validation set is laid out; every n-th where fewer are asked.
+    """Image files under `<root>/<class>/`; with n_images, every n-th file.
 
-    Raises: FileNotFoundError where there is no such folder or no image in it.
+    Raises: FileNotFoundError where the folder is missing or has no image.
     """
 
     licence, credits = "see the data's owner", ("see the data's owner",)
@@ -96,11 +103,133 @@ def _load(path: str, rule: InputRule) -> Tensor:
     return torch.from_numpy(read_pixels(Path(path), rule))
 
 
-def open_source(data: str, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
-    """Open `digits` (the reference task) or a folder of images."""
-    if data == "digits":
+class LearningOptions(Protocol):
+    """The options of a recipe's [data] that a dataset reads; see `training.learn.recipe.Data`."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def validation(self) -> str | None: ...
+
+    @property
+    def n_validation(self) -> int: ...
+
+    @property
+    def n_distinct(self) -> int | None: ...
+
+    @property
+    def share(self) -> float: ...
+
+    @property
+    def randaugment(self) -> str | None: ...
+
+    @property
+    def erasing(self) -> float: ...
+
+
+class NamedDataset(ABC):
+    """A dataset as commands and recipes use it.
+
+    has_splits: `open` knows train, validation and test; otherwise the split is ignored.
+    input_rule: the preprocessing that belongs to the dataset; None means that of the model's
+        weights.
+    """
+
+    name: str
+    has_splits: bool
+    input_rule: InputRule | None
+
+    def rule(self, model_rule: Callable[[], InputRule]) -> InputRule:
+        """Return the preprocessing: the dataset's own, or that of the model."""
+        return self.input_rule if self.input_rule is not None else model_rule()
+
+    @abstractmethod
+    def open(self, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
+        """Open the images of a split, unaugmented. Raises: FileNotFoundError"""
+
+    @abstractmethod
+    def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
+        """Open the images to learn from.
+
+        Raises: FileNotFoundError; ValueError for an unknown augmentation.
+        """
+
+    @abstractmethod
+    def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
+        """Open the images that a training run validates on, None where there are none.
+
+        Raises: FileNotFoundError
+        """
+
+    @abstractmethod
+    def check_options(self, options: LearningOptions) -> None:
+        """Raises: ValueError naming a missing or unsupported option."""
+
+
+class ReferenceTask(NamedDataset):
+    """The reference task: images are drawn on demand, in three splits."""
+
+    name, has_splits, input_rule = "digits", True, REFERENCE_INPUT
+
+    def open(self, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
         return DigitScenes(split, n_images or 10_000)
-    return FolderImages(Path(data), rule, n_images)
+
+    def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
+        return TrainingDigits(options.n_distinct or 0, rule.mean, rule.std)
+
+    def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
+        return self.open(rule, options.n_validation, "validation") if options.n_validation else None
+
+    def check_options(self, options: LearningOptions) -> None:
+        n_distinct = options.n_distinct
+        if n_distinct is None:
+            raise ValueError(f"data of {self.name} needs n_distinct, the number of different images")
+        if not isinstance(n_distinct, int) or isinstance(n_distinct, bool) or n_distinct < 1:
+            raise ValueError(f"n_distinct {n_distinct!r}: expected a whole number of at least 1")
+        if options.randaugment or options.erasing or options.validation or options.share != 1:
+            raise ValueError(
+                f"randaugment, erasing, validation and share are for folders of images, not for {self.name}"
+            )
+
+
+class Folder(NamedDataset):
+    """A folder of image files with one subfolder per class."""
+
+    has_splits, input_rule = False, None
+
+    def __init__(self, root: str) -> None:
+        self.name = root
+
+    def open(self, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
+        return FolderImages(Path(self.name), rule, n_images)
+
+    def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
+        augment = augmentation(rule, randaugment=options.randaugment, erasing=options.erasing)
+        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
+
+    def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
+        if options.validation is None or not options.n_validation:
+            return None
+        return find_dataset(options.validation).open(rule, options.n_validation, "validation")
+
+    def check_options(self, options: LearningOptions) -> None:
+        if options.n_distinct is not None:
+            raise ValueError(f"n_distinct {options.n_distinct!r}: it is for digits; for a folder give a share")
+
+
+REFERENCE_DATASET = "digits"
+DATASETS: dict[str, NamedDataset] = {REFERENCE_DATASET: ReferenceTask()}
+
+
+def find_dataset(name: str) -> NamedDataset:
+    """Return the dataset of that name; any other name is a folder."""
+    return DATASETS.get(name) or Folder(name)
+
+
+def open_source(data: str, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
+    """Open a dataset by name. Raises: FileNotFoundError"""
+    return find_dataset(data).open(rule, n_images, split)
 
 
 def pixel_batches(source: Source, batch_size: int, n_workers: int) -> Iterator[tuple[Tensor, Tensor]]:

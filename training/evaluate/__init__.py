@@ -1,1 +1,1 @@
-"""Evaluation: accuracy with its interval, compute and speed, for any policy at any rate."""
+"""Evaluation: accuracy with its interval, GMACs and speed, for any policy at any rate."""

@@ -1,4 +1,4 @@
-"""Top-1 accuracy with a 95 % interval, and the time the classifier alone took."""
+"""Top-1 accuracy with a 95 % interval, and the time of inference alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Classifier = Callable[[Tensor], Tensor | tuple[Tensor, Tensor, Tensor]]
-"""Shapes: uint8 (B, H, W, 3) -> logits (B, classes); of an adaptive one also tokens (B, blocks + 1) and GMACs (B,)"""
+"""Shapes: uint8 (B, H, W, 3) -> (B, classes); if adaptive, also (B, blocks + 1) tokens, (B,) GMACs"""
 
 Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a classifier did on a set, image by image in its order.
+    """The results of a classifier on a set of images, in order.
 
-    Shapes: is_right bool (images,); tokens (images, blocks + 1) and gmacs (images,) of an adaptive classifier
+    Shapes: is_right bool (images,); tokens (images, blocks + 1) and gmacs (images,) of an adaptive
+        classifier
     """
 
     is_right: NDArray[np.bool_]
@@ -47,7 +48,7 @@ class Measurement:
 def wilson_interval(n_right: int, n_images: int) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a proportion (E. B. Wilson, 1927).
 
-    Raises: ValueError without images, or with more right than there are.
+    Raises: ValueError without images, or where n_right is not from 0 to n_images.
     """
     if not 0 <= n_right <= n_images or n_images == 0:
         raise ValueError(f"n_right {n_right} of n_images {n_images}: expected 0 <= n_right <= n_images, n_images > 0")
@@ -60,7 +61,8 @@ def wilson_interval(n_right: int, n_images: int) -> tuple[float, float]:
 def measure(classify: Classifier, batches: Iterable[tuple[Tensor, Tensor]], n_parallel: int = 1) -> Measurement:
     """Classify every batch once and compare with its labels.
 
-    n_parallel: how many batches at a time; classifiers of one thread each, side by side, waste less than one of many.
+    n_parallel: concurrent batches. On a CPU, several with one thread each are faster than one with
+        several threads.
     """
     right: list[NDArray[np.bool_]] = []
     tokens: list[NDArray[np.int64]] = []

@@ -1,10 +1,12 @@
-"""Calibration: the thresholds with the fewest GMACs whose paired accuracy loss stays inside a bound.
+"""Calibration: find the thresholds with the fewest GMACs within a bound on lost accuracy.
 
-Thresholds are judged on the same images as the unmerged model, image by image. They are inside the bound where the
-95 % interval of the loss ends inside it, give or take what so many images can resolve: the end of the interval where
-no answer at all has changed. The search is SciPy's differential evolution over alpha, beta, floor and split depth.
-Each trial meets more and more of the images, those first that the unmerged model was least sure of, until it is plain
-that it is outside the bound or dearer than the best: most trials see a few of the images, and only the best see all.
+The loss is paired: each image is compared with the unmerged model's answer on the same image.
+Thresholds are within the bound when the upper end of the loss's 95 % interval is, apart from the
+resolution of the sample: the upper end of the interval when no answer has changed. The search is
+SciPy's differential evolution over alpha, beta, floor and split depth. A trial runs on growing
+parts of the images, beginning with those of which the unmerged model is least certain. It stops
+once it is clearly outside the bound or more expensive than the best trial. So most trials use few
+images, and only the best use all of them.
 """
 
 from __future__ import annotations
@@ -26,29 +28,34 @@ from torch import Tensor, nn
 from training.data.preprocessing import InputRule
 from training.evaluate.paired import PairedCounts, count_pairs
 from training.merging.adaptive import Score, Thresholds
-from training.models.calibration import AdaptiveMetric, Measured, adaptive_model
+from training.models.calibration import Measured, adaptive_model
 from training.models.classifier import AdaptiveClassifier
 from training.models.embedding import DecoupledEmbedding
 
-_FIRST_IMAGES = 128  # a trial meets so many, then twice as many, and so on
+_FIRST_IMAGES = 128
+"""Images in the first part of a trial. Each further part doubles the total."""
 _BATCH = 16
-_POPULATION = 5  # for each of the four numbers
-_START = (3.0, -4.0, 0.0)  # 1 - alpha = 1e-3, flat: merges little
-# Decades, but for the last: 1 - alpha, beta, and how much wider 1 - floor is than 1 - alpha.
+_POPULATION = 5
+"""Population of the search per parameter."""
+_START = (3.0, -4.0, 0.0)
+"""1 - alpha = 1e-3, nearly the same in each block: merges few tokens."""
+# In decades: 1 - alpha, beta, and the ratio of 1 - floor to 1 - alpha. The fourth parameter, split
+# depth, is a number.
 _BOUNDS = ((0.0, 4.0), (-4.0, -0.5), (0.0, 2.0))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Thresholds, and what they did on the images they met.
+    """Thresholds and their results on the images tried.
 
-    gmacs: of one image, the mean over all images; where not all were met, judged by the best trial on the same ones.
+    gmacs: mean per image over all images. If the trial stopped early, it is extrapolated from the
+        ratio to the best trial on the same images.
     """
 
     thresholds: Thresholds
     gmacs: float
     counts: PairedCounts
-    is_inside: bool
+    is_within_bound: bool
 
     @property
     def n_images(self) -> int:
@@ -56,24 +63,25 @@ class Trial:
 
     @property
     def loss_points(self) -> float:
-        return 100 * -self.counts.difference + 0.0  # not -0.0
+        return 100 * -self.counts.difference + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 Costs: TypeAlias = NDArray[np.float64]
 
 
-class Judge:
-    """A ViT, images, and what the unmerged ViT answers on them.
+class PairedEvaluator:
+    """Evaluates thresholds on images, paired with the unmerged ViT's answers.
 
-    Shapes: pixels uint8 (n, H, W, 3); labels (n,), or None: right is then to answer as the unmerged ViT does.
-    n_parallel: batches at a time, of one thread each; more than one on a CPU only.
+    n_parallel: concurrent batches of one thread each; above 1 on a CPU only.
+    Shapes: pixels uint8 (n, H, W, 3); labels (n,), or None, in which case the unmerged ViT's
+        answers are the labels
     """
 
     def __init__(
         self,
         vit: nn.Module,
         rule: InputRule,
-        metric: AdaptiveMetric,
+        metric: str,
         embedding: DecoupledEmbedding | None,
         pixels: Tensor,
         labels: Tensor | None,
@@ -85,29 +93,33 @@ class Judge:
         self._device, self._n_parallel = torch.device(device), n_parallel
         self.depth = len(vit.blocks)  # type: ignore[arg-type]
         self.is_labelled = labels is not None
-        self._pixels, self._like = pixels, np.arange(len(pixels))
+        self._pixels, self._order = pixels, np.arange(len(pixels))
         logits, gmacs = self._run(Thresholds(2.0, 0.0, 2.0, self.depth), 0, len(pixels))
         self.unmerged_gmacs = float(gmacs[0])
         two = np.sort(logits, axis=1)[:, -2:]
-        order = np.argsort(two[:, 1] - two[:, 0], kind="stable")  # the least sure first: they tell soonest
+        # The least certain images come first: they are the most likely to change.
+        order = np.argsort(two[:, 1] - two[:, 0], kind="stable")
         self._pixels = pixels[order]
         answers = logits.argmax(1)
         self._labels = (answers if labels is None else labels.numpy())[order]
         self.is_right = answers[order] == self._labels
-        # Images that keep as many tokens side by side waste no rows on one another: order them by a look at each.
-        self._like = np.argsort(self._run(thresholds(_START, self.depth, "similarity"), 0, len(pixels))[1])
+        # Batch images of similar GMACs together, which reduces padding.
+        self._order = np.argsort(self._run(thresholds(_START, self.depth, "similarity"), 0, len(pixels))[1])
 
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def judge(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.bool_], Costs]:
-        """Return which of images first … last - 1 are right, and the GMACs of each. Shapes: (last - first,) both"""
+    def evaluate(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.bool_], Costs]:
+        """Return which of images first … last - 1 are right, and their GMACs.
+
+        Shapes: (last - first,) both
+        """
         logits, gmacs = self._run(found, first, last)
         return logits.argmax(1) == self._labels[first:last], gmacs
 
     def measured(self, found: Thresholds, dataset: str, split: str) -> Measured:
-        """Say what thresholds do on all of the images."""
-        is_right, gmacs = self.judge(found, 0, len(self))
+        """Return the results of thresholds on all images."""
+        is_right, gmacs = self.evaluate(found, 0, len(self))
         counts = count_pairs(self.is_right, is_right)
         low, high = counts.interval()
         return Measured(
@@ -122,10 +134,10 @@ class Judge:
         )
 
     def _run(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.float32], Costs]:
-        """Return the logits of each image, and its GMACs."""
+        """Return the logits and GMACs of images first … last - 1."""
         model = adaptive_model(self._vit, found, self._metric, self._embedding)
         classifier = AdaptiveClassifier(model, self._rule).eval().to(self._device)
-        chosen = self._like[(self._like >= first) & (self._like < last)]
+        chosen = self._order[(self._order >= first) & (self._order < last)]
         batches = [chosen[begin : begin + _BATCH] for begin in range(0, len(chosen), _BATCH)]
 
         @torch.inference_mode()
@@ -143,7 +155,7 @@ class Judge:
 
 
 def thresholds(x: Sequence[float], depth: int, score: Score) -> Thresholds:
-    """Return the thresholds that a point of the search stands for; without a fourth number no split by size."""
+    """Return the thresholds at a point of the search; three numbers mean no split by size."""
     width = 10 ** -x[0]
     return Thresholds(
         alpha=1 - width,
@@ -155,46 +167,50 @@ def thresholds(x: Sequence[float], depth: int, score: Score) -> Thresholds:
 
 
 def resolution_points(n_images: int) -> float:
-    """Return how much loss so many images cannot rule out even where no answer has changed."""
+    """Return the loss that n_images cannot rule out even when no answer has changed."""
     return -100 * PairedCounts(n_images, 0, 0, 0).interval()[0]
 
 
-def is_inside(counts: PairedCounts, max_accuracy_drop: float) -> bool:
-    """Say whether the interval of the loss ends inside the bound, give or take the resolution. Units: points"""
+def is_within_bound(counts: PairedCounts, max_accuracy_drop: float) -> bool:
+    """Return whether the interval of the loss ends within the bound plus the resolution.
+
+    Units: points
+    """
     return -100 * counts.interval()[0] <= max_accuracy_drop + resolution_points(counts.n_images) + 1e-9
 
 
-def _can_be_inside(counts: PairedCounts, max_accuracy_drop: float, n_images: int) -> bool:
-    """Say whether they end inside the bound on all n_images if they lose nothing more and win as often as yet."""
+def _can_stay_within(counts: PairedCounts, max_accuracy_drop: float, n_images: int) -> bool:
+    """Return whether the bound can hold on all n_images, without further loss."""
     n_lost = counts.n_only_base
     n_won = min(counts.n_only_other * n_images // counts.n_images, n_images - n_lost)
-    return is_inside(PairedCounts(n_images - n_lost - n_won, n_lost, n_won, 0), max_accuracy_drop)
+    return is_within_bound(PairedCounts(n_images - n_lost - n_won, n_lost, n_won, 0), max_accuracy_drop)
 
 
 def attempt(
-    judge: Judge, found: Thresholds, max_accuracy_drop: float, best_costs: Costs | None = None
+    evaluator: PairedEvaluator, found: Thresholds, max_accuracy_drop: float, best_costs: Costs | None = None
 ) -> tuple[Trial, Costs]:
-    """Try thresholds on more and more images: all of them, unless they are hopeless or dearer than the best.
+    """Try thresholds on growing parts of the images, until they exceed the bound or the best GMACs.
 
-    Shapes: best_costs (n,), the GMACs of each image under the best thresholds yet; returned are those of the trial
+    Return the trial and the GMACs of the images that it used.
+    Shapes: best_costs (n,), the GMACs of each image under the best thresholds so far
     """
     is_right, costs = np.empty(0, bool), np.empty(0)
-    while len(costs) < len(judge):
+    while len(costs) < len(evaluator):
         first = len(costs)
-        more_right, more_costs = judge.judge(found, first, min(max(_FIRST_IMAGES, 2 * first), len(judge)))
+        more_right, more_costs = evaluator.evaluate(found, first, min(max(_FIRST_IMAGES, 2 * first), len(evaluator)))
         is_right, costs = np.concatenate([is_right, more_right]), np.concatenate([costs, more_costs])
-        counts = count_pairs(judge.is_right[: len(costs)], is_right)
-        can_be_inside = _can_be_inside(counts, max_accuracy_drop, len(judge))
-        if not can_be_inside or _is_dearer(costs, best_costs):
+        counts = count_pairs(evaluator.is_right[: len(costs)], is_right)
+        can_stay_within = _can_stay_within(counts, max_accuracy_drop, len(evaluator))
+        if not can_stay_within or _is_more_expensive(costs, best_costs):
             break
     gmacs = float(costs.mean())
     if best_costs is not None:
         gmacs *= float(best_costs.mean() / best_costs[: len(costs)].mean())
-    return Trial(found, gmacs, counts, can_be_inside), costs
+    return Trial(found, gmacs, counts, can_stay_within), costs
 
 
-def _is_dearer(costs: Costs, best_costs: Costs | None) -> bool:
-    """Say whether the same images cost more, by more than three standard errors."""
+def _is_more_expensive(costs: Costs, best_costs: Costs | None) -> bool:
+    """Return whether the images cost over three standard errors more than under the best trial."""
     if best_costs is None:
         return False
     more = costs - best_costs[: len(costs)]
@@ -202,7 +218,7 @@ def _is_dearer(costs: Costs, best_costs: Costs | None) -> bool:
 
 
 def search(
-    judge: Judge,
+    evaluator: PairedEvaluator,
     max_accuracy_drop: float,
     *,
     n_trials: int,
@@ -212,11 +228,11 @@ def search(
     known: Sequence[Trial] = (),
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Trial:
-    """Return the cheapest thresholds inside the bound.
+    """Return the trial with the fewest GMACs within the bound.
 
-    split_depth: fixed, or None where it is searched too.
-    known: the trials that an interrupted search had made, in their order; they are not made again.
-    Raises: ValueError where none is inside the bound.
+    split_depth: a fixed value, or None to search it. known: trials of an interrupted search, in
+        order, to reuse.
+    Raises: ValueError where no trial is within the bound.
     """
     remembered: Iterator[Trial] = iter(known)
     best: Trial | None = None
@@ -224,26 +240,28 @@ def search(
 
     def objective(x: NDArray[np.float64]) -> float:
         nonlocal best, best_costs
-        found = thresholds(x.tolist(), judge.depth, score)
+        found = thresholds(x.tolist(), evaluator.depth, score)
         trial, costs = next(remembered, None), None
         if trial is None:
-            trial, costs = attempt(judge, found, max_accuracy_drop, best_costs)
+            trial, costs = attempt(evaluator, found, max_accuracy_drop, best_costs)
             on_trial(trial)
-        is_complete = trial.n_images == len(judge)
-        if trial.is_inside and is_complete and (best is None or trial.gmacs < best.gmacs):
-            best, best_costs = trial, costs if costs is not None else judge.judge(found, 0, len(judge))[1]
-        if trial.is_inside:
-            return trial.gmacs / judge.unmerged_gmacs
-        # Dearer than any that is inside, and the more so the more it loses; but what has won more than it lost, and may
-        # owe that to luck, comes out cheaper: it draws the search on, and is never the result.
+        is_complete = trial.n_images == len(evaluator)
+        if trial.is_within_bound and is_complete and (best is None or trial.gmacs < best.gmacs):
+            best = trial
+            best_costs = costs if costs is not None else evaluator.evaluate(found, 0, len(evaluator))[1]
+        if trial.is_within_bound:
+            return trial.gmacs / evaluator.unmerged_gmacs
+        # Outside the bound the objective exceeds 1 and grows with the loss. A trial that gained
+        # accuracy, perhaps by luck, has a negative loss and a low objective: it attracts the
+        # search, but it is never the result.
         return 1 + trial.loss_points * trial.n_images
 
     generations = max(0, math.ceil(n_trials / (4 * _POPULATION)) - 1)
     differential_evolution(
         objective,
-        [*_BOUNDS, (0, judge.depth) if split_depth is None else (split_depth, split_depth)],
+        [*_BOUNDS, (0, evaluator.depth) if split_depth is None else (split_depth, split_depth)],
         integrality=[False, False, False, True],
-        x0=[*_START, judge.depth if split_depth is None else split_depth],
+        x0=[*_START, evaluator.depth if split_depth is None else split_depth],
         popsize=_POPULATION,
         maxiter=generations,
         tol=0,
@@ -252,8 +270,8 @@ def search(
     )
     if best is None:
         raise ValueError(
-            f"max_accuracy_drop {max_accuracy_drop}: no thresholds of {n_trials} trials lose as little on "
-            f"{len(judge)} images; allow a larger drop, more images or more trials"
+            f"max_accuracy_drop {max_accuracy_drop}: none of {n_trials} trials stays within it on "
+            f"{len(evaluator)} images; allow a larger drop, more images or more trials"
         )
     return best
 
@@ -264,7 +282,7 @@ def write_trial(trial: Trial, file: Path) -> None:
 
 
 def read_trials(file: Path) -> list[Trial]:
-    """Read what `write_trial` wrote; a last line that an interruption cut short is left out."""
+    """Read trials that `write_trial` wrote, without an incomplete last line."""
     trials = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:

@@ -1,9 +1,8 @@
-"""Pair rows of one evaluation or two, and lay out what each pair says as a table, as JSON and as a picture."""
+"""Compare rows of one or two evaluations; render differences as a table, JSON and a plot."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from matplotlib.figure import Figure
 from training.evaluate.paired import PairedCounts, count_pairs
 from training.evaluate.results import Evaluation, Row
 from training.evaluate.table import error_bars
+from training.merging.policies import UNMERGED
 
 _SAME_IMAGES = ("dataset", "split", "n_images")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of a pair. Units: top1 a share, gmacs for one image"""
+    """One side of a comparison. Units: top1 from 0 to 1, gmacs per image"""
 
     model: str
     policy: str
@@ -33,7 +33,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The other less the base. Units: difference and interval in points, gmacs_percent of the base's GMACs"""
+    """The other minus the base.
+
+    Units: difference and interval in points, gmacs_percent of the base's GMACs
+    """
 
     base: Side
     other: Side
@@ -46,18 +49,20 @@ class Comparison:
 
 
 def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str) -> list[Comparison]:
-    """Compare every pair of rows that the two selections make, on the images that both evaluations share.
+    """Compare the selected rows of two evaluations of the same images.
 
-    base_rows: a policy ("tome": each rate with the same rate of the other) or one row ("tome-r8", "atm-keys-drop0.1",
-        "none", which has r = 0 alone): that row with all of the other's; other_rows: policies or rows, with commas.
-    Raises: ValueError where the images are not the same, a selection names nothing, or no pair is left.
+    base_rows: a policy, whose rows are compared with the other's at equal r ("tome"), or one row
+        that is compared with all of the other's ("tome-r8", "atm-keys-drop0.1", "none").
+        other_rows: comma-separated policies or rows.
+    Raises: ValueError where the images differ, a selection matches no row, or there is no pair.
     """
     for name in _SAME_IMAGES:
         if base.about.get(name) != other.about.get(name):
             raise ValueError(
                 f"{name} {base.about.get(name)!r} and {other.about.get(name)!r}: only the same images can be paired"
             )
-    fixed = _selected(base, base_rows) if base_rows == "none" or _RATE.search(base_rows) else []
+    is_row = base_rows == UNMERGED.name or any(row.key == base_rows for row in base.rows)
+    fixed = _selected(base, base_rows) if is_row else []
     bases = {row.r: row for row in _selected(base, base_rows) if row.r is not None}
     found = []
     for selection in other_rows.split(","):
@@ -68,9 +73,6 @@ def compare(base: Evaluation, other: Evaluation, base_rows: str, other_rows: str
     if not found:
         raise ValueError(f"base {base_rows} and other {other_rows} have no rate in common")
     return found
-
-
-_RATE = re.compile(r"-(r\d+|drop[\d.]+)$")
 
 
 def _selected(evaluation: Evaluation, selection: str) -> list[Row]:
@@ -101,10 +103,10 @@ def _side(evaluation: Evaluation, row: Row) -> Side:
 
 
 def markdown(found: Sequence[Comparison]) -> str:
-    """Lay the comparisons out as a Markdown table, and say how they were made."""
+    """Render the comparisons as a Markdown table with a note on the method."""
     lines = [
-        "| base | other | top-1 %, base | other | difference, points | 95 % interval | right by base alone | by other "
-        "alone | McNemar p | GMACs, base | other | difference |",
+        "| base | other | top-1 % of base | of other | difference, points | 95 % interval | only base right | only "
+        "other right | McNemar p | GMACs of base | of other | difference |",
         "|---|---|" + "---:|" * 10,
     ]
     names = {side.model: f"{side.model} " for one in found for side in (one.base, one.other)}
@@ -121,8 +123,8 @@ def markdown(found: Sequence[Comparison]) -> str:
         )
     lines += [
         "",
-        f"{found[0].n_images} images, the same for both. Difference: the other's top-1 less the base's, paired, with "
-        f"the interval of Agresti and Min (2005). McNemar's test is exact and two-sided; it is not corrected for the "
+        f"The same {found[0].n_images} images for both. Difference: top-1 of other minus base, paired, with the "
+        f"interval of Agresti and Min (2005). McNemar's test is exact and two-sided, without correction for the "
         f"number of rows.",
     ]
     return "\n".join(lines) + "\n"
@@ -134,21 +136,22 @@ def write_json(found: Sequence[Comparison], base: dict[str, Any], other: dict[st
 
 
 def plot(found: Sequence[Comparison], file: Path, title: str) -> None:
-    """Draw the difference against the other's r, below it the GMACs, or where one adapts against its GMACs."""
+    """Plot the difference against the other's r, or against its GMACs if it is adaptive."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     series = list(dict.fromkeys((one.base.series, one.other.series) for one in found))
     rates = {one.other.r: f"{one.other.r}\n{one.gmacs_percent:+.1f} %" for one in reversed(found)}
     for index, policies in enumerate(series):
         line = [one for one in found if (one.base.series, one.other.series) == policies]
-        beside = 0.25 * (index - (len(series) - 1) / 2)  # beside, not on, one another
+        # Shift the series horizontally so that error bars do not overlap.
+        shift = 0.25 * (index - (len(series) - 1) / 2)
         axes.errorbar(
-            [one.other.gmacs if None in rates else (one.other.r or 0) + beside for one in line],
+            [one.other.gmacs if None in rates else (one.other.r or 0) + shift for one in line],
             [one.difference_points for one in line],
             yerr=error_bars([one.difference_points for one in line], [one.ci95_points for one in line]),
             marker="o",
             capsize=4,
-            label=f"{policies[1]} less {policies[0]}",
+            label=f"{policies[1]} minus {policies[0]}",
         )
     axes.axhline(0, color="black", linewidth=1)
     if None in rates:

@@ -1,4 +1,4 @@
-"""Compare two classifiers on the same images: only those that one gets right and the other wrong tell them apart."""
+"""Paired comparison of two classifiers on the same images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.evaluate.accuracy import Z95
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """The 2x2 table of two classifiers, in images: right by both, by one alone, by neither."""
+    """Counts of images that both, one or neither of two classifiers get right."""
 
     n_both: int
     n_only_base: int
@@ -32,14 +32,14 @@ class PairedCounts:
 
     @property
     def difference(self) -> float:
-        """The other's share of right images less the base's."""
+        """The other's accuracy minus the base's."""
         return (self.n_only_other - self.n_only_base) / self.n_images
 
     def interval(self) -> tuple[float, float]:
-        """Return a 95 % interval of the difference: Wald's, with half an image added to each of the four counts.
+        """Return the 95 % Wald interval of the difference, with half an image added to each count.
 
-        Source: A. Agresti and Y. Min, Simple improved confidence intervals for comparing matched proportions,
-            Statistics in Medicine 24 (2005), 729-740.
+        Source: A. Agresti and Y. Min, Simple improved confidence intervals for comparing matched
+            proportions, Statistics in Medicine 24 (2005), 729-740.
         """
         n_images = self.n_images + 2
         only_base, only_other = self.n_only_base + 0.5, self.n_only_other + 0.5
@@ -48,9 +48,9 @@ class PairedCounts:
         return max(-1.0, centre - half), min(1.0, centre + half)
 
     def mcnemar(self) -> float:
-        """Return the exact two-sided p-value: of images that one alone gets right, either is as likely to be that one.
+        """Return the exact two-sided p-value of McNemar's test.
 
-        Source: Q. McNemar, Psychometrika 12 (1947), 153-157, by the binomial distribution.
+        Source: Q. McNemar, Psychometrika 12 (1947), 153-157, with the binomial distribution.
         """
         n_discordant = self.n_only_base + self.n_only_other
         return float(binomtest(self.n_only_other, n_discordant).pvalue) if n_discordant else 1.0
@@ -59,7 +59,7 @@ class PairedCounts:
 def count_pairs(base: NDArray[np.bool_], other: NDArray[np.bool_]) -> PairedCounts:
     """Count the 2x2 table. Shapes: bool (images,) each, the same images in the same order.
 
-    Raises: ValueError where they are of different numbers of images, or of none.
+    Raises: ValueError where the numbers of images differ or are 0.
     """
     if base.shape != other.shape or base.ndim != 1:
         raise ValueError(f"is_right of {base.shape} and of {other.shape}: expected the same images")

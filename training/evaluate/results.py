@@ -1,7 +1,7 @@
-"""What an evaluation leaves behind: a JSON file of figures and, beside it, which images each row got right.
+"""Files of an evaluation: figures in `<out>.json`, right answers by image in `<out>.npz`.
 
-The JSON file says which rows are done; `<out>.npz` holds one packed bool array a row, so that any two rows can be
-paired later, image by image.
+The JSON file lists the finished rows. The arrays allow any two rows to be compared later, image by
+image.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.merging.policies import find_policy
+from training.models.variants import FLOAT32, variant_key
+
 
 @dataclass(frozen=True)
 class Row:
-    """One policy at one rate, or one that adapts to the image by calibrated thresholds: then r is None.
+    """One policy at one rate, or an adaptive policy with its calibrated thresholds; then r is None.
 
-    Units: gmacs for one image, of an adaptive policy the mean, with 5th and 95th percentile; max_accuracy_drop, which
-    the thresholds were calibrated for, in points; images_per_second of inference alone.
+    Units: gmacs per image, for an adaptive policy the mean, with the 5th and 95th percentile;
+        max_accuracy_drop, the bound of the calibration, in points; images_per_second of inference
+        alone.
     Shapes: is_right bool (n_images,), in the order of the images
     """
 
@@ -38,43 +42,45 @@ class Row:
     max_accuracy_drop: float | None = None
     gmacs_p5: float | None = None
     gmacs_p95: float | None = None
+    precision: str = FLOAT32
 
     @property
     def key(self) -> str:
         if self.r is None:
-            return adaptive_key(self.policy, self.metric, self.max_accuracy_drop)
-        return f"{self.policy}-r{self.r}"
+            return adaptive_key(self.policy, self.metric, self.max_accuracy_drop, self.precision)
+        return variant_key(self.policy, self.r, self.precision)
 
     @property
     def series(self) -> str:
-        """What belongs together in a table and on a line: the policy and, of one that adapts, its metric."""
-        return self.policy if self.metric in (None, "embedding") else f"{self.policy} ({self.metric})"
+        """The policy's label and any reduced precision: one line in plots."""
+        label = find_policy(self.policy, self.metric).label
+        return label if self.precision == FLOAT32 else f"{label} {self.precision}"
 
     @property
     def setting(self) -> str:
         return f"r={self.r}" if self.r is not None else f"drop {self.max_accuracy_drop:g}"
 
 
-def adaptive_key(policy: str, metric: str | None, max_accuracy_drop: float | None) -> str:
-    """Return the key of a row that adapts."""
-    return f"{policy}-{metric}-drop{max_accuracy_drop:g}"
+def adaptive_key(policy: str, metric: str | None, max_accuracy_drop: float | None, precision: str = FLOAT32) -> str:
+    """Return the key of an adaptive row."""
+    return variant_key(f"{policy}-{metric}-drop{max_accuracy_drop:g}", None, precision)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows measured on the same images. about: of which model, on which images; see `training.cli.evaluate`."""
+    """Rows measured on the same images. about: the model and the images"""
 
     about: dict[str, Any]
     rows: list[Row]
 
 
 def with_suffix(out: Path, suffix: str) -> Path:
-    """Return the file of `--out` with that suffix, whatever dots its name has already."""
+    """Append a suffix to the name that --out gives; dots in the name are kept."""
     return out.with_name(out.name + suffix)
 
 
 def write_evaluation(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write `<out>.npz`, then `<out>.json`, each under a temporary name: no row is ever in the latter alone."""
+    """Write `<out>.npz`, then `<out>.json`, each atomically, so that no row lacks its array."""
     out.parent.mkdir(parents=True, exist_ok=True)
     arrays, figures = with_suffix(out, ".npz"), with_suffix(out, ".json")
     with _temporary(arrays).open("wb") as file:
@@ -87,41 +93,46 @@ def write_evaluation(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> N
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """Read an evaluation from its JSON file and the arrays beside it.
+    """Read an evaluation: the JSON file and the arrays next to it.
 
-    Raises: FileNotFoundError for either file; ValueError where it is no evaluation, or a row lacks its array or has one
-        that does not give the row's top-1.
+    Raises: FileNotFoundError for either file; ValueError where the files are not an evaluation, or
+        the array of a row is missing or contradicts its top-1.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no evaluation {file}")
-    beside = file.with_suffix(".npz")
-    if not beside.is_file():
-        raise FileNotFoundError(f"no {beside} that says which images the rows of {file} got right: evaluate again")
+    array_file = file.with_suffix(".npz")
+    if not array_file.is_file():
+        raise FileNotFoundError(
+            f"no {array_file}, which says which images each row of {file} got right: evaluate again"
+        )
     try:
         content = json.loads(file.read_text())
-        with np.load(beside) as arrays:
+        with np.load(array_file) as arrays:
             rows = [_row(entry, arrays) for entry in content["rows"]]
         return Evaluation(content["about"], rows)
     except (KeyError, TypeError, ValueError) as err:
-        raise ValueError(f"{file} and {beside.name} are no evaluation: {err}") from err
+        raise ValueError(f"{file} and {array_file.name} are not an evaluation: {err}") from err
 
 
 def finished_rows(out: Path, about: dict[str, Any]) -> list[Row]:
-    """Read the rows of an interrupted evaluation; none where there is no file.
+    """Read the finished rows of an interrupted evaluation; an empty list where there is no file.
 
-    Raises: as `read_evaluation`; ValueError where the file tells of another evaluation.
+    Raises: as `read_evaluation`; ValueError where the file is of another evaluation.
     """
     file = with_suffix(out, ".json")
     if not file.exists():
         return []
     found = json.loads(file.read_text()).get("about")
     if found != about:
-        raise ValueError(f"{file} holds another evaluation, {found}, not {about}: give another --out")
+        raise ValueError(f"{file} holds another evaluation, {found}, not {about}: choose another --out")
     return read_evaluation(file).rows
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name != "is_right" and value is not None}
+    entry = {name: value for name, value in asdict(row).items() if name != "is_right" and value is not None}
+    if row.precision == FLOAT32:
+        del entry["precision"]
+    return entry
 
 
 def _row(entry: dict[str, Any], arrays: Any) -> Row:
@@ -130,7 +141,7 @@ def _row(entry: dict[str, Any], arrays: Any) -> Row:
         raise ValueError(f"row {row.key} has no array")
     is_right = np.unpackbits(arrays[row.key], count=row.n_images).astype(bool)
     if is_right.mean() != row.top1:
-        raise ValueError(f"the array of {row.key} says top-1 {is_right.mean()}, the row {row.top1}")
+        raise ValueError(f"row {row.key} has top-1 {row.top1}, its array {is_right.mean()}")
     return replace(row, is_right=is_right)
 
 

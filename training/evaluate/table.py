@@ -1,4 +1,4 @@
-"""Evaluate policies over rates, and lay the figures out as a table and as a picture."""
+"""Evaluate policies over rates, and render the results as a table and a plot."""
 
 from __future__ import annotations
 
@@ -14,51 +14,32 @@ from torch import Tensor
 from training.data.preprocessing import InputRule
 from training.evaluate.accuracy import Measurement, measure
 from training.evaluate.results import Row, adaptive_key
+from training.merging.policies import FIXED_POLICIES, POLICIES, UNMERGED, Policy, check_policies, find_policy
 from training.models.calibration import Calibration
 from training.models.classifier import AdaptiveClassifier, ServedClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
 from training.models.macs import count_macs
-from training.models.vit import MetricChoice
+from training.models.variants import FLOAT32
 
-POLICIES = ("none", "tome", "dtem", "random")
-"""`none` does not merge; the others merge by the keys, by a decoupled embedding, and by numbers drawn at random."""
-ADAPTIVE_POLICIES = ("atm", "adaptive-dtem")
-"""Those that merge by calibrated thresholds: over keys or features, and over a decoupled embedding."""
-COLOURS = {
-    "none": "black",
-    "tome": "tab:blue",
-    "dtem": "tab:red",
-    "random": "tab:gray",
-    "atm (keys)": "tab:cyan",
-    "atm (features)": "tab:green",
-    "adaptive-dtem": "tab:orange",
-}
 _RANDOM_SEED = 1
-
-
-def check_policies(policies: Sequence[str], embedding: DecoupledEmbedding | None) -> None:
-    """Raises: ValueError for none, an unknown or a repeated policy, and for dtem without an embedding."""
-    if not policies or set(policies) - set(POLICIES) or len(set(policies)) < len(policies):
-        raise ValueError(f"policies {list(policies)}: expected some of {', '.join(POLICIES)}, each once")
-    if "dtem" in policies and embedding is None:
-        raise ValueError("policy dtem needs an embedding: name one by --embedding, or a --run or --published with one")
 
 
 def policy_classifier(
     policy: str, model: Any, rule: InputRule, r: int, embedding: DecoupledEmbedding | None
 ) -> ServedClassifier:
-    """Return the model merging at the rate as the policy does. Raises: as `check_policies`, `frozen_classifier`."""
+    """Return the model under a policy at a rate.
+
+    Raises: as `check_policies`, `frozen_classifier`.
+    """
     check_policies([policy], embedding)
-    metric: MetricChoice = "random" if policy == "random" else "keys"
-    if policy == "dtem" and embedding is not None:
-        metric = embedding
+    metric: Any = FIXED_POLICIES[policy].resolve_metric(embedding)
     return frozen_classifier(model, rule, r, metric=metric, metric_seed=_RANDOM_SEED)
 
 
 def planned(policies: Sequence[str], rates: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the policies and rates to measure; r = 0, where nothing merges, once, as policy none."""
+    """Return the policies and rates to measure. r = 0 is measured once, as the unmerged policy."""
     merging = [rate for rate in rates if rate]
-    return [(policy, r) for policy in policies for r in ([0] if policy == "none" else merging)]
+    return [(policy, r) for policy in policies for r in ([0] if policy == UNMERGED.name else merging)]
 
 
 def evaluate(
@@ -69,9 +50,9 @@ def evaluate(
 ) -> Iterable[Row]:
     """Yield a row for each policy and rate of the plan.
 
-    classifiers: give that of a policy and rate; batches: given a title for the progress bar, the same images in the
-    same order each time.
-    Raises: what `classifiers` raises for any of the plan, before the first image.
+    classifiers: return the classifier of a policy and rate. batches: return the images, in the same
+        order each time, given a title for the progress bar.
+    Raises: what `classifiers` raises for any entry of the plan, before the first image is read.
     """
     for policy, r in plan:
         classifiers(policy, r)
@@ -82,8 +63,10 @@ def evaluate(
         yield fixed_row(policy, r, classifier.model.tokens[-1], gmacs, result)
 
 
-def fixed_row(policy: str, r: int, tokens_left: int, gmacs: float, result: Measurement) -> Row:
-    """Make the row of what a classifier with a fixed rate was measured to do."""
+def fixed_row(
+    policy: str, r: int, tokens_left: int, gmacs: float, result: Measurement, precision: str = FLOAT32
+) -> Row:
+    """Return the row of a classifier with a fixed rate."""
     return Row(
         policy=policy,
         r=r,
@@ -94,22 +77,29 @@ def fixed_row(policy: str, r: int, tokens_left: int, gmacs: float, result: Measu
         n_images=len(result.is_right),
         images_per_second=result.images_per_second,
         is_right=result.is_right,
+        precision=precision,
     )
 
 
 def evaluate_adaptive(
     calibration: Calibration, classifier: AdaptiveClassifier, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]
 ) -> Row:
-    """Measure a model that adapts. Units: GMACs counted for each image as if it were alone in its batch"""
+    """Measure an adaptive model.
+
+    Units: GMACs of each image by itself, without the padding of its batch
+    """
     key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
     result = measure(torch.inference_mode()(classifier.forward), batches(key))
     return adaptive_row(calibration, result)
 
 
-def adaptive_row(calibration: Calibration, result: Measurement) -> Row:
-    """Make the row of what an adaptive classifier was measured to do. Raises: ValueError where that was none."""
+def adaptive_row(calibration: Calibration, result: Measurement, precision: str = FLOAT32) -> Row:
+    """Return the row of an adaptive classifier.
+
+    Raises: ValueError where the classifier was not adaptive.
+    """
     if result.gmacs is None or result.tokens is None:
-        raise ValueError("the classifier does not say what each image kept and cost")
+        raise ValueError("the classifier returned no token counts and no GMACs: it is not adaptive")
     return Row(
         policy=calibration.policy,
         r=None,
@@ -124,21 +114,26 @@ def adaptive_row(calibration: Calibration, result: Measurement) -> Row:
         max_accuracy_drop=calibration.max_accuracy_drop,
         gmacs_p5=float(np.percentile(result.gmacs, 5)),
         gmacs_p95=float(np.percentile(result.gmacs, 95)),
+        precision=precision,
     )
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    order = (*POLICIES, *ADAPTIVE_POLICIES)
-    return sorted(rows, key=lambda row: (order.index(row.policy), row.metric or "", _place(row)))
+    """Sort rows as tables list them: in the order of `POLICIES`, then by setting."""
+    return sorted(rows, key=lambda row: (POLICIES.index(_policy(row)), row.precision, _place(row)))
+
+
+def _policy(row: Row) -> Policy:
+    return find_policy(row.policy, row.metric)
 
 
 def _place(row: Row) -> float:
-    """Return where a row stands in its series: from the dearest to the cheapest."""
+    """Return the position of a row in its series, from the most to the least GMACs."""
     return row.r if row.r is not None else row.max_accuracy_drop or 0.0
 
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    """Lay the rows out as a Markdown table, and say what they are of. about: see `Evaluation`"""
+    """Render the rows as a Markdown table with a note on their meaning. about: see `Evaluation`"""
     lines = [
         "| policy | r | tokens left | GMACs | top-1 % | 95 % interval |",
         "|---|---:|---:|---:|---:|---:|",
@@ -159,8 +154,8 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 
 
 _ADAPTIVE_NOTE = (
-    "; of a policy that adapts to the image, means, with 5th … 95th percentile of the images, and for r the points of "
-    "top-1 that its thresholds were allowed to lose when they were calibrated"
+    "; for adaptive policies the mean (5th … 95th percentile of images). `drop` is the loss of top-1, in points, that "
+    "the calibration of the thresholds allowed"
 )
 
 
@@ -175,32 +170,35 @@ def _gmacs(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
-    """Draw top-1 against GMACs, a line a policy, with intervals; r along the top.
+    """Draw top-1 against GMACs, one line per series, with intervals, and r along the top.
 
-    What random merging loses is far below the rest, which would then lie on one another: it may leave the picture.
+    Baselines may leave the plotted range: they lose so much that the other lines would coincide.
     """
-    figure = Figure(figsize=(7.5, 5), layout="constrained")  # no pyplot: no window, no global state
+    # Figure without pyplot opens no window and has no global state.
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
-    unmerged = [row for row in rows if row.policy == "none"]
+    unmerged = [row for row in rows if row.policy == UNMERGED.name]
     for series in dict.fromkeys(row.series for row in rows):
         line = [row for row in rows if row.series == series]
-        if series != "none":
+        policy = _policy(line[0])
+        lowest = 100 * min(row.top1 for row in line)
+        if policy is not UNMERGED:
             line = sorted(unmerged + line, key=lambda row: -row.gmacs)
         intervals = [row.ci95 for row in line]
         axes.errorbar(
             [row.gmacs for row in line],
             [100 * row.top1 for row in line],
             yerr=error_bars([100 * row.top1 for row in line], [(100 * low, 100 * high) for low, high in intervals]),
-            color=COLOURS[series],
+            color=policy.colour,
             marker="o" if line[-1].r is not None else "D",
             markersize=4,
             capsize=3,
-            label=f"random (down to {100 * min(row.top1 for row in line):.1f} %)" if series == "random" else series,
-            zorder=3 if series == "none" else 2,
+            label=f"{series} (down to {lowest:.1f} %)" if policy.is_baseline else series,
+            zorder=3 if policy is UNMERGED else 2,
         )
     axes.set(xlabel="GMACs per image", ylabel="top-1 %")
-    if knowing := [row for row in rows if row.policy != "random"]:
-        low, high = min(row.ci95[0] for row in knowing), max(row.ci95[1] for row in knowing)
+    if shown := [row for row in rows if not _policy(row).is_baseline]:
+        low, high = min(row.ci95[0] for row in shown), max(row.ci95[1] for row in shown)
         axes.set_ylim(100 * (low - 0.2 * (high - low)), 100 * (high + 0.1 * (high - low)))
     figure.suptitle(title, fontsize=10)
     _rates_on_top(axes, rows)
@@ -210,17 +208,18 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
 
 
 def error_bars(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
-    """Return how far each interval reaches below and above its value, as matplotlib wants it."""
-    ends = list(zip(values, intervals, strict=True))  # an end that is the value itself may be beside it by rounding
+    """Return the distances from each value to the ends of its interval, as matplotlib expects."""
+    # Rounding may put an end on the wrong side of its value, so negative distances become 0.
+    ends = list(zip(values, intervals, strict=True))
     return [[max(0.0, value - low) for value, (low, _) in ends], [max(0.0, high - value) for value, (_, high) in ends]]
 
 
 def _rates_on_top(axes: Any, rows: Sequence[Row]) -> None:
-    """Write each r above the GMACs that it costs, leaving out those too close to the one before."""
+    """Label the top axis with r, at the GMACs of each; labels that would overlap are left out."""
     places: dict[int, float] = {}
     left, right = axes.get_xlim()
     fixed = [row for row in rows if row.r is not None]
-    for row in sorted(fixed, key=lambda row: (row.r, POLICIES.index(row.policy))):
+    for row in sorted(fixed, key=lambda row: (row.r, POLICIES.index(_policy(row)))):
         if (
             row.r is not None
             and row.r not in places
@@ -229,4 +228,4 @@ def _rates_on_top(axes: Any, rows: Sequence[Row]) -> None:
             places[row.r] = row.gmacs
     top = axes.secondary_xaxis("top")
     top.set_xticks(list(places.values()), [str(r) for r in places])
-    top.set_xlabel("r, tokens that each block merges away")
+    top.set_xlabel("r, tokens removed per block")

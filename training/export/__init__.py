@@ -1,1 +1,1 @@
-"""Export: freeze hard merging into one graph per reduction rate, prove each against eager, publish with a manifest."""
+"""Export: one graph per policy and rate, verified against eager, published with a manifest."""

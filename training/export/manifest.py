@@ -1,4 +1,4 @@
-"""The manifest as this half writes it: what a version is, and every file of it."""
+"""The manifest of a version: its entries, and writing it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from torch import nn
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
 from training.evaluate.results import Row
-from training.export.onnx_format import OPSET
+from training.export.formats import GraphFormat
 from training.models.embedding import DecoupledEmbedding
+from training.models.tasks import Output
+from training.models.variants import variant_id
 
 WEIGHTS, EMBEDDING = "weights.safetensors", "embedding.safetensors"
-EVALUATION = "evaluation"  # .json and .npz: which images each graph got right, for paired comparison
+EVALUATION = "evaluation"
+"""Stem of the evaluation's files in a version, for paired comparison."""
 GOLDEN, MANIFEST = "golden.npz", "manifest.json"
 
 
 PROMISE = (
-    "An image keeps the tokens that it would keep alone, and gets the same answer but for rounding, whoever shares its "
-    "batch: the batch is padded, and absent tokens are masked."
+    "Batch-invariant: results do not depend on the other images in the batch, up to floating-point rounding. The batch "
+    "is padded, and absent tokens are masked."
 )
-
-
-def variant_key(policy: str, r: int | None) -> str:
-    """Return how a variant is called in file names and in the golden file."""
-    return policy if r is None else f"{policy}-r{r}"
 
 
 def calibration_file(policy: str) -> str:
@@ -42,22 +40,27 @@ def calibration_file(policy: str) -> str:
 
 
 def variant_entries(
-    policies: Sequence[str], file: str, row: Row, tokens: Sequence[float], accuracy: dict[str, Any]
+    policies: Sequence[str],
+    file: str,
+    requires: Sequence[str],
+    graph_format: GraphFormat,
+    row: Row,
+    tokens: Sequence[float],
+    accuracy: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Describe one graph file under the name of every policy that it serves.
+    """Return the entries of one graph file, one for each policy that shares it.
 
-    tokens: entering each block and left at the end, means where they depend on the image.
+    requires: other files that the graph needs. tokens: per block and at the end; means for adaptive
+        policies.
     """
-    is_onnx = file.endswith(".onnx")
-    form = "onnx" if is_onnx else "torchscript"
     counts = [round(count) for count in tokens]
     entry = {
         "r": row.r,
-        "precision": "float32",
-        "format": form,
+        "precision": graph_format.precision,
+        "format": graph_format.name,
         "file": file,
-        "requires": [WEIGHTS] if is_onnx else [],
-        "opset": OPSET if is_onnx else None,
+        "requires": list(requires),
+        "opset": graph_format.opset,
         "schedule": [before - after for before, after in pairwise(counts)],
         "tokens": counts,
         "gmacs": row.gmacs,
@@ -67,7 +70,10 @@ def variant_entries(
     if row.r is None:
         spread = {"p5": row.gmacs_p5, "p95": row.gmacs_p95}
         entry |= {"gmacs_spread": spread, "calibration": calibration_file(row.policy), "promise": PROMISE}
-    return [{"id": f"{variant_key(policy, row.r)}-float32-{form}", "policy": policy, **entry} for policy in policies]
+    return [
+        {"id": variant_id(policy, row.r, graph_format.precision, graph_format.name), "policy": policy, **entry}
+        for policy in policies
+    ]
 
 
 def accuracy_entry(row: Row, source: Source, date: str) -> dict[str, Any]:
@@ -102,13 +108,14 @@ def input_entry(rule: InputRule) -> dict[str, Any]:
     return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "crop": "center", **asdict(rule)}
 
 
-def output_entry(*, is_adaptive: bool) -> dict[str, Any]:
-    """Describe the outputs; those of adaptive graphs only where there are any, so that other manifests stay as ever."""
-    return {"name": "logits", "dtype": "float32", **({"tokens": "tokens", "gmacs": "gmacs"} if is_adaptive else {})}
+def output_entry(outputs: Sequence[Output]) -> dict[str, Any]:
+    """Return the manifest's `output`: names by role, and the dtype of the result."""
+    result, *others = outputs
+    return {result.role: result.name, "dtype": result.dtype, **{output.role: output.name for output in others}}
 
 
 def embedding_entry(embedding: DecoupledEmbedding | None) -> dict[str, Any]:
-    """Describe the embedding; nothing where there is none, so that such a manifest stays as it always was."""
+    """Return the manifest's `embedding`; nothing without one."""
     if embedding is None:
         return {}
     config = embedding.config
@@ -120,15 +127,19 @@ def file_entries(folder: Path) -> dict[str, Any]:
     return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
 
 
-def write_manifest(entries: dict[str, Any], folder: Path, schema: Path) -> None:
-    """Complete the manifest with the folder's files and the time, check it and write it.
+def write_manifest(entries: dict[str, Any], folder: Path, schema: Path, *, task: str) -> None:
+    """Add the folder's files, the time and the task to the manifest, validate it and write it.
 
-    Raises: jsonschema.ValidationError where it is not what the schema wants.
+    The task is left out where the schema does not define it.
+    Raises: jsonschema.ValidationError where the manifest does not match the schema.
     """
+    definition = json.loads(schema.read_text())
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entries = {"schema_version": 1, **entries, "created": created, "files": file_entries(folder)}
-    manifest = json.loads(json.dumps(entries))  # tuples become lists, as the schema has them
-    jsonschema.validate(manifest, json.loads(schema.read_text()))
+    of_task = {"task": task} if "task" in definition.get("properties", {}) else {}
+    entries = {"schema_version": 1, **entries, **of_task, "created": created, "files": file_entries(folder)}
+    # A round trip through JSON turns tuples into lists, which the schema expects.
+    manifest = json.loads(json.dumps(entries))
+    jsonschema.validate(manifest, definition)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -137,12 +148,12 @@ def sha256(path: Path) -> str:
 
 
 def git_commit(folder: Path = Path(__file__).parent) -> str:
-    """Return the commit that exports. Raises: ValueError outside a git checkout."""
+    """Return the commit of the code that exports. Raises: ValueError outside a git checkout."""
     try:
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as err:
         raise ValueError(
-            f"{folder} is in no git checkout with a commit (or there is no git), and a manifest names the commit that "
-            "exported it: export from a clone of the repository"
+            f"{folder} is in no git checkout with a commit, or git is missing. The manifest records the commit of the "
+            "exporter: export from a clone of the repository"
         ) from err

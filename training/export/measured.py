@@ -1,4 +1,4 @@
-"""What a graph was measured to do: by itself, or as it is known of the same bytes on the same images."""
+"""Measurements of exported graphs: made once, and reused for identical files on the same images."""
 
 from __future__ import annotations
 
@@ -18,34 +18,45 @@ from training.data.sources import Source, pixel_batches
 from training.evaluate.accuracy import measure
 from training.evaluate.results import Row, read_evaluation
 from training.evaluate.table import adaptive_row, fixed_row
-from training.export.manifest import EVALUATION, MANIFEST, WEIGHTS, sha256, variant_key
+from training.export.formats import GraphFormat
+from training.export.manifest import EVALUATION, MANIFEST, WEIGHTS, sha256
 from training.models.calibration import Calibration
 from training.models.classifier import FrozenClassifier
 from training.models.macs import count_macs
+from training.models.variants import variant_key
 
 BATCH_SIZE = 50
-_MEASURED = "measured.json"  # kept in the work folder alone, to resume
+_MEASURED = "measured.json"  # in the work folder only, to resume from
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph to make: the policies that it serves, at one rate or adapting to the image, and the model in it."""
+    """A graph to export, for all policies that share it. r: None where adaptive"""
 
     policies: tuple[str, ...]
     r: int | None
     classifier: FrozenClassifier
     calibration: Calibration | None = None
 
-    @property
-    def stem(self) -> str:
-        return variant_key(self.policies[0], self.r)
+    def key(self, precision: str) -> str:
+        """Return the variant key under the first of its policies, which names the file."""
+        return variant_key(self.policies[0], self.r, precision)
 
 
 def measured_row(
-    exported: Any, graph: Graph, name: str, rule: InputRule, source: Source, work: Path, predecessor: Path | None
+    exported: Any,
+    graph: Graph,
+    graph_format: GraphFormat,
+    name: str,
+    rule: InputRule,
+    source: Source,
+    work: Path,
+    predecessor: Path | None,
 ) -> tuple[Row, list[float], str]:
-    """Measure a graph on the images, or take what is known of the same bytes: of this export before it was
-    interrupted, or of a published version. Return the row, the tokens per block, and the date it was measured on.
+    """Measure a graph file; return the row, the tokens per block, and the date.
+
+    An earlier measurement of identical files on the same images is reused: that of an interrupted
+    export, or of the predecessor, a published version.
     """
     model = graph.classifier.model
     kept = work / _MEASURED
@@ -55,7 +66,7 @@ def measured_row(
         entry, packed, tokens, date = known[key]
         return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens, date
     tokens = [float(count) for count in model.tokens]
-    if published := _published(predecessor, graph, name, source, work):
+    if published := _published(predecessor, graph, graph_format, name, source, work):
         row, date = published
     else:
         date = datetime.now(UTC).date().isoformat()
@@ -64,10 +75,11 @@ def measured_row(
         )
         result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
         if graph.calibration is not None and result.tokens is not None:
-            row, tokens = adaptive_row(graph.calibration, result), result.tokens.mean(axis=0).tolist()
+            row = adaptive_row(graph.calibration, result, graph_format.precision)
+            tokens = result.tokens.mean(axis=0).tolist()
         else:
             gmacs = count_macs(model, (rule.height, rule.width)) / 1e9
-            row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result)
+            row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result, graph_format.precision)
     entry = {**asdict(row), "is_right": None}
     known[key] = [entry, np.packbits(row.is_right).tobytes().hex(), tokens, date]
     kept.write_text(json.dumps(known))
@@ -78,10 +90,13 @@ def _unpacked(packed: str, n_images: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=n_images).astype(bool)
 
 
-def _published(predecessor: Path | None, graph: Graph, name: str, source: Source, work: Path) -> tuple[Row, str] | None:
-    """Return what a published version measured of the very same graph and weights on the same images, and when.
+def _published(
+    predecessor: Path | None, graph: Graph, graph_format: GraphFormat, name: str, source: Source, work: Path
+) -> tuple[Row, str] | None:
+    """Return the predecessor's measurement of an identical graph on the same images, and its date.
 
-    None where it did not, and for a graph that adapts, of whose tokens per block an evaluation tells nothing.
+    None where there is none, and for adaptive graphs, since an evaluation does not contain their
+    tokens per block.
     """
     if predecessor is None or graph.r is None or not (predecessor / f"{EVALUATION}.json").is_file():
         return None
@@ -91,7 +106,7 @@ def _published(predecessor: Path | None, graph: Graph, name: str, source: Source
         return None
     found = read_evaluation(predecessor / f"{EVALUATION}.json")
     about = {"dataset": source.name, "split": source.split, "n_images": len(source)}
-    row = next((row for row in found.rows if row.key == graph.stem), None)
+    row = next((row for row in found.rows if row.key == graph.key(graph_format.precision)), None)
     if row is None or any(found.about.get(field) != value for field, value in about.items()):
         return None
     return row, next(variant["accuracy"]["date"] for variant in manifest["variants"] if variant["file"] == name)

@@ -1,4 +1,4 @@
-"""ONNX graphs by torch.export, tuned where it pays: linear layers as one Gemm each, on weights as PyTorch lays them."""
+"""ONNX graphs by torch.export. Each linear layer becomes one Gemm, in PyTorch's weight layout."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from training.export.weights import point_into, tensor_places
-from training.models.classifier import AdaptiveClassifier, FrozenClassifier
+from training.export.weights import reference_weights, tensor_places
+from training.models.classifier import FrozenClassifier
+from training.models.tasks import graph_outputs
 
 OPSET = 20
-OUTPUTS = ["logits", "tokens", "gmacs"]
 
 
-def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> None:
-    """Write the graph, its weights referenced in the safetensors file beside it.
+def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> list[str]:
+    """Write the graph, which references the weights file; return the files that it requires.
 
-    Batch is the only dynamic axis, but for a model that adapts: how many tokens a batch has left depends on its images.
-
+    The batch is the only dynamic axis of a graph with fixed r. In adaptive graphs token counts
+    depend on the images.
     Shapes: example uint8 (B, H, W, 3) with B >= 2
-    Raises: ValueError where more than a tenth of the weights would have to be copied into the graph.
+    Raises: ValueError where more than a tenth of the weights would be copied into the graph.
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the exporter's own internals
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(
             classifier,
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixels"],
-            output_names=OUTPUTS if isinstance(classifier, AdaptiveClassifier) else OUTPUTS[:1],
+            output_names=[output.name for output in graph_outputs(classifier)],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten.linear.default: _linear},
             verbose=False,
         )
     if program is None:
-        raise RuntimeError("torch.onnx.export gave no program")
+        raise RuntimeError("torch.onnx.export returned no program")
     graph = program.model_proto
-    n_inline = point_into(graph, tensor_places(weights), weights.name)
+    n_inline = reference_weights(graph, tensor_places(weights), weights.name)
     if n_inline * 10 > weights.stat().st_size:
-        raise ValueError(f"{file}: {n_inline} bytes of weights are not in {weights}; the graph would carry them again")
+        raise ValueError(f"{file}: {n_inline} bytes of weights are not in {weights}, so the graph would contain copies")
     _strip(graph)
     onnx.save(graph, file)
     onnx.checker.check_model(str(file))
+    return [weights.name]
 
 
 def _strip(graph: onnx.ModelProto) -> None:
-    """Drop stack traces and inferred types: three quarters of the file, of use to nobody who serves it."""
+    """Remove stack traces and inferred types, three quarters of the file, unused in serving."""
     del graph.metadata_props[:], graph.graph.metadata_props[:], graph.graph.value_info[:]
     for node in graph.graph.node:
         del node.metadata_props[:]
@@ -63,12 +64,12 @@ def _strip(graph: onnx.ModelProto) -> None:
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """One Gemm instead of a transposed copy of the weight, a MatMul and an Add.
+    """Translate a linear layer to one Gemm instead of a transpose, a MatMul and an Add.
 
-    Keeps the weight in PyTorch's layout, so that the graphs can share the file that PyTorch saves, and was 3-7 %
-    faster than MatMul in one trial on a CPU.
-
-    Shapes: x (…, C_in), weight (C_out, C_in). Where the first axis alone is dynamic, the rest is constant in the graph.
+    The weight keeps PyTorch's layout, so all graphs share one weights file. In one trial on a CPU,
+    Gemm was 3-7 % faster than MatMul.
+    Shapes: x (…, C_in), weight (C_out, C_in). Axes other than the first are constants of the graph
+        where possible.
     """
     *lead, n_in = x.shape
     inputs = (weight,) if bias is None else (weight, bias)
@@ -87,7 +88,7 @@ def _integers(*values: int) -> Any:
 
 
 class OnnxClassifier:
-    """An exported graph, run as the service would on a CPU."""
+    """An exported graph, run on a CPU as the service does."""
 
     def __init__(self, file: Path, n_threads: int = 1) -> None:
         options = onnxruntime.SessionOptions()
@@ -95,7 +96,7 @@ class OnnxClassifier:
         self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, pixels: Tensor) -> Any:
-        """Return logits; of a model that adapts tokens and GMACs of each image too."""
+        """Return the outputs of the graph: one tensor, or a tuple."""
         found = self._session.run(None, {"pixels": np.ascontiguousarray(pixels.numpy())})
-        logits, *costs = (torch.from_numpy(array) for array in found)
-        return (logits, costs[0], costs[1]) if costs else logits
+        outputs = tuple(torch.from_numpy(array) for array in found)
+        return outputs if len(outputs) > 1 else outputs[0]

@@ -1,8 +1,9 @@
-"""Proof that a graph computes what eager computes, on inputs that exercise merging.
+"""Parity: a graph must compute the same as eager PyTorch, on inputs that exercise merging.
 
-Merging decides by comparing floating-point scores. Where two scores differ by less than the rounding of two correct
-implementations, each may merge another pair, and the logits then differ for a reason that is no error. So inputs for
-parity are those whose every decision is clear by `MIN_MARGIN`, and in which several tokens share a destination.
+Merging compares floating-point scores. Where two scores are closer than rounding errors, two
+correct implementations may merge different pairs, and the results differ although neither is wrong.
+So parity uses images in which every decision has a margin of at least `MIN_MARGIN`, and in which
+several tokens share a destination.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ from torch import Tensor
 from training.merging.matching import Matching, cosine_scores
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.classifier import AdaptiveClassifier, FrozenClassifier, ServedClassifier
+from training.models.tasks import graph_outputs, output_tensors
 
-MIN_MARGIN = 3e-6  # of cosines: fifty roundings of float32; median over images of a trained model: 2e-6
+MIN_MARGIN = 3e-6
+"""Fifty roundings of float32. The median margin over images of a trained model is 2e-6."""
 BATCHES = (1, 2, 32)
 _BATCH = 64
 
 
 class ParityError(RuntimeError):
-    """An exported graph differs from eager by more than the stated tolerance, or could not be put to the test."""
+    """An exported graph differs from eager by more than the tolerance, or could not be tested."""
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """How clearly each image was decided. Shapes: margin (B,), of cosines; sharing (B,), tokens in company."""
+    """The margins of the merging decisions of each image.
+
+    Shapes: margin (B,), the smallest difference of cosines; sharing (B,), tokens that share a
+        destination
+    """
 
     margin: Tensor
     sharing: Tensor
@@ -38,7 +45,7 @@ class Decisions:
 
 @contextmanager
 def _recorded(model: Any, name: str, record: Callable[..., None]) -> Iterator[None]:
-    """Show what a model's method decides by to `record`, while the model runs."""
+    """Pass the arguments of a model's method to `record` whenever it is called."""
     method = getattr(model, name)
 
     def recording(*arguments: Any) -> Matching:
@@ -54,11 +61,11 @@ def _recorded(model: Any, name: str, record: Callable[..., None]) -> Iterator[No
 
 @torch.no_grad()
 def decisions(classifier: FrozenClassifier, pixels: Tensor) -> Decisions:
-    """Measure the smallest gap between what was chosen and the next best, over all blocks, for each image.
+    """Measure each image's smallest margin between a chosen score and the next best.
 
-    Of a model that adapts also the smallest gap between a score and the threshold.
+    For an adaptive model, differences between scores and the threshold count too.
     """
-    decide = _adaptive_decisions if isinstance(classifier, AdaptiveClassifier) else _fixed_decisions
+    decide = _adaptive_decisions if classifier.is_adaptive else _fixed_decisions
     parts = [decide(classifier, part) for part in torch.split(pixels, _BATCH)]  # type: ignore[arg-type]
     return Decisions(torch.cat([part.margin for part in parts]), torch.cat([part.sharing for part in parts]))
 
@@ -101,7 +108,8 @@ def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decis
     with _recorded(model, "decide_similar", record):
         classifier(pixels)
     for threshold, scores in seen:
-        best, partner = scores.max(-1)  # -inf where a token is absent: no gap is wider
+        # Absent tokens score -inf, so their margins are infinite.
+        best, partner = scores.max(-1)
         margin = torch.minimum(margin, (best - threshold).abs().min(1).values)
         merges = best > threshold
         if scores.shape[2] > 1:
@@ -116,11 +124,13 @@ def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decis
 def parity_pixels(
     classifier: FrozenClassifier, pixels: Tensor, n_images: int, found: Decisions | None = None
 ) -> Tensor:
-    """Pick images that are clear in every decision and share destinations. Shapes: uint8 (n, H, W, 3)
+    """Return the first images with clear decisions and shared destinations.
 
-    The first ones; for a model that adapts the dearest, then the cheapest, and so in turn.
-    found: the decisions on the pixels, where they are known already.
-    Raises: ParityError where the candidates do not hold enough of them.
+    Shapes: uint8 (n, H, W, 3)
+
+    For an adaptive model, the images with the most and with the fewest GMACs alternate.
+    found: the decisions on the pixels, if they are already known.
+    Raises: ParityError where too few images qualify.
     """
     found = found or decisions(classifier, pixels)
     is_fit = found.margin >= MIN_MARGIN
@@ -132,7 +142,7 @@ def parity_pixels(
         chosen = pixels[is_fit][:n_images]
     if len(chosen) < n_images:
         raise ParityError(
-            f"only {len(chosen)} of {len(pixels)} images are decided by {MIN_MARGIN} or more with shared "
+            f"only {len(chosen)} of {len(pixels)} images have decision margins of at least {MIN_MARGIN} and shared "
             f"destinations under {_merging(classifier)}; {n_images} are needed"
         )
     return chosen
@@ -140,12 +150,12 @@ def parity_pixels(
 
 @torch.no_grad()
 def _extremes(classifier: AdaptiveClassifier, pixels: Tensor, n_images: int) -> Tensor:
-    """Return the dearest image, the cheapest, the next dearest, and so on."""
+    """Return images with the most and the fewest GMACs, alternating."""
     if not len(pixels):
         return pixels
     falling = torch.cat([classifier(part)[2] for part in torch.split(pixels, _BATCH)]).argsort(descending=True)
-    in_turn = torch.stack([falling, falling.flip(0)], dim=1).flatten()[: len(falling)]
-    return pixels[in_turn][:n_images]
+    alternating = torch.stack([falling, falling.flip(0)], dim=1).flatten()[: len(falling)]
+    return pixels[alternating][:n_images]
 
 
 def _merging(classifier: FrozenClassifier) -> str:
@@ -160,11 +170,13 @@ def golden_pixels(
     further: Iterable[Tensor],
     n_images: int,
 ) -> Tensor:
-    """Pick images that every graph decides clearly, so that another host's rounding changes no decision.
+    """Return images whose decisions are clear in every graph, also on other hosts.
 
-    The clearest of the candidates, whose decisions are known; where they are too few, the first of further images.
+    They are the candidates with the largest margins. Where those are too few, the first further
+    images that qualify follow.
+    decided: the decisions on the candidates, by graph.
     Shapes: candidates and each of further uint8 (n, H, W, 3)
-    Raises: ParityError where there are not enough.
+    Raises: ParityError where too few images qualify.
     """
     margin = torch.stack([found.margin for found in decided]).amin(0)
     clearest = margin.argsort(descending=True)[:n_images]
@@ -172,12 +184,12 @@ def golden_pixels(
     more = iter(further)
     while len(golden) < n_images and (pixels := next(more, None)) is not None:
         n_seen += len(pixels)
-        for classifier in classifiers:  # each leaves fewer to the next
+        for classifier in classifiers:
             pixels = pixels[decisions(classifier, pixels).margin >= MIN_MARGIN]
         golden = torch.cat([golden, pixels])[:n_images]
     if len(golden) < n_images:
         raise ParityError(
-            f"only {len(golden)} of {n_seen} images are decided by {MIN_MARGIN} or more in every graph; "
+            f"only {len(golden)} of {n_seen} images have decision margins of at least {MIN_MARGIN} in every graph; "
             f"{n_images} are needed"
         )
     return golden
@@ -190,28 +202,27 @@ def largest_difference(
     pixels: Tensor,
     batches: tuple[int, ...] = BATCHES,
 ) -> float:
-    """Return the largest |difference| of logits between eager and the exported graph, at each batch size.
+    """Return the largest difference of the result between eager and graph, over all batch sizes.
 
     Shapes: pixels uint8 (n, H, W, 3), n >= the largest batch
-    Raises: ParityError also where the graph of a model that adapts tells other tokens or GMACs of an image.
+    Raises: ParityError for other shapes or types, values that are not finite, and exact outputs
+        that differ.
     """
     largest = 0.0
+    outputs = graph_outputs(classifier)
     for n_images in batches:
         batch = pixels[:n_images]
-        eager, found = _parts(classifier(batch)), _parts(exported(batch))
+        eager, found = output_tensors(classifier(batch)), output_tensors(exported(batch))
         if [(part.dtype, part.shape) for part in found] != [(part.dtype, part.shape) for part in eager]:
             shapes = [f"{part.dtype} {tuple(part.shape)}" for part in (*found, *eager)]
             raise ParityError(
                 f"batch {n_images}: {', '.join(shapes[: len(found)])}, not {', '.join(shapes[len(found) :])}"
             )
         if not all(bool(part.isfinite().all()) for part in found):
-            raise ParityError(f"batch {n_images}: not all of it is finite")
-        for name, one, other in zip(("tokens", "gmacs"), eager[1:], found[1:], strict=False):
-            if not torch.allclose(one, other, rtol=1e-6, atol=0):
-                raise ParityError(f"batch {n_images}: {name} {other.tolist()}, not {one.tolist()}")
-        largest = max(largest, float((found[0] - eager[0]).abs().max()))
+            raise ParityError(f"batch {n_images}: some values are not finite")
+        for output, one, other in zip(outputs, eager, found, strict=True):
+            if not output.is_exact:
+                largest = max(largest, float((other - one).abs().max()))
+            elif not torch.allclose(one, other, rtol=1e-6, atol=0):
+                raise ParityError(f"batch {n_images}: {output.name} {other.tolist()}, not {one.tolist()}")
     return largest
-
-
-def _parts(answer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return answer if isinstance(answer, tuple) else (answer,)

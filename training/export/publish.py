@@ -1,12 +1,12 @@
-"""Publishing: graphs, proof, accuracy and manifest, made in a folder of its own and renamed into the store at the end.
+"""Publishing: write, verify and measure all graphs in a work folder, then rename it into the store.
 
-The work folder lies beside the version under a name that starts with a dot; accuracies already measured there are kept,
-so an export that was interrupted resumes where it stopped.
+The work folder is next to the version, under a name that starts with a dot. It keeps finished
+measurements, so an interrupted export resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
 from training.evaluate.results import Row, write_evaluation
+from training.export.formats import GraphFormat, find_format
 from training.export.manifest import (
     EMBEDDING,
     EVALUATION,
@@ -32,31 +33,30 @@ from training.export.manifest import (
     output_entry,
     source_entries,
     variant_entries,
-    variant_key,
     write_manifest,
 )
 from training.export.measured import BATCH_SIZE, Graph, measured_row
-from training.export.onnx_format import OUTPUTS, OnnxClassifier, export_onnx
 from training.export.parity import ParityError, decisions, golden_pixels, largest_difference, parity_pixels
-from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
+from training.merging.policies import UNMERGED, default_policy, supported_policies
 from training.models.calibration import Calibration
-from training.models.classifier import AdaptiveClassifier, FrozenClassifier, frozen_classifier
+from training.models.classifier import AdaptiveClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
-from training.models.vit import MetricChoice
+from training.models.tasks import TASKS, graph_outputs, output_tensors
+from training.models.variants import FLOAT32, variant_key
 from training.models.weights import save_weights
 
 N_GOLDEN = 4
 _N_CANDIDATES = 512
-_N_FURTHER = 8192  # of a trained model 3 images in 100 were decided clearly at all of ToMe's rates
+_N_FURTHER = 8192
+"""Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
 _N_PARITY = 32
-_Exported = OnnxClassifier | TorchScriptClassifier
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to export: rates, formats, and what is promised of them. Units: tolerance in logits.
+    """The name, rates, formats and tolerances of an export. Units: tolerances in logits
 
-    default_policy: dtem where there is an embedding, or tome where it is None.
+    default_policy: None means dtem where there is an embedding, else tome.
     git_commit: of the code that exports; None asks git.
     """
 
@@ -69,6 +69,7 @@ class Plan:
     default_r: int
     default_policy: str | None = None
     formats: tuple[str, ...] = ("onnx",)
+    precisions: tuple[str, ...] = (FLOAT32,)
     parity_tolerance: float = 1e-4
     golden_tolerance: float = 1e-3
     git_commit: str | None = None
@@ -77,14 +78,21 @@ class Plan:
         if self.default_r not in self.rates:
             raise ValueError(f"default_r {self.default_r}: expected one of the rates {list(self.rates)}")
         if len(set(self.rates)) != len(self.rates) or min(self.rates) < 0:
-            raise ValueError(f"rates {list(self.rates)}: expected different numbers, none negative")
-        if unknown := set(self.formats) - {"onnx", "torchscript"}:
-            raise ValueError(f"formats {sorted(unknown)}: expected onnx, torchscript")
+            raise ValueError(f"rates {list(self.rates)}: expected distinct numbers of at least 0")
+        _ = self.graph_formats
+
+    @property
+    def graph_formats(self) -> list[GraphFormat]:
+        """The formats in each precision.
+
+        Raises: ValueError for a combination that does not exist.
+        """
+        return [find_format(name, precision) for precision in self.precisions for name in self.formats]
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where the version lies, and the largest difference from eager of each graph file."""
+    """The folder of a version, and the largest difference from eager of each graph file."""
 
     folder: Path
     parity: dict[str, float]
@@ -100,20 +108,22 @@ def publish(
     calibrations: Sequence[Calibration] = (),
     predecessor: Path | None = None,
 ) -> Published:
-    """Export every rate of every policy, prove it, measure it, and rename the finished version into the store.
+    """Export, verify and measure all graphs, and move the version into the store.
 
-    calibrations: one for each policy that adapts to the image. predecessor: a published version; what was measured of
-    the same bytes on the same images is taken from it.
-    Raises: ParityError past the tolerance; FileExistsError where the version is there already (versions are immutable);
-        CalibrationMismatch; ValueError where the plan's default is none of its graphs, or outside a git checkout;
-        jsonschema.ValidationError where the manifest would not be one.
+    calibrations: at most one per adaptive policy. predecessor: a published version, whose
+        measurements of identical files on the same images are reused.
+    Raises: ParityError past the tolerance; FileExistsError where the version exists (versions are
+        immutable); CalibrationMismatch; ValueError where the default is not among the graphs, or
+        outside a git checkout; jsonschema.ValidationError where the manifest does not match the
+        schema.
     """
     graphs = _planned(vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
+    task = TASKS[graphs[0].classifier.task]
     commit = plan.git_commit or git_commit()
     target = store / plan.name / plan.version
     if target.exists():
-        raise FileExistsError(f"{target} exists, and versions are immutable: give another version")
+        raise FileExistsError(f"{target} exists, and versions are immutable: choose another version")
     work = target.with_name(f".{plan.version}.unfinished")
     work.mkdir(parents=True, exist_ok=True)
     save_weights(vit, embedding, work / WEIGHTS)
@@ -123,6 +133,7 @@ def publish(
         calibration.save(work / calibration_file(calibration.policy))
     parity, variants = _export_all(rule, source, plan, graphs, work, predecessor)
     wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *parity}
+    wanted |= {file for variant in variants for file in variant["requires"]}
     wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
     _remove_others(work, wanted | ({EMBEDDING} if embedding is not None else set()))
     entries = {
@@ -132,15 +143,17 @@ def publish(
         **source_entries(source, plan.recipe),
         "git_commit": commit,
         "input": input_entry(rule),
-        "output": output_entry(is_adaptive=bool(calibrations)),
+        "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
         "variants": variants,
         "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
         "default": default,
         **embedding_entry(embedding),
     }
-    write_manifest(entries, work, store / "manifest.schema.json")
+    write_manifest(entries, work, store / "manifest.schema.json", task=task.name)
     for path in work.iterdir():
-        path.chmod(0o644)  # safetensors writes for the owner alone; the service may be another user
+        # safetensors makes files readable by their owner only, but the service may run as another
+        # user.
+        path.chmod(0o644)
     work.replace(target)
     return Published(target, parity)
 
@@ -152,14 +165,13 @@ def _planned(
     embedding: DecoupledEmbedding | None,
     calibrations: Sequence[Calibration],
 ) -> list[Graph]:
-    """List the graphs. At r = 0 no merging and merging are the same graph, under every policy's name."""
-    metrics: dict[str, MetricChoice] = {"tome": "keys"}
-    if embedding is not None:
-        metrics["dtem"] = embedding
-    unmerged = [Graph(("none", *metrics), 0, frozen_classifier(vit, rule, 0))] if 0 in rates else []
+    """List the graphs. At r = 0 all fixed policies share the unmerged graph."""
+    merging = [policy for policy in supported_policies(has_embedding=embedding is not None) if policy is not UNMERGED]
+    names = (UNMERGED.name, *(policy.name for policy in merging))
+    unmerged = [Graph(names, 0, frozen_classifier(vit, rule, 0))] if 0 in rates else []
     fixed = [
-        Graph((policy,), r, frozen_classifier(vit, rule, r, metric=metric))
-        for policy, metric in metrics.items()
+        Graph((policy.name,), r, frozen_classifier(vit, rule, r, metric=policy.resolve_metric(embedding)))
+        for policy in merging
         for r in rates
         if r
     ]
@@ -179,7 +191,7 @@ def _planned(
 
 
 def _checked_default(plan: Plan, graphs: Sequence[Graph], embedding: DecoupledEmbedding | None) -> dict[str, Any]:
-    policy = plan.default_policy or ("tome" if embedding is None else "dtem")
+    policy = plan.default_policy or default_policy(has_embedding=embedding is not None)
     offered = sorted({name for graph in graphs for name in graph.policies})
     if policy not in offered:
         raise ValueError(f"default_policy {policy}: expected one of {', '.join(offered)}")
@@ -194,7 +206,10 @@ def _checked_default(plan: Plan, graphs: Sequence[Graph], embedding: DecoupledEm
 def _export_all(
     rule: InputRule, source: Source, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Write, prove and measure each graph, and write the golden file; return differences by file, and the variants."""
+    """Write, verify and measure each graph, and write the golden file.
+
+    Return the differences from eager by file, and the manifest's variants.
+    """
     parity: dict[str, float] = {}
     variants: list[dict[str, Any]] = []
     rows: dict[str, Row] = {}
@@ -205,14 +220,21 @@ def _export_all(
     golden = {"pixels": golden_pixels(classifiers, decided, candidates, further, N_GOLDEN)}
     for graph, found in zip(graphs, decided, strict=True):
         pixels = parity_pixels(graph.classifier, candidates, _N_PARITY, found)
-        for name, exported in _exported(graph.classifier, graph.stem, pixels, plan.formats, work).items():
+        for graph_format in plan.graph_formats:
+            name = graph.key(graph_format.precision) + graph_format.suffix
+            requires = graph_format.write(graph.classifier, pixels[:2], work / name, work / WEIGHTS)
+            exported = graph_format.load(work / name)
             parity[name] = largest_difference(graph.classifier, exported, pixels)
-            if parity[name] > plan.parity_tolerance:
-                raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {plan.parity_tolerance:.0e}")
-            row, tokens, date = measured_row(exported, graph, name, rule, source, work, predecessor)
-            rows.setdefault(row.key, row)  # of several formats the first
-            variants += variant_entries(graph.policies, name, row, tokens, accuracy_entry(row, source, date))
-        golden |= _golden_outputs(graph, golden["pixels"])
+            tolerance = graph_format.parity_tolerance or plan.parity_tolerance
+            if parity[name] > tolerance:
+                raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {tolerance:.0e}")
+            row, tokens, date = measured_row(exported, graph, graph_format, name, rule, source, work, predecessor)
+            # Formats of one precision share a row, that of the first.
+            rows.setdefault(row.key, row)
+            accuracy = accuracy_entry(row, source, date)
+            variants += variant_entries(graph.policies, name, requires, graph_format, row, tokens, accuracy)
+            reference = graph.classifier if graph_format.parity_tolerance is None else exported
+            golden |= _golden_outputs(graph, graph_format.precision, reference, golden["pixels"])
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
     np.savez(work / GOLDEN, **arrays)
     write_evaluation(work / EVALUATION, _about(plan, source), list(rows.values()))
@@ -220,13 +242,16 @@ def _export_all(
 
 
 @torch.no_grad()
-def _golden_outputs(graph: Graph, pixels: Tensor) -> dict[str, Tensor]:
-    answer = graph.classifier(pixels)
-    outputs = answer if isinstance(answer, tuple) else (answer,)
+def _golden_outputs(
+    graph: Graph, precision: str, reference: Callable[[Tensor], Any], pixels: Tensor
+) -> dict[str, Tensor]:
+    """Return the reference outputs by golden key, <output>/<variant key>, for every policy."""
+    outputs = zip(graph_outputs(graph.classifier), output_tensors(reference(pixels)), strict=True)
+    found = {output.name: tensor for output, tensor in outputs}
     return {
-        f"{name}/{variant_key(policy, graph.r)}": output
+        f"{name}/{variant_key(policy, graph.r, precision)}": tensor
         for policy in graph.policies
-        for name, output in zip(OUTPUTS, outputs, strict=False)
+        for name, tensor in found.items()
     }
 
 
@@ -242,34 +267,24 @@ def _about(plan: Plan, source: Source) -> dict[str, Any]:
 
 
 def _remove_others(work: Path, wanted: set[str]) -> None:
-    """Drop what is no part of the version: notes for resuming, and graphs of an earlier attempt that planned others."""
+    """Delete notes for resuming, and graphs of an earlier, different plan."""
     for path in work.iterdir():
         if path.name not in wanted:
             path.unlink()
 
 
 def _pixel_chunks(source: Source, first: int, last: int) -> Iterator[Tensor]:
-    """Yield the images from first to last, as far as there are any. Shapes: uint8 (n, H, W, 3)"""
+    """Yield the images from first to last, or to the end of the source.
+
+    Shapes: uint8 (n, H, W, 3)
+    """
     for begin in range(first, min(last, len(source)), _N_CANDIDATES):
         end = min(begin + _N_CANDIDATES, last, len(source))
         yield torch.stack([source[index][0] for index in range(begin, end)])
 
 
-def _exported(
-    classifier: FrozenClassifier, stem: str, pixels: Tensor, formats: Sequence[str], work: Path
-) -> dict[str, _Exported]:
-    graphs: dict[str, _Exported] = {}
-    if "onnx" in formats:
-        export_onnx(classifier, pixels[:2], work / f"{stem}.onnx", work / WEIGHTS)
-        graphs[f"{stem}.onnx"] = OnnxClassifier(work / f"{stem}.onnx")
-    if "torchscript" in formats:
-        export_torchscript(classifier, pixels[:2], work / f"{stem}.pt")
-        graphs[f"{stem}.pt"] = TorchScriptClassifier(work / f"{stem}.pt")
-    return graphs
-
-
 def next_version(store: Path, name: str) -> str:
-    """Return the version after the highest in the store."""
+    """Return the number of the next version."""
     folder = store / name
     taken = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return str(max(taken, default=0) + 1)

@@ -1,4 +1,4 @@
-"""TorchScript graphs. PyTorch calls them deprecated, so all that knows of them on this side is in this module."""
+"""TorchScript graphs. The format is deprecated, so only this module uses it in training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from torch import Tensor
 from training.models.classifier import FrozenClassifier
 
 
-def export_torchscript(classifier: FrozenClassifier, example: Tensor, file: Path) -> None:
-    """Trace and save the graph, weights included. Shapes: example uint8 (B, H, W, 3) with B >= 2"""
+def export_torchscript(
+    classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path | None = None
+) -> list[str]:
+    """Trace and save the graph, which contains its weights: it requires no other file.
+
+    Shapes: example uint8 (B, H, W, 3) with B >= 2
+    """
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecation; and that traced shapes are constants, which is what is wanted
+        # Ignore the deprecation, and that traced shapes become constants, as intended.
+        warnings.simplefilter("ignore")
         traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
             classifier, (example,), check_trace=False
         )
         torch.jit.freeze(traced).save(str(file))
+    return []
 
 
 class TorchScriptClassifier:
-    """An exported graph, run as the service would on a CPU."""
+    """An exported graph, run on a CPU as the service does."""
 
     def __init__(self, file: Path) -> None:
         with warnings.catch_warnings():
@@ -32,5 +39,5 @@ class TorchScriptClassifier:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:
-        """Return logits; of a model that adapts tokens and GMACs of each image too."""
+        """Return the outputs of the graph: one tensor, or a tuple."""
         return self._graph(pixels)

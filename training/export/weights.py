@@ -1,7 +1,7 @@
-"""One weights file for every graph: the initializers of the ONNX graphs point into the model's safetensors file.
+"""One weights file for all graphs: ONNX initializers that refer to a safetensors file.
 
-A safetensors file is a JSON header and then the raw tensors, which is what ONNX calls external data: so nine rates are
-one model on disk, and the same file loads back into PyTorch.
+A safetensors file is a JSON header followed by raw tensors, which ONNX can reference as external
+data. So all rates share one copy of the weights, and PyTorch can load the same file.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ import onnx
 
 from training.models.weights import EMBEDDING_ROWS
 
-_MIN_BYTES = 256  # smaller ones stay in the graph, where shape inference and constant folding can see them
+_MIN_BYTES = 256
+"""Smaller tensors stay in the graph, where shape inference and constant folding can use them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie in the file. Units: bytes from the file's begin."""
+    """The byte range of a tensor in the file. offset: from the start of the file"""
 
     offset: int
     length: int
 
 
 def tensor_places(weights: Path) -> dict[bytes, Place]:
-    """Index a safetensors file by the bytes of its tensors, and of a qkv layer's with the embedding's right behind."""
+    """Index a safetensors file by the bytes of its tensors and joined qkv and embedding rows."""
     content = weights.read_bytes()
     n_header = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n_header])
     header.pop("__metadata__", None)
     spans = {name: [8 + n_header + position for position in entry["data_offsets"]] for name, entry in header.items()}
     joined = [[*spans[name], *spans[name + EMBEDDING_ROWS]] for name in spans if name + EMBEDDING_ROWS in spans]
-    stretches = [*spans.values(), *([first, last] for first, end, begin, last in joined if end == begin)]
-    return {content[begin:end]: Place(begin, end - begin) for begin, end in stretches}
+    ranges = [*spans.values(), *([first, last] for first, end, begin, last in joined if end == begin)]
+    return {content[begin:end]: Place(begin, end - begin) for begin, end in ranges}
 
 
-def point_into(graph: onnx.ModelProto, places: dict[bytes, Place], weights_file: str) -> int:
-    """Replace every initializer that the weights file holds by a reference into it; return the bytes left inside."""
+def reference_weights(graph: onnx.ModelProto, places: dict[bytes, Place], weights_file: str) -> int:
+    """Replace initializers by references to the weights file; return the bytes that stay inline."""
     n_inline = 0
     for tensor in graph.graph.initializer:
         raw = onnx.numpy_helper.to_array(tensor).tobytes()

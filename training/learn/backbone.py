@@ -1,13 +1,13 @@
-"""Train a plain ViT from scratch on the reference task, by a recipe, resumable after any stop.
+"""Train a plain ViT from scratch on the reference task. A run can resume after any interruption.
 
-Three things make it affordable on a CPU. Position embeddings begin as sines and cosines. Patch dropout keeps the
-digit's patches. And token labels (arXiv 2104.10858): each kept patch also learns to name the digit it shows, or
-background. The last two are gone in the last stage: what ships is a plain classifier of whole images.
+Three measures make it affordable on a CPU: position embeddings start as sines and cosines; patch
+dropout keeps the digit's patches; and each kept patch learns a token label (arXiv 2104.10858), its
+digit or background. The last stage uses neither patch dropout nor token labels, so the result is a
+plain classifier of whole images.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from training.data.digits import LABELS, draw
+from training.learn.learning_rate import half_cosine, warmup
+from training.learn.losses import LOSSES, cross_entropy
 from training.learn.parameter_groups import parameter_groups
 from training.learn.recipe import Recipe, Stage
 from training.learn.run_folder import RunLog, save_checkpoint, saved_state
@@ -37,7 +38,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def learning_rate(n_seen: int, recipe: Recipe) -> float:
-    """Return the rate of the step after `n_seen` images: linear warm-up, then half a cosine through each stage."""
+    """Return the learning rate after `n_seen` images: linear warm-up, then half a cosine per stage."""
     first = 0
     for stage in recipe.stages[:-1]:
         if n_seen < first + stage.n_images:
@@ -45,18 +46,18 @@ def learning_rate(n_seen: int, recipe: Recipe) -> float:
         first += stage.n_images
     else:
         stage = recipe.stages[-1]
-    begin, end = stage.learning_rate
-    share = min(1.0, (n_seen - first) / stage.n_images)
-    warmth = min(1.0, (n_seen + recipe.optimiser.batch_size) / recipe.optimiser.warmup_images)
-    return warmth * (end + (begin - end) * (1 + math.cos(math.pi * share)) / 2)
+    settings = recipe.optimiser
+    rate = half_cosine((n_seen - first) / stage.n_images, *stage.learning_rate)
+    return rate * warmup(n_seen + settings.batch_size, settings.warmup_images)
 
 
 def sincos_positions(cells: int, width: int, temperature: float = 100.0) -> Tensor:
-    """Return 2-D sine and cosine position embeddings: what neighbours share is there from the first step on.
+    """Return 2-D sine and cosine position embeddings, in which neighbours are similar.
 
-    Temperature 100 spreads the frequencies over a grid of a dozen cells, where 10,000 leaves most of them constant.
+    Temperature 100 spreads the frequencies over a grid of a dozen cells; with 10,000 most of them
+    would be constant.
     Shapes: returns (cells², width)
-    Source: arXiv 2205.01580 (fixed there; here they only begin so).
+    Source: arXiv 2205.01580, where they are fixed. Here they are the initial values.
     """
     frequencies = temperature ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(cells)[:, None] * frequencies
@@ -66,7 +67,7 @@ def sincos_positions(cells: int, width: int, temperature: float = 100.0) -> Tens
 
 
 class BackboneTraining:
-    """The state of one run: model, token-label head, optimiser, images seen; what a checkpoint saves and restores."""
+    """A training run: model, token-label head, optimiser and images seen."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, n_workers: int) -> None:
         torch.manual_seed(recipe.seed)
@@ -77,7 +78,7 @@ class BackboneTraining:
         if weights is None:
             with torch.no_grad():
                 self.vit.pos_embed[0, self.n_prefix :] = sincos_positions(self.vit.patch_embed.grid_size[0], width)
-        # Plain attention: on CPUs the backward pass of the fused one is slower than the matrix products it fuses.
+        # On CPUs the backward pass of fused attention is slower than separate matrix products.
         self.model = MergingVisionTransformer(self.vit, 0, attention="plain")
         self.token_head = nn.Linear(width, len(LABELS) + 1)
         self.modules = nn.ModuleDict({"vit": self.vit, "token_head": self.token_head})
@@ -88,7 +89,10 @@ class BackboneTraining:
     # --- one step ---
 
     def _tokens(self, batch: Batch) -> Tensor:
-        """Run the blocks over the kept patches. Shapes: returns (B, 1 + K, C), normed."""
+        """Run the blocks on the kept patches.
+
+        Shapes: returns (B, 1 + K, C), after the final norm
+        """
         tokens = self.model.embed(normalised(batch.images))
         kept = torch.take_along_dim(tokens[:, self.n_prefix :], batch.kept[..., None], 1)
         tokens, _, _ = self.model.encode(torch.cat([tokens[:, : self.n_prefix], kept], 1))
@@ -105,8 +109,8 @@ class BackboneTraining:
             tokens = self._tokens(batch)
             logits = self.vit.forward_head(tokens).float()
             token_logits = self.token_head(tokens[:, self.n_prefix :]).float()
-        loss = functional.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
-        token_loss = functional.cross_entropy(token_logits.flatten(0, 1), batch.token_labels.flatten())
+        loss = LOSSES[self.recipe.loss](logits, batch.labels, label_smoothing=settings.label_smoothing)
+        token_loss = cross_entropy(token_logits.flatten(0, 1), batch.token_labels.flatten(), label_smoothing=0.0)
         (loss + stage.token_label_weight * token_loss).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.modules.parameters(), settings.clip_norm)
         self.optimiser.step()
@@ -123,7 +127,10 @@ class BackboneTraining:
     # --- the run ---
 
     def run(self, *, checkpoint_every: int = 12_800) -> None:
-        """Train to the end of the recipe from wherever the run stands. Units: `checkpoint_every` in images."""
+        """Train to the end of the recipe, from the last checkpoint if there is one.
+
+        Units: checkpoint_every in images
+        """
         self.resume()
         progress = tqdm(total=self.recipe.n_images, initial=self.n_seen, unit="image", smoothing=0.02)
         with closing(RunLog(self.folder, self.n_seen)) as log, progress:
@@ -139,7 +146,7 @@ class BackboneTraining:
             self._checkpoint(log, n_images=2_000)
 
     def _checkpoint(self, log: RunLog, n_images: int) -> None:
-        """Log the validation, then save: what a resumed run begins after is in the log."""
+        """Validate, log, then save: the log always contains everything before the checkpoint."""
         log.write(self.n_seen, {"validation_top1": self.validate(n_images)})
         log.flush()
         self.save()
@@ -165,7 +172,7 @@ class BackboneTraining:
 
     @torch.no_grad()
     def validate(self, n_images: int) -> float:
-        """Measure top-1 on the first validation images of the last stage's task, every patch kept."""
+        """Return top-1 on the first validation images of the last stage's task, with all patches."""
         self.modules.eval()
         scenes = [draw("validation", i, self.recipe.stages[-1].task) for i in range(n_images)]
         right = 0
@@ -178,7 +185,7 @@ class BackboneTraining:
         self.modules.train()
         return right / n_images
 
-    # --- checkpoints: state.pt resumes, weights.safetensors is what others load, recipe.json says what made them ---
+    # --- checkpoints: state.pt to resume; weights.safetensors and recipe.json for other programs ---
 
     def save(self) -> None:
         state = {
@@ -189,10 +196,7 @@ class BackboneTraining:
         save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit, None)})
 
     def resume(self) -> None:
-        """Take up the run where its last checkpoint left it.
-
-        Raises: ValueError where the folder holds the run of another recipe.
-        """
+        """Restore the last checkpoint, if there is one. Raises: ValueError for another recipe's."""
         state = saved_state(self.folder, self.recipe)
         if state is None:
             return

@@ -1,13 +1,13 @@
-"""Train what DTEM merges by, the ViT frozen (modular) or learning with it (end-to-end), and what DTEM is compared with.
+"""Train DTEM's embedding, with a frozen ViT (modular) or together with it (end-to-end).
 
-A run is a pure function of its recipe: every step draws its randomness from the seed and its own number, so a run that
-was stopped resumes to the bit, and several processes take the steps that one would.
+A run is a pure function of its recipe: each step seeds its randomness with the recipe's seed and
+its own number. So a resumed run is bit-identical to an uninterrupted one, and several processes
+take the same steps as one.
 Source: arXiv 2412.10569, section 3.3.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from functools import partial
@@ -17,12 +17,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from training.data.augmentation import Mixing
+from training.data.training_images import TrainingImages
 from training.evaluate.accuracy import measure
-from training.learn.images import TrainingImages, Validation, image_batches
+from training.learn.images import Validation, image_batches
+from training.learn.learning_rate import half_cosine, warmup
+from training.learn.losses import LOSSES
 from training.learn.parameter_groups import parameter_groups
 from training.learn.processes import Processes
 from training.learn.recipe import AdamW, DtemRecipe
@@ -31,30 +33,28 @@ from training.models.classifier import ServedClassifier
 from training.models.embedding import (
     DecoupledEmbedding,
     EmbeddingConfig,
-    EmbeddingMismatch,
     default_dim,
-    load_embedding,
+    start_from,
 )
 from training.models.relaxed import RelaxedVisionTransformer
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
 
-EMBEDDING_STEP_EVERY = 10  # end-to-end: of so many steps the last is the embedding's
+EMBEDDING_STEP_EVERY = 10
+"""In mode end-to-end, every tenth step trains the embedding, the others the ViT."""
 
 
 def learning_rate(n_seen: int, recipe: DtemRecipe, learner: AdamW) -> float:
-    """Return the rate of the step after `n_seen` images: linear warm-up, then half a cosine."""
-    begin, end = learner.learning_rate
-    share = min(1.0, n_seen / recipe.n_images)
-    warmth = min(1.0, (n_seen + recipe.batch_size) / learner.warmup_images) if learner.warmup_images else 1.0
-    return warmth * (end + (begin - end) * (1 + math.cos(math.pi * share)) / 2)
+    """Return the learning rate after `n_seen` images: linear warm-up, then half a cosine."""
+    rate = half_cosine(n_seen / recipe.n_images, *learner.learning_rate)
+    return rate * warmup(n_seen + recipe.batch_size, learner.warmup_images)
 
 
 class DtemTraining:
-    """The state of one run: what learns, its optimisers, steps taken; what a checkpoint saves and restores.
+    """A training run: modules, optimisers and steps taken, which a checkpoint saves and restores.
 
-    Raises: ValueError where the images are of another number of classes than the model's, fewer than a batch in all the
-        recipe's epochs, or the first block has too few tokens to remove r.
+    Raises: ValueError where the number of classes differs between images and model, the run is
+        shorter than one batch, or the first block has too few tokens to remove r.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class DtemTraining:
             )
         )
         if recipe.embedding_weights:
-            _begin_with(self.embedding, Path(recipe.embedding_weights))
+            start_from(self.embedding, Path(recipe.embedding_weights))
         metric: Any = self.embedding if recipe.embedding else "keys"
-        # On CPUs the backward pass of fused attention is slower than the matrix products it fuses.
+        # On CPUs the backward pass of fused attention is slower than separate matrix products.
         is_cpu = processes.device.type == "cpu"
         self.hard = MergingVisionTransformer(
             self.vit, recipe.r, exhausted="reduce", metric=metric, attention="plain" if is_cpu else "masked"
@@ -126,13 +126,13 @@ class DtemTraining:
     # --- one step ---
 
     def learner_of_step(self, step: int) -> str:
-        """Return who learns: "vit" or "embedding"."""
+        """Return which part a step trains: "vit" or "embedding"."""
         if self.recipe.mode == "end-to-end":
             return "embedding" if step % EMBEDDING_STEP_EVERY == EMBEDDING_STEP_EVERY - 1 else "vit"
         return "embedding" if self.recipe.mode == "modular" else "vit"
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Take one optimiser step; return the loss, the batch's accuracy and the learning rate.
+        """Take one optimiser step; return its loss, accuracy, gradient norm and learning rate.
 
         Shapes: images float32 (B, 3, H, W), labels (B,): this process's part of the batch
         """
@@ -172,14 +172,17 @@ class DtemTraining:
         return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def _backward(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the batch's mean loss; return that loss and the logits. Shapes: (), (B, classes)"""
+        """Accumulate the gradient of the batch's mean loss; return the loss and the logits.
+
+        Shapes: (), (B, classes)
+        """
         n_images, n_at_once = len(images), self.recipe.micro_batch or len(images)
         losses, logits = [], []
         for first in range(0, n_images, n_at_once):
             part, wanted = images[first : first + n_at_once], targets[first : first + n_at_once]
             with self._autocast():
                 found = model(part).float()
-            loss = functional.cross_entropy(found, wanted, label_smoothing=self.recipe.data.label_smoothing)
+            loss = LOSSES[self.recipe.loss](found, wanted, label_smoothing=self.recipe.data.label_smoothing)
             loss = loss * (len(part) / n_images)
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -189,10 +192,11 @@ class DtemTraining:
     # --- the run ---
 
     def run(self, *, checkpoint_every: int = 200, until: int | None = None, stop: Event | None = None) -> bool:
-        """Train to the end of the recipe from wherever the run stands; return whether it was reached.
+        """Train to the end of the recipe, or resume; return whether the end was reached.
 
-        Units: in steps. stop: set in any process, it ends the run after the step, with a checkpoint.
-        until: stop after so many steps, as if the machine had failed there.
+        Units: checkpoint_every and until in steps. stop: when set in any process, the run ends
+            after the current step with a checkpoint. until: stop after this step without a
+            checkpoint, as in a crash.
         """
         self.resume()
         last = min(self.recipe.n_steps, until or self.recipe.n_steps)
@@ -212,7 +216,7 @@ class DtemTraining:
         return self.n_steps_taken == self.recipe.n_steps
 
     def _checkpoint(self, log: RunLog | None) -> None:
-        """Log the validation, then save: what a resumed run begins after is in the log."""
+        """Validate, log, then save: the log always contains everything before the checkpoint."""
         if log and self.validation is not None:
             log.write(self.n_seen, {"validation_top1": self.validate(self.validation)})
         if log:
@@ -220,7 +224,7 @@ class DtemTraining:
         self.save()
 
     def validate(self, validation: Validation) -> float:
-        """Return the top-1 with hard merging at the recipe's r."""
+        """Return top-1 with hard merging at the recipe's r."""
         device = self.processes.device
         classifier = ServedClassifier(self.hard, validation.rule).to(device).eval()
 
@@ -253,17 +257,17 @@ class DtemTraining:
             n_workers=self.n_workers,
         )
 
-    # --- checkpoints: state.pt resumes; embedding.safetensors and weights.safetensors are what others load ---
+    # --- checkpoints: state.pt to resume; embedding.safetensors and weights.safetensors for other programs ---
 
     def save(self) -> None:
-        """Write the checkpoint: the embedding where it learns, the ViT too, a frozen one once."""
+        """Write a checkpoint in the first process; a frozen ViT with the first checkpoint only."""
         if not self.processes.is_first:
             return
-        is_begun = (self.folder / "state.pt").exists()
+        has_checkpoint = (self.folder / "state.pt").exists()
         artefacts: dict[str, Callable[[Path], None]] = {}
         if "embedding" in self.learners:
             artefacts["embedding.safetensors"] = self.embedding.save
-        if "vit" in self.learners or not is_begun:
+        if "vit" in self.learners or not has_checkpoint:
             artefacts["weights.safetensors"] = partial(save_weights, self.vit, None)
         state = {
             "learners": {name: module.state_dict() for name, module in self.learners.items()},
@@ -273,10 +277,7 @@ class DtemTraining:
         save_checkpoint(self.folder, self.recipe, state, artefacts)
 
     def resume(self) -> None:
-        """Take up the run where its last checkpoint left it.
-
-        Raises: ValueError where the folder holds the run of another recipe.
-        """
+        """Restore the last checkpoint, if there is one. Raises: ValueError for another recipe's."""
         state = self.processes.from_first(lambda: saved_state(self.folder, self.recipe))
         if state is None:
             return
@@ -286,23 +287,11 @@ class DtemTraining:
         self.n_steps_taken = state["n_steps_taken"]
 
 
-def _begin_with(embedding: DecoupledEmbedding, file: Path) -> None:
-    """Raises: FileNotFoundError; EmbeddingMismatch where the file's is of another ViT or of another d'."""
-    given = load_embedding(file)
-    own, other = embedding.config, given.config
-    if (own.depth, own.width, own.dim) != (other.depth, other.width, other.dim):
-        raise EmbeddingMismatch(
-            f"embedding_weights {file} has {other.depth} blocks of width {other.width} and d' {other.dim}, "
-            f"the recipe's {own.depth} of width {own.width} and d' {own.dim}"
-        )
-    embedding.load_state_dict(given.state_dict())
-
-
 def _check_fits(model: MergingVisionTransformer, recipe: DtemRecipe, n_classes: int) -> None:
     if model.vit.num_classes != n_classes:
-        raise ValueError(f"{recipe.architecture} names {model.vit.num_classes} classes, the images are of {n_classes}")
+        raise ValueError(f"{recipe.architecture} has {model.vit.num_classes} classes, the images {n_classes}")
     if recipe.n_steps < 1:
-        raise ValueError(f"n_images {recipe.n_images} are less than one batch_size of {recipe.batch_size}")
+        raise ValueError(f"n_images {recipe.n_images}: expected at least one batch_size of {recipe.batch_size}")
     if model.schedule[0] != recipe.r:
         raise ValueError(f"r {recipe.r}: the first block can remove {model.schedule[0]} of {model.tokens[0]} tokens")
 

@@ -1,4 +1,4 @@
-"""What AdamW decays: matrices, not biases and scales."""
+"""Parameter groups for AdamW: weight decay applies to matrices, not to biases and scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a run, one a device, as `torchrun` starts them; without it one process alone."""
+"""The processes of a run, one per device, as `torchrun` starts them; without it, a single process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many, and its device."""
+    """This process's rank, the number of processes, and the device."""
 
     rank: int = 0
     count: int = 1
@@ -30,10 +30,11 @@ class Processes:
         return self.rank == 0
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over all processes, in one exchange.
+        """Replace each tensor by its mean over all processes, in one all-reduce.
 
-        Not DistributedDataParallel: which parameters learn changes from step to step here, which it does not allow, and
-        an embedding is too small for overlapping the exchange with the backward pass to pay.
+        DistributedDataParallel does not allow the set of trained parameters to change between
+        steps, as it does here. Its overlap of communication and backward pass would save little
+        with so few parameters.
         """
         if self.count == 1:
             return
@@ -45,13 +46,13 @@ class Processes:
             tensor.copy_(mean.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process: the same answer in all."""
+        """Return whether the flag is set in any process. All processes get the same answer."""
         share = torch.tensor([float(flag)], device=self.device)
         self.average([share])
         return float(share) > 0
 
     def from_first(self, read: Callable[[], T]) -> T:
-        """Read in the first process alone and give it to all: the others may have no such file, or not yet."""
+        """Read in the first process and broadcast: other processes may not have the file."""
         found: list[Any] = [read() if self.is_first else None]
         if self.count > 1:
             distributed.broadcast_object_list(found, device=self.device)
@@ -61,9 +62,9 @@ class Processes:
 
 @contextmanager
 def started_processes() -> Iterator[Processes]:
-    """Join the others where `torchrun` says that there are some: nccl between GPUs, gloo between CPUs.
+    """Join the process group that `torchrun` started, if any: nccl between GPUs, gloo between CPUs.
 
-    Raises: ValueError where there are GPUs, but fewer than processes on this machine.
+    Raises: ValueError where this machine has GPUs, but fewer than processes.
     """
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -81,7 +82,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
     if local_rank >= n_gpus:
-        raise ValueError(f"process {local_rank} of this machine has no GPU of its own: there are {n_gpus}")
+        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {n_gpus}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -89,9 +90,10 @@ def _device(local_rank: int) -> torch.device:
 
 @contextmanager
 def stop_signals() -> Iterator[Event]:
-    """Set the event on Ctrl-C or SIGTERM, so that a run can end after its step; SIGQUIT still ends it at once.
+    """Set the event on Ctrl-C or SIGTERM, so that a run can end after its step.
 
-    A second signal says no more than the first, since `torchrun` sends one on to processes that had it already.
+    Further signals are ignored: `torchrun` forwards the signal to processes that already received
+    it.
     """
     event = Event()
     before = {number: signal.signal(number, lambda *_: event.set()) for number in _STOP_SIGNALS}
@@ -103,6 +105,6 @@ def stop_signals() -> Iterator[Event]:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Leave it to the process that trains when a process that reads images for it ends: a signal reaches both."""
+    """Ignore stop signals in a data worker, which the training process ends."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

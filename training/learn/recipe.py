@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a training run, read from one TOML file and saved whole with each checkpoint."""
+"""Recipes: all settings of a training run, read from one TOML file and saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from training.data.digits import Task
+from training.data.sources import REFERENCE_DATASET, find_dataset
+from training.learn.losses import DEFAULT_LOSS, check_loss
 from training.merging.relaxed import Relaxation
 
-_TINY = math.ulp(0.0)  # the least number above 0
+_TINY = math.ulp(0.0)  # the smallest number above 0
 _ABOVE_0, _FROM_0 = (_TINY, math.inf), (0.0, math.inf)
 
 Mode = Literal["modular", "end-to-end", "hard keys", "soft keys"]
-"""modular: a frozen ViT, its embedding learns through relaxed merging. end-to-end: nine steps of the ViT, merging hard
-by the embedding, then one of the embedding. The other two are what to compare with: the ViT alone learns, merging by
-its own keys, hard (ToMe trained) or relaxed.
+"""modular: the ViT is frozen, and its embedding learns through relaxed merging. end-to-end: nine
+steps train the ViT with hard merging by the embedding, then one step trains the embedding. hard
+keys and soft keys are baselines: the ViT alone learns, merging by its keys, hard (ToMe, trained) or
+relaxed.
 """
 
 
@@ -27,7 +30,7 @@ Precision = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class Optimiser:
-    """AdamW; its learning rate rises linearly for `warmup_images`, and then each stage says where it goes."""
+    """AdamW. The learning rate rises linearly for `warmup_images`; then the stages set it."""
 
     batch_size: int
     warmup_images: int
@@ -38,9 +41,9 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of the curriculum: how many images of which task, and how many patches of each are kept.
+    """One stage of the curriculum: task, number of images, and patches kept of each.
 
-    learning_rate: at the stage's begin and at its end, half a cosine between them.
+    learning_rate: at the start and at the end of the stage, with half a cosine between.
     """
 
     name: str
@@ -53,9 +56,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A backbone. Units: see the parts. `file` is the recipe's file name, for the manifest of what comes of it.
+    """A recipe of a backbone.
 
-    weights: a safetensors file to begin with; without one training is from scratch.
+    file: the recipe's file name, for the manifest. weights: a safetensors file to start from; None
+        means from scratch.
+    loss: a name in `LOSSES`.
     """
 
     file: str
@@ -65,6 +70,10 @@ class Recipe:
     optimiser: Optimiser
     stages: tuple[Stage, ...]
     weights: str | None = None
+    loss: str = DEFAULT_LOSS
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def n_images(self) -> int:
@@ -73,7 +82,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class AdamW:
-    """learning_rate: at the run's begin and at its end, half a cosine between them, after a linear warm-up."""
+    """AdamW with linear warm-up, then half a cosine. learning_rate: at the start and at the end"""
 
     learning_rate: tuple[float, float]
     weight_decay: float
@@ -82,24 +91,26 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        for name, most in (("learning_rate", math.inf), ("betas", 1.0)):
-            object.__setattr__(self, name, _pair(name, getattr(self, name), most))
+        for name, maximum in (("learning_rate", math.inf), ("betas", 1.0)):
+            object.__setattr__(self, name, _pair(name, getattr(self, name), maximum))
         _check_numbers(self, clip_norm=_ABOVE_0, weight_decay=_FROM_0)
         _check_whole(self, warmup_images=0)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learnt from.
+    """The images of a run, and their augmentation.
 
-    source: "digits", or a folder with one folder of images a class, which are normalised as timm states of the
-    architecture's weights (for others: arguments = { pretrained_cfg_overlay = { mean = …, std = … } }).
-    validation: such a folder, for digits always their split; n_validation: of how many, spread over its classes, the
-    top-1 is measured at each checkpoint. n_distinct: how many different digits; share: of each class of a folder.
-    mixup, cutmix: alphas, 0 for none; randaugment: timm's name for it; erasing: probability.
+    source: a name in `DATASETS`, or a folder with one subfolder of images per class. Folders are
+        normalised as timm states for the architecture's weights; to override, set arguments = {
+        pretrained_cfg_overlay = { mean = …, std = … } }.
+    validation: such a folder; digits have their own split. n_validation: the images, spread over
+        the classes, on which top-1 is measured at each checkpoint.
+    n_distinct: number of different digits. share: of each class of a folder, above 0, at most 1.
+    mixup, cutmix: alphas, 0 for none. randaugment: timm's name for it. erasing: probability.
     """
 
-    source: str = "digits"
+    source: str = REFERENCE_DATASET
     validation: str | None = None
     n_validation: int = 500
     n_distinct: int | None = None
@@ -114,28 +125,26 @@ class Data:
         share = (0.0, 1.0)
         _check_numbers(self, share=(_TINY, 1.0), label_smoothing=share, erasing=share, mixup=_FROM_0, cutmix=_FROM_0)
         _check_whole(self, n_validation=0)
-        if self.source != "digits":
-            if self.n_distinct is not None:
-                raise ValueError(f"n_distinct {self.n_distinct!r}: it is for digits; of a folder learn a share")
-            return
-        if self.n_distinct is None:
-            raise ValueError("data of digits needs n_distinct, how many images to draw")
-        _check_whole(self, n_distinct=1)
-        if self.randaugment or self.erasing or self.validation or self.share != 1:
-            raise ValueError("randaugment, erasing, validation and share are for folders of images, not for digits")
+        find_dataset(self.source).check_options(self)
 
 
 @dataclass(frozen=True)
 class DtemRecipe:
-    """DTEM, or what it is compared with.
+    """A recipe of DTEM, or of one of its baselines.
 
-    r: the rate trained at; dim: d', None for the published one; keep_tail: see `RelaxedVisionTransformer`;
-    n_images: seen in all, many of them more than once, or else epochs: how often the data is; batch_size: over all
-    processes; micro_batch: images that a process computes at a time, where its part of the batch is too much for its
-    memory: gradients add up, so the steps are the same but for rounding and the draws of dropout.
-    weights: of the ViT, a safetensors file or "pretrained". vit: how it learns, where it does.
-    embedding_weights: an embedding's file to begin with, of the same d'; without one it begins as nn.Linear does.
-    precision: of the ViT's products, by autocast; weights, and all that decides what merges, are in float32.
+    r: the rate to train at. dim: d', None for the published value. keep_tail: see
+        `RelaxedVisionTransformer`.
+    n_images: the length of the run in images, repeats included; or epochs: its length in passes
+        over the data.
+    batch_size: over all processes. micro_batch: images per forward pass, where the batch exceeds
+        the memory; gradients accumulate, so the steps are equal up to rounding and the draws of
+        dropout.
+    weights: of the ViT, a safetensors file or "pretrained". vit, embedding: their optimisers, None
+        where frozen.
+    embedding_weights: an embedding file to start from, of the same d'; None means the
+        initialisation of nn.Linear.
+    precision: of the ViT's products, by autocast. Weights and all merging decisions are in float32.
+    loss: a name in `LOSSES`.
     """
 
     file: str
@@ -157,8 +166,10 @@ class DtemRecipe:
     keep_tail: bool = True
     precision: Precision = "bfloat16"
     embedding_weights: str | None = None
+    loss: str = DEFAULT_LOSS
 
     def __post_init__(self) -> None:
+        check_loss(self.loss)
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision {self.precision!r}: expected one of {', '.join(get_args(Precision))}")
         if self.mode not in get_args(Mode):
@@ -166,7 +177,7 @@ class DtemRecipe:
         wanted = {"modular": ["embedding"], "end-to-end": ["embedding", "vit"]}.get(self.mode, ["vit"])
         given = [name for name in ("embedding", "vit") if getattr(self, name) is not None]
         if wanted != given:
-            raise ValueError(f"mode {self.mode!r} learns by [{'] and ['.join(wanted)}], not {given}")
+            raise ValueError(f"mode {self.mode!r} needs [{'] and ['.join(wanted)}], and the recipe has {given}")
         if self.embedding_weights is not None and self.embedding is None:
             raise ValueError(f"embedding_weights {self.embedding_weights!r}: mode {self.mode!r} has no embedding")
         _check_whole(self, r=0, seed=0, batch_size=1, n_images=0, epochs=0)
@@ -174,12 +185,12 @@ class DtemRecipe:
             if getattr(self, name) is not None:
                 _check_whole(self, **{name: 1})
         if self.r < 1 and self.mode != "hard keys":
-            raise ValueError(f"r {self.r}: mode {self.mode!r} learns from what merges, so r must be at least 1")
+            raise ValueError(f"r {self.r}: mode {self.mode!r} learns through merging: expected at least 1")
         if bool(self.n_images) == bool(self.epochs):
             raise ValueError(f"n_images {self.n_images} and epochs {self.epochs}: expected one of them, above 0")
 
     def counted_in_images(self, n_distinct: int) -> DtemRecipe:
-        """Return the same recipe, its length in images where it is in epochs of so many."""
+        """Return the recipe with its length in images, for epochs of n_distinct images."""
         return replace(self, n_images=self.epochs * n_distinct, epochs=0) if self.epochs else self
 
     @property
@@ -190,7 +201,7 @@ class DtemRecipe:
 def read_recipe(path: Path) -> Recipe | DtemRecipe:
     """Read a TOML recipe.
 
-    Raises: ValueError that names the file and the key, for a missing, unknown or ill-valued one.
+    Raises: ValueError naming the file and the key that is missing, unknown or invalid.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -224,25 +235,25 @@ def _stage(entry: dict[str, Any]) -> Stage:
     return Stage(**{**entry, "learning_rate": rates, "task": Task(**entry.get("task", {}))})
 
 
-def _pair(name: str, value: Any, most: float = math.inf) -> tuple[float, float]:
+def _pair(name: str, value: Any, maximum: float = math.inf) -> tuple[float, float]:
     is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(entry) for entry in value)
-    if not is_pair or min(value) < 0 or max(value) > most:
-        bounds = "of at least 0" if math.isinf(most) else f"from 0 to {most:g}"
+    if not is_pair or min(value) < 0 or max(value) > maximum:
+        bounds = "of at least 0" if math.isinf(maximum) else f"from 0 to {maximum:g}"
         raise ValueError(f"{name} {value!r}: expected two numbers {bounds}")
     return float(value[0]), float(value[1])
 
 
 def _check_numbers(part: object, **bounds: tuple[float, float]) -> None:
-    for name, (least, most) in bounds.items():
+    for name, (minimum, maximum) in bounds.items():
         value = getattr(part, name)
-        if not _is_number(value) or not least <= value <= most:
-            low = "above 0" if least == _TINY else f"of at least {least:g}"
-            high = "" if math.isinf(most) else f", at most {most:g}"
+        if not _is_number(value) or not minimum <= value <= maximum:
+            low = "above 0" if minimum == _TINY else f"of at least {minimum:g}"
+            high = "" if math.isinf(maximum) else f", at most {maximum:g}"
             raise ValueError(f"{name} {value!r}: expected a number {low}{high}")
 
 
-def _check_whole(part: object, **least: int) -> None:
-    for name, bound in least.items():
+def _check_whole(part: object, **minima: int) -> None:
+    for name, bound in minima.items():
         value = getattr(part, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < bound:
             raise ValueError(f"{name} {value!r}: expected a whole number of at least {bound}")

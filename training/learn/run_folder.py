@@ -1,4 +1,4 @@
-"""The folder of a run: files that are whole whenever another process reads them, checkpoints, the log of every step."""
+"""The folder of a run: files replaced atomically, checkpoints, and the log of every step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; what is there at the end takes the file's place at once."""
+    """Yield a temporary path to write to, which then replaces the file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     temporary.replace(path)
@@ -25,9 +25,9 @@ def replaced(path: Path) -> Iterator[Path]:
 def save_checkpoint(
     folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], None]]
 ) -> None:
-    """Write recipe.json, the artefacts (file name: what writes it) and, last, state.pt, each whole at once.
+    """Write recipe.json, the artefacts and, last, state.pt, each atomically.
 
-    recipe: a dataclass
+    recipe: a dataclass. artefacts: file name -> function that writes it
     """
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, Callable[[Path], Any]] = {
@@ -41,15 +41,17 @@ def save_checkpoint(
 
 
 def saved_state(folder: Path, recipe: Any) -> dict[str, Any] | None:
-    """Return what the folder's last checkpoint resumes from, None where there is none.
+    """Return the state of the last checkpoint, None where there is none.
 
-    Raises: ValueError where it is of another recipe.
+    A setting that is newer than the checkpoint counts as its default.
+    Raises: ValueError where the checkpoint is of another recipe.
     """
     if not (folder / "state.pt").exists():
         return None
-    found = json.loads((folder / "recipe.json").read_text())
-    own = json.loads(json.dumps(asdict(recipe)))
-    differing = [name for name in {**found, **own} if found.get(name) != own.get(name)]
+    defaults = {field.name: field.default for field in fields(recipe) if field.default is not MISSING}
+    found = {**defaults, **json.loads((folder / "recipe.json").read_text())}
+    expected = json.loads(json.dumps(asdict(recipe)))
+    differing = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if differing:
         raise ValueError(
             f"{folder} holds a run of another recipe, which differs in {', '.join(differing)}: give another folder"
@@ -59,14 +61,18 @@ def saved_state(folder: Path, recipe: Any) -> dict[str, Any] | None:
 
 
 class RunLog:
-    """Figures by images seen, as JSON lines and to TensorBoard; what was written after the checkpoint is dropped."""
+    """A log of figures by images seen, as JSON lines and in TensorBoard.
+
+    Entries after the last checkpoint are dropped.
+    """
 
     def __init__(self, folder: Path, n_seen: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
         if file.exists():
             lines = file.read_text().splitlines(keepends=True)
-            with replaced(file) as new:  # the last line may be half written
+            # The last line may be incomplete.
+            with replaced(file) as new:
                 new.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["n_seen"] <= n_seen))
         self._lines = file.open("a", buffering=1)
         self._board = SummaryWriter(folder / "tensorboard", purge_step=n_seen + 1)
@@ -77,7 +83,7 @@ class RunLog:
             self._board.add_scalar(name.replace("_", "/", 1), value, n_seen)
 
     def flush(self) -> None:
-        """Let nothing be lost that a checkpoint written next will count as logged."""
+        """Write buffered entries to disk, before a checkpoint that relies on them."""
         self._lines.flush()
         self._board.flush()
 

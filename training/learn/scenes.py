@@ -1,4 +1,4 @@
-"""Batches of the reference task for training: drawn on demand, in an order that a resumed run takes up exactly."""
+"""Batches of the reference task for training the backbone, drawn on demand in a fixed order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEPT_SEED = 77
 
 @dataclass(frozen=True)
 class Batch:
-    """Shapes: images uint8 (B, S, S, 3); labels (B,); kept (B, K) patches; token_labels (B, K), 10 = background."""
+    """Shapes: images uint8 (B, S, S, 3); labels (B,); kept (B, K); token_labels (B, K), 10 = background"""
 
     images: Tensor
     labels: Tensor
@@ -34,7 +34,8 @@ class _Scenes(Dataset[tuple[Tensor, int, Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, Tensor]:
         scene = draw("train", index, self.task)
         covered = patch_ink(scene.mask, self.patch_pixels)
-        # The digit's patches come first, then the others in random order; patch order itself does not matter to a ViT.
+        # The digit's patches come first, then the others in random order. A ViT ignores the order
+        # of patches.
         order = RandomWords(_KEPT_SEED, index).permutation(len(covered))
         order = order[np.argsort(covered[order] == 0, kind="stable")][: self.kept_patches]
         is_digit = digit_patches(scene.mask, self.patch_pixels)[order]

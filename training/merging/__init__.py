@@ -1,4 +1,4 @@
-"""Token merging as pure functions: tensors in, tensors out, no state and no knowledge of any model."""
+"""Token merging as pure functions: tensors in, tensors out, independent of any model."""
 
 from training.merging.attention import AttentionForm, proportional_attention
 from training.merging.matching import (

@@ -1,8 +1,8 @@
-"""Adaptive token merging (ATM): every pair merges that is similar enough, so each image keeps a number of its own.
+"""Adaptive token merging (ATM): all pairs of tokens above a similarity threshold merge.
 
-In a batch an image's own tokens stand first, in the order that they would have alone. The rows after them are absent:
-all zeros, of size 0, matched with nothing and attended to by nobody. So an answer does not depend on who shares the
-batch.
+In a batch, an image's tokens come first, in the same order as in a batch of one. The rows after
+them are absent: all zeros, of size 0, excluded from matching and attention. So results are
+batch-invariant.
 Source: arXiv 2505.15160.
 """
 
@@ -19,22 +19,22 @@ from torch.nn import functional
 from training.merging.matching import IDENTITY, Matching, descending, first_free, unit_rows
 
 Split: TypeAlias = Literal["alternating", "size"]
-"""alternating: A = tokens 0, 2, 4 …, B = 1, 3, 5 …, as ToMe. size: the smaller half is A, the larger B, so that two
-large tokens never merge (size-distinctive matching)."""
+"""alternating: A = tokens 0, 2, 4 …, B = 1, 3, 5 …, as in ToMe. size: A is the half with the
+smaller tokens, B the other, so that two large tokens never merge (size-distinctive matching)."""
 
 Score: TypeAlias = Literal["similarity", "error"]
-"""similarity: the cosine. error: 1 - 2·m_i·m_j / (m_i + m_j)·(1 - cos), Ward's linkage, which for two single patches is
-the cosine, and the lower the more patches a merge would blur."""
+"""similarity: the cosine. error: 1 - 2·m_i·m_j / (m_i + m_j)·(1 - cos), Ward's linkage. It equals
+the cosine for two single patches, and falls with the number of patches."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """theta_l = max(alpha - (exp(beta·(l - 1)) - 1), floor) for block l = 1 … L: strict early, for losses add up.
+    """theta_l = max(alpha - (exp(beta·(l - 1)) - 1), floor) for block l = 1 … L, falling with depth.
 
-    split_depth: how many blocks split tokens alternately before the rest split them by size.
-    score: what has to exceed the threshold.
-    Raises: ValueError naming the field and what it expects.
-    Source: arXiv 2505.15160, as reported; values are calibrated, for the paper's could not be had.
+    split_depth: number of blocks with alternating split; later blocks split by size. score:
+        compared with the threshold.
+    Raises: ValueError naming the field and the accepted values.
+    Source: arXiv 2505.15160 for the formula. Its values are not available, so ours are calibrated.
     """
 
     alpha: float
@@ -49,7 +49,7 @@ class Thresholds:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} {value!r}: expected a finite number")
         if self.beta < 0:
-            raise ValueError(f"beta {self.beta!r}: expected a number from 0; thresholds do not rise with depth")
+            raise ValueError(f"beta {self.beta!r}: expected a number from 0, since thresholds must not rise with depth")
         if isinstance(self.split_depth, bool) or not isinstance(self.split_depth, int) or self.split_depth < 0:
             raise ValueError(f"split_depth {self.split_depth!r}: expected a whole number of blocks from 0")
         if self.score not in get_args(Score):
@@ -60,16 +60,18 @@ class Thresholds:
         return tuple(max(self.alpha - math.expm1(self.beta * block), self.floor) for block in range(depth))
 
     def split(self, block: int) -> Split:
-        """Return how block 0, 1, … splits its tokens."""
+        """Return the split of block 0, 1, …"""
         return "alternating" if block < self.split_depth else "size"
 
 
 @dataclass(frozen=True)
 class AdaptiveMatching:
-    """What merges, and which rows are left of each image.
+    """A decided matching with a different number of rows per image.
 
-    a (B, |A|) and b (B, |B|): tokens of the two halves; joins (B, |B|, |A|): whether one of A merges into one of B.
-    kept (B, N'): of protected tokens, A and B, laid end to end, the rows that stay, n_kept (B, 1) of them, then any.
+    a (B, |A|) and b (B, |B|): indices of the two halves. joins (B, |B|, |A|): whether a token of A
+        merges into one of B.
+    kept (B, N'): indices into [protected, A, B] of the rows that stay; the first n_kept (B, 1) are
+        valid.
     """
 
     n_protected: int
@@ -90,7 +92,7 @@ class AdaptiveMatching:
         sizes = self._parts(size)
         joining = torch.where(self.joins, sizes[1].transpose(1, 2), 0.0)  # (B, |B|, |A|)
         total = sizes[2] + joining.sum(dim=-1, keepdim=True)
-        share = 1 / total.clamp_min(1)  # of absent rows, whose total is 0, nothing
+        share = 1 / total.clamp_min(1)  # absent rows have total 0 and no summands
         merged = b * (sizes[2] * share).to(x.dtype) + (joining * share).to(x.dtype) @ a
         return self._left([protected, a, merged]), self._left([sizes[0], sizes[1], total])
 
@@ -105,7 +107,10 @@ class AdaptiveMatching:
 
 
 class Candidates(NamedTuple):
-    """What could merge. Shapes: a, is_a (B, |A|); b, is_b (B, |B|); scores (B, |A|, |B|), -inf where one is absent"""
+    """Both halves and the scores of all pairs.
+
+    Shapes: a, is_a (B, |A|); b, is_b (B, |B|); scores (B, |A|, |B|), -inf where a token is absent
+    """
 
     a: Tensor
     b: Tensor
@@ -123,12 +128,14 @@ def adaptive_matching(
     score: Score = "similarity",
     n_protected: int = 1,
 ) -> Matching:
-    """Match each token of A to its best of B, and merge the pairs that score above the threshold.
+    """Match each token of A to its best match in B; pairs above the threshold merge.
 
-    Several of A may choose the same of B; between equal scores the lower place in B wins. Order of the result:
-    protected tokens, the rest of A, then B, then absent rows up to the most that an image of the batch keeps.
+    Several tokens of A may merge into the same token of B. Ties go to the lower position in B.
+    Order of the result: protected tokens, the rest of A, then B, then absent rows up to the longest
+    image of the batch.
 
-    Shapes: metric (B, N, D); size (B, N, 1), 0 where a row is absent, or None where every token is one patch
+    Shapes: metric (B, N, D); size (B, N, 1), 0 where a row is absent, or None where every token is
+        one patch
     """
     if metric.shape[1] - n_protected < 2:
         return IDENTITY
@@ -138,7 +145,10 @@ def adaptive_matching(
 
 
 def merge_candidates(found: Candidates, merges: Tensor, partner: Tensor, n_protected: int = 1) -> AdaptiveMatching:
-    """Merge some of A, each into its partner. Shapes: merges bool, partner int64 (B, |A|), a place in B"""
+    """Merge some tokens of A, each into its partner.
+
+    Shapes: merges bool, partner int64 (B, |A|), positions in B
+    """
     a, b, is_a, is_b, _ = found
     places = torch.arange(b.shape[1], device=a.device)
     joins = merges.unsqueeze(1) & (partner.unsqueeze(1) == places.unsqueeze(-1))
@@ -149,8 +159,11 @@ def merge_candidates(found: Candidates, merges: Tensor, partner: Tensor, n_prote
 
 
 def candidates(metric: Tensor, size: Tensor | None, *, split: Split, score: Score, n_protected: int = 1) -> Candidates:
-    """Split tokens in halves and score each pair across. Shapes: as `adaptive_matching`; at least two free tokens"""
-    if torch.is_autocast_enabled(metric.device.type):  # half precision would make ties, as in `cosine_scores`
+    """Split tokens into halves and score all pairs.
+
+    Shapes: as `adaptive_matching`, with two unprotected tokens or more
+    """
+    if torch.is_autocast_enabled(metric.device.type):  # float32 avoids ties, as in `cosine_scores`
         with torch.autocast(metric.device.type, enabled=False):
             return candidates(metric, size, split=split, score=score, n_protected=n_protected)
     metric = metric.detach().float() if metric.dtype in (torch.float16, torch.bfloat16) else metric.detach()
@@ -167,21 +180,22 @@ def candidates(metric: Tensor, size: Tensor | None, *, split: Split, score: Scor
 
 
 def _n_rows(n_kept: Tensor, n_protected: int, order: Tensor) -> int:
-    """Return the most rows that an image keeps, and never fewer than could be matched again.
+    """Return the largest number of rows that an image keeps, at least enough for the next matching.
 
-    The checks tell the exporter, which has no numbers to look at, what it may take for granted.
+    The checks give the exporter, which has no concrete numbers, the range of the result.
     """
-    most = n_kept.max().clamp_min(n_protected + 2)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call] # a number would be a constant of the graph
-        return cast(int, most)
-    n_rows = cast(int, most.item())
+    longest = n_kept.max().clamp_min(n_protected + 2)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        # A Python number would become a constant of the graph.
+        return cast(int, longest)
+    n_rows = cast(int, longest.item())
     torch._check(n_rows >= n_protected + 2)
     torch._check(n_rows <= order.shape[1])
     return n_rows
 
 
 def half_sizes(n_tokens: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tensor]:
-    """Return how many tokens A and B have of so many. Shapes: int64, any"""
+    """Return the sizes of A and B for a number of tokens. Shapes: int64, any"""
     n_free = (n_tokens - n_protected).clamp_min(0)
     starts_with_a = split == "alternating" and n_protected % 2 == 0
     n_a = (n_free + 1) // 2 if starts_with_a else n_free // 2
@@ -189,13 +203,16 @@ def half_sizes(n_tokens: Tensor, split: Split, n_protected: int) -> tuple[Tensor
 
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:
-    """Take rows of each image, by one plain Gather. Shapes: (B, N, C), (B, K) -> (B, K, C)"""
+    """Select rows of each image with a single Gather. Shapes: (B, N, C), (B, K) -> (B, K, C)"""
     first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
     return functional.embedding(places + first, x.flatten(0, 1))
 
 
 def _halves(size: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tokens of A and of B, and which of them are there. Shapes: (B, N) -> (B, |A|), (B, |B|) twice"""
+    """Return indices of A and B, and which of them are present.
+
+    Shapes: (B, N) -> (B, |A|), (B, |B|) twice
+    """
     n_images, n_tokens = size.shape
     if split == "alternating":
         first_a, first_b = first_free(n_protected)
@@ -204,12 +221,12 @@ def _halves(size: Tensor, split: Split, n_protected: int) -> tuple[Tensor, Tenso
         )
         return a, b, size.gather(1, a) > 0, size.gather(1, b) > 0
     if split != "size":
-        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
+        raise ValueError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
     size = size[:, n_protected:]
     n_free, n_present = size.shape[1], (size > 0).sum(dim=1, keepdim=True)
     rising = descending(torch.where(size > 0, -size, -torch.inf))
     of_a, of_b = (
-        torch.arange(n_most, device=size.device).expand(n_images, -1) for n_most in (n_free // 2, n_free - n_free // 2)
+        torch.arange(n_half, device=size.device).expand(n_images, -1) for n_half in (n_free // 2, n_free - n_free // 2)
     )
     is_a, is_b = of_a < n_present // 2, of_b < n_present - n_present // 2
     a, b = rising.gather(1, of_a), rising.gather(1, (n_present - 1 - of_b).clamp_min(0))

@@ -1,4 +1,4 @@
-"""Proportional attention: a token that stands for m patches is attended to as m equal tokens would be."""
+"""Proportional attention: a token of m patches receives the attention of m equal tokens."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 
 AttentionForm: TypeAlias = Literal["masked", "plain", "augmented_keys", "augmented_values", "plain_augmented_values"]
-"""How softmax(qkᵀ/√d + log m)v is put; the result is the same.
+"""Equivalent computations of softmax(qkᵀ/√d + log m)v.
 
-masked: the bias goes to the fused kernel as a mask, which rules out some kernels. plain: matmul, softmax, matmul, the
-fewest nodes in an exported graph. augmented_keys: [q, 1]·[k, log m]. augmented_values: attend over [m·v, m], divide
-by the last column. These two give fused kernels nothing to mask, at the price of a wider head.
-plain_augmented_values: the same without a fused kernel. The forms with augmented values are safe where a size is 0, and
-so is their gradient.
+masked: a fused kernel with the bias as a mask, which excludes some kernels. plain: matmul, softmax,
+    matmul, the fewest nodes in an exported graph. augmented_keys: [q, 1]·[k, log m].
+    augmented_values: attend over [m·v, m] and divide by the last column. These two need no mask, at
+    the cost of a wider head. plain_augmented_values: the latter without a fused kernel. With
+    augmented values, sizes of 0 are safe, also in the gradient.
 """
 
 
@@ -27,9 +27,10 @@ def proportional_attention(
     form: AttentionForm = "masked",
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Return softmax(q·kᵀ/√d + log m)·v, the log on the key axis; without sizes plain attention.
+    """Return softmax(q·kᵀ/√d + log m)·v, with log m along the key axis; plain without sizes.
 
-    Shapes: q, k, v (B, heads, N, d), size (B, N, 1) or None where every token is one patch -> (B, heads, N, d)
+    Shapes: q, k, v (B, heads, N, d), size (B, N, 1) or None where every token is one patch -> (B,
+        heads, N, d)
     Source: arXiv 2210.09461, equation 1.
     """
     if form not in get_args(AttentionForm):
@@ -64,7 +65,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout_
 
 def _augmented_keys(q: Tensor, k: Tensor, v: Tensor, size: Tensor, dropout_p: float) -> Tensor:
     scale = q.shape[-1] ** -0.5
-    padding = (0, -(q.shape[-1] + 1) % 8)  # fused kernels on a GPU want a multiple of 8
+    padding = (0, -(q.shape[-1] + 1) % 8)  # fused GPU kernels need a multiple of 8
     bias = (_log_size(size, q).transpose(-2, -1) / scale).expand(*k.shape[:-1], 1)
     q = functional.pad(torch.cat([q, torch.ones_like(bias)], dim=-1), padding)
     k = functional.pad(torch.cat([k, bias], dim=-1), padding)
@@ -81,7 +82,7 @@ def _augmented_values(
 ) -> Tensor:
     if dropout_p:
         raise ValueError(
-            "augmented_values has no attention dropout: numerator and normaliser would lose the same terms"
+            "augmented_values has no attention dropout: it would drop the same terms from numerator and normaliser"
         )
     size = size.unsqueeze(1).to(v.dtype)  # (B, 1, N, 1)
     v = torch.cat([v * size, size.expand(*v.shape[:-1], 1)], dim=-1)

@@ -1,5 +1,6 @@
-"""A metric is what tokens are compared by: one row of numbers per token, (B, N, D)."""
+"""Metrics: the vectors by which tokens are compared, one row per token, (B, N, D)."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -7,16 +8,17 @@ from torch import Tensor
 
 
 class Metric(Protocol):
-    """Give each token the row by which it is compared.
+    """Return the vector by which each token is compared.
 
-    Shapes: hidden (B, N, C), what the attention of `block` reads (normalised); keys (B, heads, N, d); result (B, N, D).
+    Shapes: hidden (B, N, C), the normalised input of the attention of `block`; keys (B, heads, N,
+        d) -> (B, N, D)
     """
 
     def __call__(self, *, block: int, hidden: Tensor, keys: Tensor) -> Tensor: ...
 
 
 def key_metric(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
-    """Return the mean over heads of the keys, as the attention compares them (after any k-norm).
+    """Return the keys averaged over heads, after any k-norm.
 
     Source: arXiv 2210.09461, section 3 and table 1a: keys 84.25, features 83.70.
     """
@@ -24,17 +26,18 @@ def key_metric(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
 
 
 def feature_metric(*, block: int, hidden: Tensor, keys: Tensor) -> Tensor:
-    """Return what the attention reads: the tokens' own features, normalised.
+    """Return the normalised features that the attention reads.
 
-    Source: arXiv 2210.09461, table 1a, where keys were better; on the reference model features are, by far.
+    Source: arXiv 2210.09461, table 1a, where keys do better. On the reference model features do far
+        better.
     """
     return hidden
 
 
 def random_metric(seed: int, width: int = 8) -> Metric:
-    """Return a metric that knows nothing of the image: the baseline that any other must beat.
+    """Return random vectors, independent of the image: the baseline for every other metric.
 
-    Successive calls draw on, so the metric, not the model, is what has to be made anew to repeat a run.
+    Each call draws new numbers. To repeat a run, create a new metric with the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,3 +46,11 @@ def random_metric(seed: int, width: int = 8) -> Metric:
         return torch.randn(n_images, n_tokens, width, generator=generator).to(hidden.device)
 
     return metric
+
+
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "keys": lambda seed: key_metric,
+    "features": lambda seed: feature_metric,
+    "random": random_metric,
+}
+"""Metrics that need no training, by name; each is created from a seed."""

@@ -1,8 +1,9 @@
-"""Relaxed merging: bipartite soft matching made continuous, so that a loss can teach the metric what to merge.
+"""Relaxed merging: bipartite soft matching in a continuous form that a loss can train.
 
-Every token stays, with a size that may fade to nothing; how much of a token of A goes into one of B is a number from 0
-to 1 with a gradient. As tau2 falls to 0 (tau1 as it is) it becomes `bipartite_soft_matching`, same tokens, same order.
-Everything here is in float32 (float64 where the metric is), whatever the autocast.
+All tokens stay, with sizes that may approach 0. The share of a token of A that moves into a token
+of B is a number from 0 to 1 with a gradient. As tau2 approaches 0 at fixed tau1, the result
+approaches that of `bipartite_soft_matching`, with the same tokens in the same order. Computed in
+float32 (float64 for such a metric), also under autocast.
 Source: arXiv 2412.10569, section 3.2.
 """
 
@@ -21,10 +22,11 @@ EPSILON = float(torch.finfo(torch.float32).eps)
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How soft the grouping is.
+    """The softness of the grouping.
 
-    tau1: scale of the similarities before a token once picked is suppressed; tau2: temperature of each pick;
-    n_partners: of how many of B a token of A may become part; the others get exactly 0.
+    tau1: scale of the similarities, before picked tokens are suppressed. tau2: temperature of each
+        pick.
+    n_partners: tokens of B that a token of A may move into; all others get exactly 0.
     """
 
     tau1: float = 0.1
@@ -35,17 +37,19 @@ class Relaxation:
         if self.tau1 <= 0 or self.tau2 <= 0:
             raise ValueError(f"tau1 {self.tau1} and tau2 {self.tau2} must be above 0")
         if self.n_partners < 1:
-            raise ValueError(f"n_partners {self.n_partners}: a token of A needs at least one of B")
+            raise ValueError(f"n_partners {self.n_partners}: expected at least 1")
 
 
 def soft_grouping(scores: Tensor, r: int, relaxation: Relaxation | None = None) -> Tensor:
-    """Return how much of each token of A goes into each of B: rows sum to at most 1, all of them to about r.
+    """Return the share of each token of A that moves into each token of B: rows sum to at most 1.
 
-    What is iterated r times is one number per token of A. The paper's p = softmax(u / tau2) over all kept entries of an
-    image is the product of a softmax within each row, which suppression never changes (it lowers whole rows), and a
-    softmax over rows; so only the latter is iterated: the same numbers by n_partners times less arithmetic in the loop.
+    The paper iterates p = softmax(u / tau2) over all kept entries of an image. That equals a
+    softmax within each row times a softmax over rows. Suppression lowers whole rows, so the softmax
+    within rows never changes, and only the one over rows needs to be iterated: the same result with
+    n_partners times less arithmetic in the loop.
 
-    Shapes: scores (B, |A|, |B|), r from 0 to |A| -> (B, |A|, |B|). Memory for the gradient: r·B·|A| numbers.
+    Shapes: scores (B, |A|, |B|), r from 0 to |A| -> (B, |A|, |B|). Memory for the gradient: r·B·|A|
+        numbers
     Source: arXiv 2412.10569, equations 6 and 7.
     """
     chosen = relaxation or Relaxation()
@@ -53,14 +57,15 @@ def soft_grouping(scores: Tensor, r: int, relaxation: Relaxation | None = None) 
     best, partners = scores.topk(min(chosen.n_partners, int(scores.shape[-1])), dim=-1)
     within = (best / sharpness).softmax(dim=-1)
     picked: Tensor = _Picks.apply((best / sharpness).logsumexp(dim=-1), r, chosen.tau2)
-    picked = picked / picked.detach().clamp_min(1)  # no token goes away more than once
+    picked = picked / picked.detach().clamp_min(1)  # a token cannot be picked more than once in total
     return torch.zeros_like(scores).scatter(-1, partners, within * picked.unsqueeze(-1))
 
 
 class _Picks(torch.autograd.Function):
-    """Pick r rows softly, one after the other, each less likely once picked; return how often each was, (B, |A|).
+    """Pick r rows softly, one after another; return the weight of each row, (B, |A|).
 
-    By hand, since autograd would keep five tensors a pick and run twenty kernels where these are six.
+    The gradient is written by hand: autograd would store five tensors per pick and launch twenty
+    kernels instead of six.
     """
 
     @staticmethod
@@ -78,10 +83,10 @@ class _Picks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (picks,) = ctx.saved_tensors
-        grad_logits = torch.zeros_like(grad)  # of everything that one pick's logits are made of, later picks included
+        grad_logits = torch.zeros_like(grad)  # gradient of the suppressed logits, over later picks
         for pick in picks.flip(0):
             left = 1 - pick
-            # log max(1 - p, eps): its gradient is none once eps holds
+            # log max(1 - p, eps) has no gradient where the maximum is eps.
             grad_pick = grad - grad_logits / (ctx.tau2 * left.clamp_min(EPSILON)) * (left > EPSILON)
             through = pick * grad_pick
             grad_logits = grad_logits + through - pick * through.sum(-1, keepdim=True)
@@ -90,10 +95,11 @@ class _Picks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class RelaxedMatching:
-    """How much of each token goes where, ready to be applied.
+    """A decided relaxed matching.
 
-    share: (B, |A|, |B|), see `soft_grouping`; n_active: the tokens that take part, the first ones; the rest, the tail,
-    faded before; n_protected: of the active ones the first, which neither merge nor are merged into.
+    share: (B, |A|, |B|), see `soft_grouping`. n_active: number of leading tokens that take part;
+        the others are the tail, tokens that merged in earlier blocks. n_protected: leading active
+        tokens that take no part.
     """
 
     share: Tensor
@@ -102,13 +108,15 @@ class RelaxedMatching:
     n_protected: int
 
     def merge(self, x: Tensor, size: Tensor, *, keep_tail: bool = True) -> tuple[Tensor, Tensor]:
-        """Move shares of A into B; then put the r of A of which least is left behind the active tokens.
+        """Move shares of A into B, and move the r smallest remaining tokens of A to the tail.
 
-        Order of the result: protected, the rest of A, B, each in its order before (as after a hard merge), then those
-        that faded now, then those that had before; keep_tail=False leaves both of those out.
+        Order of the result: protected, the rest of A, B, each in its previous order, as after a
+        hard merge; then the new tail and the previous tail, which keep_tail=False omits.
 
-        Shapes: x (B, N, C), size (B, N, 1) -> the same, or without the tail N = n_active - r. The sizes' sum stays.
-        Differs from the paper: its code sorts all active tokens by size; here the order is that of inference.
+        Shapes: x (B, N, C), size (B, N, 1) -> the same, or n_active - r tokens without the tail.
+            Sizes keep their sum.
+        Differs from the paper: its code sorts all active tokens by size; here the order is that of
+            inference.
         """
         first_a, first_b = first_free(self.n_protected)
         a, b = slice(first_a, self.n_active, 2), slice(first_b, self.n_active, 2)
@@ -118,7 +126,8 @@ class RelaxedMatching:
             size_b = size[:, b] + moved.sum(-1, keepdim=True)
             x_b = (size[:, b] * x[:, b] + moved @ x[:, a]) / size_b
             left = 1 - self.share.sum(-1, keepdim=True)
-            left = left + (left.clamp(0, 1) - left).detach()  # rounding alone exceeds; the gradient passes
+            # Rounding may leave [0, 1]; clamp the value but not the gradient.
+            left = left + (left.clamp(0, 1) - left).detach()
             size_a = size[:, a] * left
         order = self._order(size_a.detach().squeeze(-1))
         n_kept = self.n_active - self.r
@@ -134,7 +143,10 @@ class RelaxedMatching:
         return tokens, torch.cat(parts_size, 1).gather(1, index)
 
     def _order(self, size_a: Tensor) -> Tensor:
-        """Shapes: (B, |A|) -> (B, n_active), places within [protected, A, B]"""
+        """Return the order of the active tokens.
+
+        Shapes: (B, |A|) -> (B, n_active), indices in [protected, A, B]
+        """
         n_a, n_b = int(self.share.shape[1]), int(self.share.shape[2])
         n_images = len(size_a)
         largest_first = size_a.argsort(dim=-1, descending=True, stable=True)
@@ -147,14 +159,14 @@ class RelaxedMatching:
 def relaxed_matching(
     metric: Tensor, r: int, relaxation: Relaxation | None = None, *, n_protected: int = 1
 ) -> RelaxedMatching:
-    """Group the tokens of A = 0, 2, 4 … softly with those of B = 1, 3, 5 … by cosine similarity.
+    """Match tokens 0, 2, 4 … (A) softly to tokens 1, 3, 5 … (B) by cosine similarity.
 
-    The same split as `bipartite_soft_matching`, so that what is learnt is what inference does. The loss reaches the
-    metric through the matching alone.
+    The split is that of `bipartite_soft_matching`, so that training matches inference. The loss
+    reaches the metric only through the matching.
 
     Shapes: metric (B, N, D) of the active tokens
     Raises: ValueError where r is negative or more than `max_r(N, n_protected)`.
-    Differs from the paper: its code trains on A = 1, 3, 5 … and B = 2, 4, 6 … .
+    Differs from the paper: its code trains with A = 1, 3, 5 … and B = 2, 4, 6 …
     """
     n_tokens = checked_tokens(metric, r, n_protected)
     metric = metric.to(torch.promote_types(metric.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""A schedule says how many tokens each block removes.
+"""Schedules: the number of tokens that each block removes.
 
 Source: arXiv 2210.09461, section 3 (constant and decreasing schedules).
 """
@@ -10,14 +10,14 @@ from typing import Literal, TypeAlias
 Schedule: TypeAlias = int | tuple[int, float] | Sequence[int]
 """`r` for every block; `(r, inflection)`, linear around a mean of `r`; or one `r` per block.
 
-A tuple of two is always `(r, inflection)`: write the rates of a model of two blocks as a list.
+A tuple of two is always `(r, inflection)`. For a model of two blocks, give the rates as a list.
 """
 
 Exhausted: TypeAlias = Literal["error", "reduce"]
 
 
 def max_r(n_tokens: int, n_protected: int = 1) -> int:
-    """Return the most tokens that one bipartite matching can remove: half of those it may touch."""
+    """Return the maximum r of one bipartite matching: half of the unprotected tokens."""
     return max(0, n_tokens - n_protected) // 2
 
 
@@ -26,10 +26,11 @@ def resolve_schedule(
 ) -> tuple[int, ...]:
     """Return the number of tokens that each of `depth` blocks removes.
 
-    exhausted: what to do where a block asks for more than `max_r`: refuse, or "reduce" that block to `max_r`,
-        visibly, in the list returned (16 over 197 tokens and 12 blocks: eleven 16s and a 10).
-    Raises: TypeError or ValueError on a malformed schedule; ValueError naming the block that cannot give its `r`.
-    Differs from the paper: its code reduces without a word.
+    exhausted: what to do where a block's `r` exceeds `max_r`: raise an "error", or "reduce" it to
+        `max_r` in the returned list (16 over 197 tokens and 12 blocks: eleven 16s and a 10).
+    Raises: TypeError or ValueError for a malformed schedule; ValueError naming the block whose `r`
+        is too large.
+    Differs from the paper: its code reduces silently.
     """
     _check_sizes(depth, n_tokens, n_protected)
     if exhausted not in ("error", "reduce"):
@@ -40,7 +41,7 @@ def resolve_schedule(
         if r > limit and exhausted == "error":
             raise ValueError(
                 f"block {block} cannot remove r={r} tokens: of the {n_tokens} that reach it ({n_protected} protected) "
-                f"it can remove {limit}; exhausted='reduce' would take {limit}"
+                f"it can remove {limit}; exhausted='reduce' would use {limit}"
             )
         resolved.append(min(r, limit))
         n_tokens -= resolved[-1]
@@ -48,7 +49,7 @@ def resolve_schedule(
 
 
 def tokens_per_block(resolved: Sequence[int], n_tokens: int) -> tuple[int, ...]:
-    """Return the tokens that enter each block and, last, those that are left: one number more than blocks."""
+    """Return the number of tokens before each block and at the end: one more than there are blocks."""
     tokens = [n_tokens]
     for r in resolved:
         tokens.append(tokens[-1] - r)
@@ -56,27 +57,27 @@ def tokens_per_block(resolved: Sequence[int], n_tokens: int) -> tuple[int, ...]:
 
 
 def _rates(schedule: Schedule, depth: int) -> list[int]:
-    """Return one `r` per block, not yet held against the tokens there are."""
+    """Return one `r` per block, not yet checked against the number of tokens."""
     if isinstance(schedule, int):
         return [_rate(schedule)] * depth
     if isinstance(schedule, str | bytes) or not isinstance(schedule, Sequence):
-        raise TypeError(f"a schedule is r, (r, inflection) or a list of r per block, not {schedule!r}")
+        raise TypeError(f"schedule {schedule!r}: expected r, (r, inflection) or a list of one r per block")
     if isinstance(schedule, tuple) and len(schedule) == 2:
         return _linear(_rate(schedule[0]), schedule[1], depth)
     if len(schedule) != depth:
-        raise ValueError(f"a schedule with one r per block needs {depth} of them, not {len(schedule)}: {schedule!r}")
+        raise ValueError(f"schedule {schedule!r}: a list of one r per block needs {depth} of them, not {len(schedule)}")
     return [_rate(r) for r in schedule]
 
 
 def _linear(r: int, inflection: float, depth: int) -> list[int]:
-    """Return rates on a line through the mean `r`: -1 falls from 2r to 0, 0 is flat, +1 rises from 0 to 2r.
+    """Return rates on a line with mean `r`: -1 falls from 2r to 0, 0 is flat, +1 rises to 2r.
 
-    Exact: floats would put 25.999… where 26 belongs, on some depths only.
+    Computed with fractions: floats would give 25.999… instead of 26 at some depths.
     """
     if isinstance(inflection, bool) or not isinstance(inflection, int | float):
-        raise TypeError(f"an inflection is a number from -1 to 1, not {inflection!r}")
+        raise TypeError(f"inflection {inflection!r}: expected a number from -1 to 1")
     if not -1 <= inflection <= 1:
-        raise ValueError(f"an inflection is a number from -1 to 1, not {inflection!r}")
+        raise ValueError(f"inflection {inflection!r}: expected a number from -1 to 1")
     if depth == 1:
         return [r]
     first = r * (1 - Fraction(str(inflection))) // 1
@@ -85,9 +86,9 @@ def _linear(r: int, inflection: float, depth: int) -> list[int]:
 
 def _rate(r: object) -> int:
     if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r is a whole number of tokens, not {r!r}")
+        raise TypeError(f"r {r!r}: expected a whole number of tokens")
     if r < 0:
-        raise ValueError(f"r is a number of tokens to remove and cannot be negative: {r}")
+        raise ValueError(f"r {r}: expected a number of tokens of at least 0")
     return r
 
 
@@ -95,4 +96,4 @@ def _check_sizes(depth: int, n_tokens: int, n_protected: int) -> None:
     if depth < 1 or n_tokens < 1:
         raise ValueError(f"a schedule needs at least one block and one token, not {depth} and {n_tokens}")
     if not 0 <= n_protected <= n_tokens:
-        raise ValueError(f"n_protected must be from 0 to the {n_tokens} tokens there are, not {n_protected}")
+        raise ValueError(f"n_protected must be from 0 to the {n_tokens} tokens, not {n_protected}")

@@ -1,6 +1,7 @@
-"""The source map says which of the original tokens each token stands for: 0 or 1, (B, N_out, N_in).
+"""Source maps: which original tokens each token contains, as 0 or 1, (B, N_out, N_in).
 
-A matching merges it as it merges sizes, `source = matching.merge_sum(source)`, because groups never overlap.
+A matching updates it like sizes, with `source = matching.merge_sum(source)`, since groups never
+overlap.
 """
 
 import torch
@@ -8,16 +9,13 @@ from torch import Tensor
 
 
 def identity_source(tokens: Tensor) -> Tensor:
-    """Return the source map of tokens that stand for themselves.
-
-    Shapes: tokens (B, N, C) -> (B, N, N), in float32 whatever the tokens' type.
-    """
+    """Return the source map of unmerged tokens. Shapes: (B, N, C) -> float32 (B, N, N)"""
     n_images, n_tokens = tokens.shape[:2]
     return torch.eye(n_tokens, device=tokens.device).expand(n_images, -1, -1)
 
 
 def unmerge(tokens: Tensor, source: Tensor) -> Tensor:
-    """Copy every token back to each of the places that it stands for.
+    """Copy each token to the positions of the original tokens that it contains.
 
     Shapes: tokens (B, N_out, C), source (B, N_out, N_in) -> (B, N_in, C)
     """

@@ -1,4 +1,4 @@
-"""Vision transformers that merge tokens, made from timm's; of them `vit` alone imports timm."""
+"""Vision transformers that merge tokens, based on timm's. Only `vit` imports timm."""
 
 from training.models.macs import count_macs, matching_macs, vit_macs
 from training.models.vit import (

@@ -1,4 +1,4 @@
-"""A vision transformer that merges what is similar enough: each image keeps as many tokens as it needs."""
+"""A vision transformer with adaptive merging: the number of tokens depends on the image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
 class AdaptiveVisionTransformer(MergingVisionTransformer):
-    """The same model as its parent, each block merging every pair whose score exceeds the block's threshold.
+    """A ViT in which each block merges all pairs whose score exceeds the block's threshold.
 
-    metric: "keys" or "features" is ATM; a `DecoupledEmbedding` is adaptive DTEM.
-    Images of a batch keep different numbers of tokens: see `training.merging.adaptive`. A block whose threshold is 1
-    or more cannot merge, so it does not match.
+    metric: "keys" or "features" is ATM; a `DecoupledEmbedding` is adaptive DTEM. Images of a batch
+        keep different numbers of tokens, see `training.merging.adaptive`. A block with a threshold
+        of 1 or more cannot merge, so it skips matching.
     Source: arXiv 2505.15160.
     """
 
@@ -41,7 +41,7 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
         self._per_block = thresholds.per_block(len(self.vit.blocks))
 
     def forward_counted(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits, and how many tokens each image had before each block and at the end.
+        """Return logits, and the number of tokens of each image before each block and at the end.
 
         Shapes: (B, 3, H, W), normalised -> (B, classes), int64 (B, blocks + 1)
         """
@@ -49,11 +49,11 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
         return self._classify(self.vit.norm(tokens), size), counts
 
     def macs(self, counts: Tensor) -> Tensor:
-        """Return the MACs that each image took, merging included, as if it had been alone.
+        """Return the MACs of each image, merging included, without the padding of its batch.
 
-        With |A| and |B| tokens to match, a metric of width D costs |A|·|B|·D, and the merge |A|·|B|·C; an embedding
-        N·C·D besides.
-        Shapes: as `forward_counted` gives them, int64 (B, blocks + 1) -> int64 (B,)
+        Matching |A| with |B| tokens costs |A|·|B|·D for a metric of width D, merging |A|·|B|·C, and
+        an embedding another N·C·D.
+        Shapes: counts of `forward_counted`, int64 (B, blocks + 1) -> int64 (B,)
         """
         tokens = counts.unbind(dim=1)
         width = int(self.vit.embed_dim)
@@ -66,7 +66,7 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
         return macs
 
     def _metric_dim(self, block: int) -> tuple[int, int]:
-        """Return of how many numbers the metric is, and the MACs per token that it takes to have them."""
+        """Return the width of the metric, and the MACs per token to compute it."""
         attn: Any = self.vit.blocks[block].attn
         if isinstance(self.metric, DecoupledEmbedding):
             dim = self.metric.config.dim
@@ -100,7 +100,7 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
     def _match_similar(
         self, block: int, threshold: float, size: Tensor, hidden: Tensor, keys: Tensor, embedded: Tensor | None
     ) -> Matching:
-        if threshold >= 1:  # spares the metric too
+        if threshold >= 1:
             return IDENTITY
         metric = self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded
         return self.decide_similar(block, metric, size)
@@ -117,12 +117,12 @@ class AdaptiveVisionTransformer(MergingVisionTransformer):
         )
 
     def candidates(self, block: int, metric: Tensor, size: Tensor) -> Candidates:
-        """Return what could merge in a block. Shapes: as `decide_similar`"""
+        """Return the halves and the scores of a block. Shapes: as `decide_similar`"""
         split, score = self.thresholds.split(block), self.thresholds.score
         return candidates(metric, size, split=split, score=score, n_protected=self.n_protected)
 
     def _weight(self, size: Tensor | None) -> Tensor | None:
-        """Absent rows draw no attention, whether or not it is proportional."""
+        """Return the attention weights of the tokens; absent rows have weight 0 in any case."""
         return size if size is None or self.is_proportional else size.clamp(max=1)
 
 

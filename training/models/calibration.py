@@ -1,15 +1,16 @@
-"""Thresholds that were calibrated for a ViT, as a small file to share: what policy atm and adaptive DTEM merge by."""
+"""Calibrations: thresholds for one ViT, as a small file. The adaptive policies merge by them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from torch import nn
 
 from training.merging.adaptive import Thresholds
+from training.merging.policies import ADAPTIVE_METRICS, adaptive_policy
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.embedding import DecoupledEmbedding
 from training.models.vit import MetricChoice
@@ -17,20 +18,18 @@ from training.models.weights import weights_digest
 
 _FORMAT = "dtem-thresholds"
 
-AdaptiveMetric: TypeAlias = Literal["keys", "features", "embedding"]
-"""keys: the mean over heads, as ToMe. features: what the attention reads. embedding: DTEM's."""
-
 
 class CalibrationMismatch(ValueError):  # noqa: N818
-    """A calibration cannot be read, or is of another model; the message says which."""
+    """A calibration file is invalid, or belongs to another model; the message says which."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the thresholds did on a set of images, paired with the unmerged model's answers on the same ones.
+    """Cost and accuracy of the thresholds on a set of images, paired with the unmerged model.
 
-    Units: GMACs of one image, mean; difference in points of top-1, merged less unmerged, with its 95 % interval.
-    is_labelled: right by labels, or where there are none right where the unmerged model's answer is kept.
+    Units: GMACs per image, mean; difference of top-1 in points, merged minus unmerged, with its 95
+        % interval.
+    is_labelled: answers are compared with labels; otherwise with the answers of the unmerged model.
     """
 
     dataset: str
@@ -45,12 +44,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, which model they are for, and what they were found by.
+    """Thresholds, the model that they belong to, and the search that found them.
 
-    weights, embedding: SHA-256 of the tensors; max_accuracy_drop in points.
+    weights, embedding: SHA-256 of the tensors. max_accuracy_drop: in points. metric: one of
+        `ADAPTIVE_METRICS`.
     """
 
-    metric: AdaptiveMetric
+    metric: str
     thresholds: Thresholds
     weights: str
     embedding: str | None
@@ -62,24 +62,25 @@ class Calibration:
 
     @property
     def policy(self) -> str:
-        return "adaptive-dtem" if self.metric == "embedding" else "atm"
+        return adaptive_policy(self.metric).name
 
     def model(self, vit: nn.Module, embedding: DecoupledEmbedding | None = None) -> AdaptiveVisionTransformer:
-        """Return the ViT merging by the thresholds, for inference.
+        """Return the ViT with these thresholds, for inference.
 
-        Raises: CalibrationMismatch where ViT or embedding are not those that it was calibrated for.
+        Raises: CalibrationMismatch where the ViT or the embedding is another than the calibrated
+            one.
         """
         for name, expected, module in (("weights", self.weights, vit), ("embedding", self.embedding, embedding)):
             if expected is None:
                 continue
             if module is None:
                 raise CalibrationMismatch(
-                    f"the calibration of {self.policy} needs the {name} {expected[:12]}…: none given"
+                    f"the calibration of {self.policy} needs the {name} {expected[:12]}…, and none was given"
                 )
             if (found := weights_digest(module)) != expected:
                 raise CalibrationMismatch(
-                    f"the thresholds are calibrated for {name} {expected[:12]}…, and these are {found[:12]}…: "
-                    "calibrate anew (python -m training.cli.calibrate)"
+                    f"the thresholds were calibrated for {name} {expected[:12]}…, not for {found[:12]}…: "
+                    "calibrate anew with python -m training.cli.calibrate"
                 )
         return adaptive_model(vit, self.thresholds, self.metric, embedding)
 
@@ -89,21 +90,20 @@ class Calibration:
 
 
 def adaptive_model(
-    vit: nn.Module, thresholds: Thresholds, metric: AdaptiveMetric, embedding: DecoupledEmbedding | None = None
+    vit: nn.Module, thresholds: Thresholds, metric: str, embedding: DecoupledEmbedding | None = None
 ) -> AdaptiveVisionTransformer:
-    """Return the ViT merging by thresholds, an embedding joined to the qkv layers. Raises: ValueError without one."""
-    if metric not in get_args(AdaptiveMetric):
-        raise ValueError(f"metric {metric!r}: expected one of {', '.join(get_args(AdaptiveMetric))}")
-    if metric == "embedding" and embedding is None:
-        raise ValueError("metric embedding needs one: --embedding, or a --run or --published with one")
-    choice: MetricChoice = embedding if metric == "embedding" and embedding is not None else metric  # type: ignore[assignment]
+    """Return the ViT with thresholds on a metric, an embedding joined to the qkv layers.
+
+    Raises: ValueError for an unknown metric, or a missing embedding.
+    """
+    choice: MetricChoice = adaptive_policy(metric).resolve_metric(embedding)
     return AdaptiveVisionTransformer(vit, thresholds, metric=choice, join=True).eval()
 
 
 def load_calibration(path: Path) -> Calibration:
-    """Read what `Calibration.save` wrote.
+    """Read a file that `Calibration.save` wrote.
 
-    Raises: FileNotFoundError; CalibrationMismatch where it is another kind of file.
+    Raises: FileNotFoundError; CalibrationMismatch where the file is not a calibration.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no calibration {path}")
@@ -117,8 +117,8 @@ def load_calibration(path: Path) -> Calibration:
             for name in ("calibrated", "unseen")
         }
         found = Calibration(**{**content, **sets, "thresholds": Thresholds(**content["thresholds"])})
-        if found.metric not in get_args(AdaptiveMetric) or stated_policy != found.policy:
-            raise ValueError(f"policy {stated_policy!r} with metric {found.metric!r} is none")
+        if found.metric not in ADAPTIVE_METRICS or stated_policy != found.policy:
+            raise ValueError(f"policy {stated_policy!r} with metric {found.metric!r} is unknown")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise CalibrationMismatch(f"{path} is no calibration: {err}") from err
+        raise CalibrationMismatch(f"{path} is not a calibration: {err}") from err
     return found

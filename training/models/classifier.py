@@ -1,4 +1,4 @@
-"""What is frozen: uint8 pixels in, logits out, everything between them in the graph."""
+"""Modules to export: uint8 pixels in, logits out, with normalisation and model in one graph."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
 from training.models.adaptive import AdaptiveVisionTransformer
+from training.models.tasks import CLASSIFY
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
 class ServedClassifier(nn.Module):
-    """A merging vision transformer behind the service's input: scaling and normalisation are part of it."""
+    """A merging ViT with the service's input: scaling and normalisation are part of it."""
+
+    task, is_adaptive = CLASSIFY, False
 
     def __init__(self, model: MergingVisionTransformer, rule: InputRule) -> None:
         super().__init__()
@@ -36,7 +39,9 @@ class ServedClassifier(nn.Module):
 
 
 class AdaptiveClassifier(nn.Module):
-    """An adaptive model behind the same input; it says what each image kept and cost, besides what it shows."""
+    """An adaptive ViT with the same input, which also returns tokens and GMACs of each image."""
+
+    task, is_adaptive = CLASSIFY, True
 
     def __init__(self, model: AdaptiveVisionTransformer, rule: InputRule) -> None:
         super().__init__()
@@ -48,12 +53,13 @@ class AdaptiveClassifier(nn.Module):
         return model  # type: ignore[no-any-return]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, tokens that enter each block and are left at the end, GMACs; see `AdaptiveVisionTransformer`.
+        """Return logits, the tokens before each block and at the end, and GMACs.
 
         Shapes: uint8 (B, H, W, 3) -> float32 (B, classes), int64 (B, blocks + 1), float32 (B,)
         """
         logits, tokens = self.model.forward_counted(self.served.normalised(pixels))
-        gmacs = self.model.macs(tokens).double() / 1e9  # past 2**24 float32 would round the MACs themselves
+        # Divide in float64: float32 rounds MACs above 2**24.
+        gmacs = self.model.macs(tokens).double() / 1e9
         return logits.float(), tokens, gmacs.float()
 
 
@@ -61,7 +67,7 @@ FrozenClassifier: TypeAlias = ServedClassifier | AdaptiveClassifier
 
 
 def input_rule(vit: nn.Module) -> InputRule:
-    """Take over what timm states of a model's weights: size, mean, standard deviation, interpolation and crop."""
+    """Return the preprocessing that timm states for a model's weights."""
     model: Any = vit
     stated = model.pretrained_cfg
     height, width = model.patch_embed.img_size
@@ -78,13 +84,13 @@ def input_rule(vit: nn.Module) -> InputRule:
 def frozen_classifier(
     vit: nn.Module, rule: InputRule, r: int, *, metric: MetricChoice = "keys", metric_seed: int = 0
 ) -> ServedClassifier:
-    """Wrap a ViT at a constant rate for evaluation or export.
+    """Return a ViT at a constant rate, for evaluation or export.
 
-    Late blocks that run out of tokens remove what they can, as the published figures do; `model.schedule` tells.
-    Attention is put plainly (matmul, softmax, matmul): the fewest nodes in a graph. Of the other exact forms, the two
-    augmented ones were 1-2 % slower as graphs in one trial on a CPU; the masked one was not timed.
-    A decoupled embedding as metric is computed in the GEMM of the qkv layers.
-    Raises: ValueError where already the first block cannot remove r.
+    Late blocks with too few tokens remove as many as they can, as in the published figures; see
+    `model.schedule`. Attention is plain (matmul, softmax, matmul), which gives the fewest nodes in
+    a graph. In one trial on a CPU, graphs with the two augmented forms were 1-2 % slower; the
+    masked form was not timed. An embedding as the metric is computed in the GEMM of the qkv layers.
+    Raises: ValueError where the first block cannot remove r tokens.
     """
     model = MergingVisionTransformer(
         vit, r, exhausted="reduce", metric=metric, metric_seed=metric_seed, attention="plain", join=r > 0

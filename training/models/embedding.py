@@ -1,4 +1,4 @@
-"""The decoupled embedding: what DTEM learns to compare tokens by, a small add-on to a ViT that stays as it is."""
+"""The decoupled embedding: the learned metric of DTEM, a small addition to an unchanged ViT."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FORMAT = "dtem-embedding"
 
 
 class EmbeddingMismatch(ValueError):  # noqa: N818
-    """An embedding's file cannot be read, or is of a ViT of another shape; the message says which."""
+    """An embedding file is invalid, or belongs to a ViT of another shape; the message says which."""
 
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """What rebuilds an embedding, and how it was trained.
+    """The shape of an embedding, and how it was trained.
 
-    depth, width: of the ViT; dim: d', numbers that a token is compared by; r: the rate it was trained at.
+    depth, width: of the ViT. dim: d', the width of the embedding. r: the rate of training.
     """
 
     depth: int
@@ -41,14 +41,14 @@ class EmbeddingConfig:
 
 
 def default_dim(width: int) -> int:
-    """Return d' as published: 64, or 128 for a ViT of width 1024 and up."""
+    """Return the published d': 64, or 128 for a ViT of width 1024 or more."""
     return 128 if width >= 1024 else 64
 
 
 class DecoupledEmbedding(nn.Module):
-    """One affine layer per block on what the attention reads, detached: a `Metric` that a loss can teach.
+    """A trainable `Metric`: one affine layer per block on the attention's input, which is detached.
 
-    The loss reaches it through the merging that it causes and by no other way.
+    So the loss reaches it only through the merging that it causes.
     Source: arXiv 2412.10569, section 3.1.
     """
 
@@ -58,7 +58,7 @@ class DecoupledEmbedding(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(config.width, config.dim) for _ in range(config.depth))
 
     def forward(self, *, block: int, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Embed in the weights' own precision, whatever the autocast: a hundredth of a cosine decides.
+        """Embed in the precision of the weights, also under autocast: small differences matter.
 
         Shapes: hidden (B, N, C) -> (B, N, d')
         """
@@ -68,32 +68,34 @@ class DecoupledEmbedding(nn.Module):
         return embedded
 
     def check_fits(self, vit: nn.Module) -> None:
-        """Raises: EmbeddingMismatch where the ViT has other blocks or another width than the one it was trained for."""
+        """Raises: EmbeddingMismatch where the number of blocks or the width differ from the ViT's."""
         model: Any = vit
         found, expected = (len(model.blocks), int(model.embed_dim)), (self.config.depth, self.config.width)
         if found != expected:
             raise EmbeddingMismatch(
-                f"the embedding is of a ViT with {expected[0]} blocks of width {expected[1]}, "
+                f"the embedding belongs to a ViT with {expected[0]} blocks of width {expected[1]}, "
                 f"not {found[0]} of width {found[1]}"
             )
 
     def save(self, path: Path) -> None:
         """Write weights and config to one safetensors file."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={_FORMAT: json.dumps(asdict(self.config))})  # one key: their order is random
+        # safetensors writes several metadata keys in random order, so everything is under one key.
+        save_file(tensors, path, metadata={_FORMAT: json.dumps(asdict(self.config))})
 
 
 def load_embedding(path: Path) -> DecoupledEmbedding:
-    """Read what `DecoupledEmbedding.save` wrote.
+    """Read a file that `DecoupledEmbedding.save` wrote.
 
-    Raises: FileNotFoundError; EmbeddingMismatch where it is another kind of file, or its tensors are not its config's.
+    Raises: FileNotFoundError; EmbeddingMismatch for another kind of file, or tensors that do not
+        match the config.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no embedding file {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - file is not a dict
     except (SafetensorError, OSError) as err:
         raise EmbeddingMismatch(f"{path} is not a safetensors file: {err}") from err
     if _FORMAT not in metadata:
@@ -108,8 +110,23 @@ def load_embedding(path: Path) -> DecoupledEmbedding:
     return embedding
 
 
+def start_from(embedding: DecoupledEmbedding, file: Path) -> None:
+    """Load the weights of another embedding, to train on from them.
+
+    Raises: FileNotFoundError; EmbeddingMismatch where depth, width or d' differ.
+    """
+    given = load_embedding(file)
+    expected, found = embedding.config, given.config
+    if (expected.depth, expected.width, expected.dim) != (found.depth, found.width, found.dim):
+        raise EmbeddingMismatch(
+            f"embedding_weights {file} has {found.depth} blocks of width {found.width} and d' {found.dim}, "
+            f"the recipe's {expected.depth} of width {expected.width} and d' {expected.dim}"
+        )
+    embedding.load_state_dict(given.state_dict())
+
+
 class JoinedProjections(nn.Module):
-    """The qkv layers with the embedding's rows appended: at inference one GEMM gives both.
+    """The qkv layers with the embedding's rows appended: at inference one GEMM computes both.
 
     Shapes: weights (3·A + d', C), the ViT's rows first.
     """
@@ -124,9 +141,11 @@ class JoinedProjections(nn.Module):
         )
 
     def forward(self, block: int, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys, values and the embedding. Shapes: (B, N, C) -> three of (B, N, A), (B, N, d')
+        """Return queries, keys, values and the embedding.
 
-        Parted at once: to part the embedding from qkv first would copy qkv once more.
+        Shapes: (B, N, C) -> three of (B, N, A), (B, N, d')
+
+        A single split avoids another copy of qkv.
         """
         layer: Any = self.blocks[block]
         width = (layer.out_features - self.dim) // 3

@@ -1,6 +1,6 @@
-"""Multiply-accumulates (MACs) of a vision transformer that merges tokens: by formula, and counted as it runs.
+"""Multiply-accumulates (MACs) of a merging ViT, by formula and by counting operators.
 
-Published figures call these "FLOPs" and leave out what deciding and applying a merge costs.
+Published figures call them "FLOPs", and exclude the cost of matching and merging.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from training.merging.matching import first_free
 
 
 def vit_macs(vit: nn.Module, schedule: Sequence[int]) -> int:
-    """Return the MACs for one image under a resolved schedule, merging itself left out: the published convention."""
+    """Return the MACs of one image without matching and merging, as published."""
     return int(macs_of_tokens(vit, tokens_per_block(schedule, _n_tokens(vit))))
 
 
 def macs_of_tokens(vit: nn.Module, tokens: Sequence[Any]) -> Any:
-    """Return the MACs where so many tokens enter each block and, last, are left: integers, or int64 tensors of images.
+    """Return the MACs for token counts before each block and at the end, integers or tensors.
 
-    Every block's attention runs on the tokens that enter it, its MLP on those that are left: with N and N' of them,
-    width C and attention width A, N·C·3A + 2·N²·A + N·A·C and N' times the MLP's weights.
+    With N tokens before a block, N' after it, width C and attention width A: attention costs
+    N·C·3A + 2·N²·A + N·A·C, and the MLP costs N' times its weights.
     """
     model: Any = vit
     macs = int(model.patch_embed.num_patches) * _weights(model.patch_embed)
@@ -34,9 +34,10 @@ def macs_of_tokens(vit: nn.Module, tokens: Sequence[Any]) -> Any:
 
 
 def matching_macs(vit: nn.Module, schedule: Sequence[int], *, embedding_dim: int | None = None) -> int:
-    """Return the MACs that matching and merging add: |A|·|B|·D for the scores, N'·r·C for the merge.
+    """Return the MACs of matching and merging: |A|·|B|·D for the scores and N'·r·C for the merge.
 
-    D is the width of the keys; embedding_dim: of a decoupled embedding in their place, which costs N·C·D itself.
+    D is the width of the keys, or embedding_dim for a decoupled embedding, which costs another
+    N·C·D.
     """
     model: Any = vit
     width = int(model.embed_dim)
@@ -51,9 +52,9 @@ def matching_macs(vit: nn.Module, schedule: Sequence[int], *, embedding_dim: int
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
-    """Count the MACs that one image costs, from the operators that really run: merging included.
+    """Count the MACs of one image from the operators that run, merging included.
 
-    Every matmul, convolution and attention; not the additions, norms, sorts and copies between them.
+    Counted are matmuls, convolutions and attention, not additions, norms, sorts and copies.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     parameter = next(model.parameters())
@@ -73,7 +74,7 @@ def _n_tokens(vit: Any) -> int:
 
 
 def _weights(module: nn.Module) -> int:
-    """Return the weights of the layers that multiply: MACs per token, since each meets a token once."""
+    """Return the number of weights of linear and convolution layers, which is their MACs per token."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
     weights: list[Tensor] = [layer.weight for layer in layers]
     return sum(weight.numel() for weight in weights)

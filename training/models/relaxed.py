@@ -1,4 +1,4 @@
-"""A vision transformer in training mode for its metric: merging relaxed, so that the loss reaches what it merges by."""
+"""A vision transformer with relaxed merging, through which a loss can train the metric."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from training.models.vit import MergingVisionTransformer, MetricChoice
 
 
 class RelaxedVisionTransformer(MergingVisionTransformer):
-    """The same model as its parent, each block's hard merge replaced by a relaxed one.
+    """The model of its parent, with relaxed instead of hard merging in each block.
 
-    Tokens merged away stay in the tail with what is left of their size, are attended to by that much, and take part in
-    no later matching. keep_tail=False drops them as inference does: the sizes' sum is then no longer kept and what was
-    left of a token gets no gradient in later blocks, but blocks get shorter.
-    Where attention is not proportional (models that average their tokens), a token of size 1 and more counts as one.
+    Merged tokens stay in the tail with their remaining size, which weights the attention that they
+    receive, and take no part in later matchings. keep_tail=False drops them, as inference does.
+    Blocks are then shorter, but sizes no longer keep their sum, and the remainder of a token gets
+    no gradient in later blocks. Where attention is not proportional (models that average tokens),
+    sizes of 1 and more count as 1.
 
     Source: arXiv 2412.10569, section 3.2.
     """
@@ -45,12 +46,12 @@ class RelaxedVisionTransformer(MergingVisionTransformer):
         self.relaxation, self.keep_tail = relaxation or Relaxation(), keep_tail
 
     def encode(self, x: Tensor, *, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run the blocks; return tokens and sizes, the tail included where it is kept.
+        """Run the blocks; return tokens and sizes, including the tail if it is kept.
 
-        Raises: ValueError when asked for a source map: relaxed groups overlap.
+        Raises: ValueError for with_source, since relaxed groups overlap.
         """
         if with_source:
-            raise ValueError("with_source: relaxed merging has no source map, its groups overlap")
+            raise ValueError("with_source: relaxed merging has no source map, since its groups overlap")
         size: Tensor | None = None
         n_active = int(x.shape[1])
         for index, (block, r) in enumerate(zip(self.vit.blocks, self._resolve(n_active), strict=True)):

@@ -1,20 +1,21 @@
-"""Which architectures can merge tokens here, and why the others cannot.
+"""Supported architectures, and the reasons why others cannot merge tokens.
 
-Told by the names of timm's classes, since `training.models.vit` alone imports timm.
+Architectures are recognised by the names of timm's classes, since only `training.models.vit`
+imports timm.
 """
 
 from torch import nn
 
 
 class UnsupportedArchitecture(ValueError):  # noqa: N818
-    """The architecture cannot merge tokens here; the message names it and the reason."""
+    """The architecture cannot merge tokens; the message names it and the reason."""
 
 
-_HIERARCHICAL = "its stages pool or window a grid of tokens, which merging would break up"
-_WINDOWED = "its attention runs within windows of a grid of tokens, which merging would break up"
-_RELATIVE = "its attention adds a bias for the distance of two places in the grid, which a merged token no longer has"
-_ROTARY = "its attention rotates queries and keys by their place in the grid, which a merged token no longer has"
-_CONVOLUTION = "it has no tokens to merge: it is made of convolutions over a grid"
+_HIERARCHICAL = "its stages pool or window a grid of tokens, which merging would destroy"
+_WINDOWED = "its attention runs within windows of a grid of tokens, which merging would destroy"
+_RELATIVE = "its attention adds a bias for the distance of two grid positions, and a merged token has no position"
+_ROTARY = "its attention rotates queries and keys by their grid position, and a merged token has no position"
+_CONVOLUTION = "it has no tokens to merge: it consists of convolutions over a grid"
 
 _FAMILIES = {
     "swin_transformer": _WINDOWED,
@@ -38,31 +39,31 @@ _FAMILIES = {
     "beit": _RELATIVE,
     "eva": _ROTARY,
     "vision_transformer_hybrid": "hybrid: its tokens come from a convolutional network, not from patches",
-    "naflexvit": "its images differ in their number of tokens, which it masks; merging here needs one number for all",
+    "naflexvit": "its images have different numbers of tokens, and merging needs the same number for all",
     "convnext": _CONVOLUTION,
     "resnet": _CONVOLUTION,
     "efficientnet": _CONVOLUTION,
     "mobilenetv3": _CONVOLUTION,
     "regnet": _CONVOLUTION,
     "mlp_mixer": "it has no attention: its MLPs mix a fixed number of tokens",
-    "cait": "its class token joins in other blocks than its patches do",
+    "cait": "its class token enters in later blocks than its patches",
     "xcit": "its attention is over channels and its blocks convolve a grid of tokens",
 }
 _ANY_OTHER = "it is not one of timm's plain vision transformers (VisionTransformer, VisionTransformerDistilled)"
 
-_PARALLEL = "its blocks run attention and MLP side by side: there is no place between them to merge"
+_PARALLEL = "its blocks run attention and MLP in parallel, so there is no point between them to merge at"
 _BLOCKS = {
     "ResPostBlock": "its blocks normalise after the attention",
     "ParallelScalingBlock": _PARALLEL,
     "DiffParallelScalingBlock": _PARALLEL,
-    "ParallelThingsBlock": "its blocks run several attentions side by side, so there is no one set of keys to compare",
+    "ParallelThingsBlock": "its blocks run several attentions in parallel, so there is no one set of keys to compare",
     "DiffAttention": "its attention is the difference of two softmaxes (differential attention)",
 }
 _POOLINGS = {
-    "map": "it pools by attention (global_pool='map'), which takes no account of token sizes",
-    "prr": "it pools by attention (global_pool='prr'), which takes no account of token sizes",
-    "max": "it pools by maximum (global_pool='max'), of which a merged token keeps no record",
-    "avgmax": "it pools by maximum (global_pool='avgmax'), of which a merged token keeps no record",
+    "map": "it pools by attention (global_pool='map'), which ignores token sizes",
+    "prr": "it pools by attention (global_pool='prr'), which ignores token sizes",
+    "max": "it pools by maximum (global_pool='max'), which merging changes",
+    "avgmax": "it pools by maximum (global_pool='avgmax'), which merging changes",
     "": "it does not pool (global_pool=''), so it classifies tokens, not images",
 }
 _VIT = "timm.models.vision_transformer"
@@ -75,18 +76,15 @@ _SUPPORTED_PARTS = {
 
 
 def check_family(name: str, module: str) -> None:
-    """Refuse an architecture by the timm module that defines it, before it is built."""
+    """Raises: UnsupportedArchitecture, judged by the timm module before the model is built."""
     family = module.rpartition(".")[2]
-    is_old_name = family == "_registry"  # timm builds the architecture under its present name
+    is_old_name = family == "_registry"  # timm builds it under its current name
     if family not in ("vision_transformer", "deit") and not is_old_name:
         raise UnsupportedArchitecture(f"{name} ({family}) cannot merge tokens: {_FAMILIES.get(family, _ANY_OTHER)}")
 
 
 def check_model(model: nn.Module, name: str | None = None) -> None:
-    """Refuse a built model unless every part is one whose forward pass this package knows.
-
-    Raises: UnsupportedArchitecture
-    """
+    """Raises: UnsupportedArchitecture for a part whose forward pass is unknown."""
     name = name or type(model).__name__
     if _identity(model) not in _SUPPORTED:
         family = type(model).__module__.rpartition(".")[2]
@@ -107,16 +105,16 @@ def _part_reason(model: nn.Module) -> str | None:
             kind = type(part).__name__
             if kind == "HybridEmbed":
                 return _FAMILIES["vision_transformer_hybrid"]
-            return _BLOCKS.get(kind, f"its {role} is a {kind}, whose forward pass is not known here")
+            return _BLOCKS.get(kind, f"its {role} is a {kind}, whose forward pass is unknown")
     return None
 
 
 def _head_reason(model: nn.Module) -> str | None:
     pooling = getattr(model, "global_pool", None)
     if pooling not in ("token", "avg"):
-        return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is not known here")
+        return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is unknown")
     if not isinstance(getattr(model, "head", None), nn.Linear):
-        return "it has no classifier (its num_classes is 0: give it the number of classes)"
+        return "it has no classifier (num_classes is 0: set the number of classes)"
     return None
 
 

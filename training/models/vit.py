@@ -1,6 +1,7 @@
-"""A vision transformer of timm's that merges tokens in every block; of the models the one module that imports timm.
+"""A timm vision transformer that merges tokens in each block.
 
-timm's model is held, not patched: its parts are called, none of its attributes is changed.
+timm's model is wrapped, not patched: its parts are called, and its attributes stay unchanged. No
+other module of the models imports timm.
 """
 
 import difflib
@@ -17,15 +18,13 @@ from training.merging import (
     Metric,
     Schedule,
     bipartite_soft_matching,
-    feature_metric,
     identity_source,
-    key_metric,
     proportional_attention,
-    random_metric,
     resolve_schedule,
     tokens_per_block,
 )
 from training.merging.matching import IDENTITY
+from training.merging.metrics import METRICS
 from training.merging.schedule import Exhausted
 from training.models.embedding import DecoupledEmbedding, JoinedProjections
 from training.models.support import UnsupportedArchitecture, check_family, check_model
@@ -33,13 +32,14 @@ from training.models.weights import WeightsMismatch, load_weights
 
 __all__ = ["MergedFeatures", "MergingVisionTransformer", "UnsupportedArchitecture", "WeightsMismatch", "load_vit"]
 
-MetricChoice: TypeAlias = Literal["keys", "features", "random"] | Metric
+MetricChoice: TypeAlias = str | Metric
+"""A name in `METRICS`, or any `Metric`."""
 
 
 class MergedFeatures(NamedTuple):
-    """The tokens that are left, after the final norm. Shapes: (B, N, C), (B, N, 1), (B, N, N_in)
+    """The remaining tokens after the final norm. Shapes: (B, N, C), (B, N, 1), (B, N, N_in)
 
-    source refers to the tokens that entered the first block, the protected ones first.
+    source refers to the tokens before the first block, protected ones first.
     """
 
     tokens: Tensor
@@ -48,21 +48,20 @@ class MergedFeatures(NamedTuple):
 
 
 class MergingVisionTransformer(nn.Module):
-    """timm's vision transformer, merging tokens between attention and MLP of every block.
+    """timm's vision transformer, merging tokens between the attention and the MLP of each block.
 
-    schedule: see `training.merging.Schedule`; resolved here for the model's own number of tokens and, where images or
-        patch dropout bring another number, for that one.
-    metric: what tokens are compared by: their "keys", the "features" that the attention reads, a "random" draw, or any
-        `Metric`.
-    proportional_attention: None means on where a class token is pooled, off where tokens are averaged, as suits
-        models trained as masked autoencoders (arXiv 2210.09461, table 6).
-    attention: how attention is put, for the sake of kernels and exported graphs; see `AttentionForm`.
-    join: compute a `DecoupledEmbedding` by rows appended to copies of the qkv weights, one GEMM for both, as exported
-        graphs do. Such a model is for inference: its qkv layers no longer follow the ViT's.
-    At r = 0 everywhere the logits are timm's own.
+    schedule: see `training.merging.Schedule`. It is resolved for the model's number of tokens, and
+        again where images or patch dropout change that number.
+    metric: a name in `METRICS` (keys, features, random), or any `Metric`.
+    proportional_attention: None means on where a class token is pooled, and off where tokens are
+        averaged, as for masked autoencoders (arXiv 2210.09461, table 6).
+    attention: the form of the computation, for kernels and exported graphs; see `AttentionForm`.
+    join: compute a `DecoupledEmbedding` with rows appended to copies of the qkv weights, in one
+        GEMM, as exported graphs do. For inference only: the copies do not follow changes of the
+        ViT's qkv layers. With r = 0 in all blocks the logits are timm's.
 
-    Raises: UnsupportedArchitecture, naming the reason; EmbeddingMismatch; ValueError where the tokens cannot give what
-        the schedule asks.
+    Raises: UnsupportedArchitecture, naming the reason; EmbeddingMismatch; ValueError where a block
+        has too few tokens for the schedule.
     """
 
     def __init__(
@@ -99,17 +98,20 @@ class MergingVisionTransformer(nn.Module):
         return self._classify(self.vit.norm(tokens), size)
 
     def forward_features(self, images: Tensor, *, with_source: bool = False) -> MergedFeatures:
-        """Return the tokens that are left, how many patches each stands for and, on demand, which."""
+        """Return the remaining tokens, their sizes and, if requested, the source map."""
         tokens, size, source = self.encode(self.embed(images), with_source=with_source)
         return MergedFeatures(self.vit.norm(tokens), torch.ones_like(tokens[..., :1]) if size is None else size, source)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens that enter the first block. Shapes: (B, 3, H, W), normalised -> (B, N, C)"""
+        """Return the tokens before the first block.
+
+        Shapes: (B, 3, H, W), normalised -> (B, N, C)
+        """
         tokens: Tensor = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
         return tokens
 
     def encode(self, x: Tensor, *, with_source: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run the blocks; return tokens, sizes and source map. A size of None says that every token is still one patch.
+        """Run the blocks; return tokens, sizes (None while nothing merged) and source map.
 
         Shapes: as `MergedFeatures`, before the final norm.
         """
@@ -130,7 +132,7 @@ class MergingVisionTransformer(nn.Module):
     def _project(
         self, block: int, is_merging: bool, attn: Any, hidden: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """Return queries, keys and values, (B, heads, N, d) each, and the embedding where it is joined to them."""
+        """Return queries, keys and values, (B, heads, N, d) each, and a joined embedding."""
         if self.joined is None or not is_merging:
             qkv = attn.qkv(hidden)
             heads = qkv.reshape(*qkv.shape[:2], 3 * attn.num_heads, attn.head_dim).transpose(1, 2)
@@ -141,7 +143,7 @@ class MergingVisionTransformer(nn.Module):
     def _attend(
         self, attn: Any, qkv: tuple[Tensor, ...], hidden: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return what timm's Attention returns, keys weighed, and the keys as it compares them."""
+        """Return the output of timm's Attention with weighted keys, and the keys after any k-norm."""
         q, k, v = qkv
         q, k = attn.q_norm(q), attn.k_norm(k)
         mixed = proportional_attention(
@@ -158,21 +160,24 @@ class MergingVisionTransformer(nn.Module):
         return attn.proj_drop(attn.proj(mixed)), k
 
     def _weight(self, size: Tensor | None) -> Tensor | None:
-        """Return how much attention each token draws, None for all the same. Shapes: (B, N, 1) -> the same"""
+        """Return the weight of each token in attention, None for equal weights.
+
+        Shapes: (B, N, 1) -> the same
+        """
         return size if self.is_proportional else None
 
     def _match(self, block: int, r: int, hidden: Tensor, keys: Tensor, embedded: Tensor | None) -> Matching:
-        if r == 0:  # spares the metric too
+        if r == 0:
             return IDENTITY
         metric = self.metric(block=block, hidden=hidden, keys=keys) if embedded is None else embedded
         return self.decide(metric, r)
 
     def decide(self, metric: Tensor, r: int) -> Matching:
-        """Decide which r tokens merge away. Shapes: metric (B, N, D)"""
+        """Decide which r tokens merge. Shapes: metric (B, N, D)"""
         return bipartite_soft_matching(metric, r, n_protected=self.n_protected)
 
     def _classify(self, tokens: Tensor, size: Tensor | None) -> Tensor:
-        """Pool and classify as timm does, an average weighted by size."""
+        """Pool and classify as timm does; an average is weighted by size."""
         if size is None or not self.is_averaging:
             logits: Tensor = self.vit.forward_head(tokens)
             return logits
@@ -194,28 +199,26 @@ class MergingVisionTransformer(nn.Module):
 
 
 def _metric(choice: MetricChoice, seed: int) -> Metric:
-    if choice == "keys":
-        return key_metric
-    if choice == "features":
-        return feature_metric
-    if choice == "random":
-        return random_metric(seed)
+    if isinstance(choice, str) and choice in METRICS:
+        return METRICS[choice](seed)
     if not callable(choice):
-        raise ValueError(f"metric must be 'keys', 'features', 'random' or a Metric, not {choice!r}")
+        expected = ", ".join(map(repr, METRICS))
+        raise ValueError(f"metric {choice!r}: expected {expected} or a Metric")
     return choice
 
 
 def load_vit(
     architecture: str, *, weights: Literal["pretrained"] | Path | None = None, **timm_arguments: Any
 ) -> nn.Module:
-    """Build a timm vision transformer, with new weights, timm's own, or those of a safetensors file.
+    """Build a timm vision transformer with random, pretrained or local weights.
 
-    architecture: a name that `timm.create_model` knows; timm_arguments go there too (img_size, num_classes, …).
-    Raises: UnsupportedArchitecture; ValueError on an unknown name; WeightsMismatch or FileNotFoundError on a bad file.
+    architecture, timm_arguments: for `timm.create_model` (img_size, num_classes, …).
+    Raises: UnsupportedArchitecture; ValueError for an unknown name; WeightsMismatch or
+        FileNotFoundError for the file.
     """
     if isinstance(weights, str) and weights != "pretrained":
-        raise ValueError(f"weights must be None, 'pretrained' or the path of a safetensors file, not {weights!r}")
-    if ":" not in architecture:  # a hub or folder name says nothing of the family
+        raise ValueError(f"weights {weights!r}: expected None, 'pretrained' or the path of a safetensors file")
+    if ":" not in architecture:  # hub and folder names do not reveal the family
         _check_name(architecture)
     model: nn.Module = timm.create_model(architecture, pretrained=weights == "pretrained", **timm_arguments)
     check_model(model, architecture)

@@ -1,7 +1,8 @@
-"""Weights in a local safetensors file: loaded all or none, and saved with an embedding's rows behind the qkv layers'.
+"""Weights in safetensors files, with an embedding's rows after those of the qkv layers.
 
-A safetensors file has its tensors of one type in the order of their names. So `….qkv.weight_embedding` lies right
-behind `….qkv.weight`, and the matrix of both is one stretch of the file, of which the ViT's own is the beginning.
+A safetensors file orders tensors of one type by name. So `….qkv.weight_embedding` directly follows
+`….qkv.weight`. The joined matrix is one range of the file, and the ViT's matrix is the start of
+that range.
 """
 
 import hashlib
@@ -21,11 +22,11 @@ _MAX_NAMED = 5
 
 
 class WeightsMismatch(ValueError):  # noqa: N818
-    """A weights file does not hold exactly the tensors of the model; the message names file and tensors."""
+    """The tensors of a weights file are not those of the model; the message names them."""
 
 
 def save_weights(model: nn.Module, embedding: DecoupledEmbedding | None, path: Path) -> None:
-    """Write every tensor of the model and, behind those of the qkv layers, the embedding's rows."""
+    """Write all tensors of the model, and the embedding's rows after the qkv layers."""
     tensors = dict(model.state_dict())
     layers: Any = embedding.blocks if embedding is not None else ()
     for index, layer in enumerate(layers):
@@ -35,10 +36,10 @@ def save_weights(model: nn.Module, embedding: DecoupledEmbedding | None, path: P
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load every tensor of the model from a safetensors file, strictly; an embedding's rows in it are left out.
+    """Load all tensors of the model from a safetensors file, strictly, without embedding rows.
 
-    Raises: FileNotFoundError; WeightsMismatch where the file is not safetensors, or tensors are missing, unexpected or
-        of another shape. The model is then as it was.
+    Raises: FileNotFoundError; WeightsMismatch where the file is not safetensors, or tensors are
+        missing, unexpected or of another shape. The model is then unchanged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -53,7 +54,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of all tensors of a module, names and bits."""
+    """Return the SHA-256 of the names and bytes of all tensors of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -62,7 +63,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    misshaped = [
+    other_shape = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
@@ -70,7 +71,7 @@ def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "mis-shaped": misshaped,
+        "of another shape": other_shape,
     }
     return [f"{len(names)} {kind}: {_shortened(names)}" for kind, names in kinds.items() if names]
 

@@ -88,5 +88,5 @@ def test_label_smoothing_of_the_loss_is_that_of_smoothed_shares() -> None:
 
 
 def test_odd_batches_are_not_mixed() -> None:
-    with pytest.raises(ValueError, match="even number of images a process, not 3"):
+    with pytest.raises(ValueError, match="even number of images per process, not 3"):
         Mixing(4, mixup=0.8, cutmix=1.0)(torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]), 1)

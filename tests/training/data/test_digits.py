@@ -23,16 +23,16 @@ PINNED: dict[digits.Split, str] = {
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_images_are_the_same_bit_for_bit_for_ever(split: digits.Split) -> None:
+def test_images_never_change(split: digits.Split) -> None:
     assert fingerprint(split, 64) == PINNED[split]
 
 
 def test_an_image_does_not_depend_on_those_drawn_before() -> None:
-    alone = draw("test", 7)
+    first = draw("test", 7)
     draw("train", 3)
     again = draw("test", 7)
-    assert np.array_equal(alone.image, again.image)
-    assert alone.label == again.label
+    assert np.array_equal(first.image, again.image)
+    assert first.label == again.label
 
 
 def test_no_scan_is_in_two_splits() -> None:

@@ -4,7 +4,7 @@ import pytest
 from training.data.random_words import RandomWords
 
 
-def test_words_are_the_same_for_ever() -> None:
+def test_words_never_change() -> None:
     words = RandomWords(1, 2, 3)
     assert [words.integer(0, 999_999) for _ in range(4)] == PINNED_INTEGERS
     assert words.bytes(2, 3).tolist() == PINNED_BYTES

@@ -24,7 +24,7 @@ def test_impossible_counts_are_refused(n_right: int, n_images: int) -> None:
         wilson_interval(n_right, n_images)
 
 
-def test_measure_compares_image_by_image_and_times_inference_alone() -> None:
+def test_measure_compares_images_with_labels_and_times_inference_only() -> None:
     def first_pixel(pixels: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(pixels[:, 0, 0, 0].long(), 5).float()
 

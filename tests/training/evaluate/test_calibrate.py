@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from training.cli.model_options import newest_version
 from training.data.digits import draw
 from training.data.sources import REFERENCE_INPUT
 from training.evaluate import calibrate as calibration
-from training.evaluate.calibrate import Judge, Trial, attempt, is_inside, read_trials, resolution_points, search
+from training.evaluate.calibrate import (
+    PairedEvaluator,
+    Trial,
+    attempt,
+    is_within_bound,
+    read_trials,
+    resolution_points,
+    search,
+)
 from training.evaluate.paired import PairedCounts
 from training.merging.adaptive import Thresholds
 from training.models.calibration import CalibrationMismatch, adaptive_model, load_calibration
@@ -43,8 +52,8 @@ def counts(n_images: int, n_lost: int, n_won: int) -> PairedCounts:
         (9, 0, 0.5, False),  # 0.45 points lost, and the interval ends past 0.5
     ],
 )
-def test_inside_is_what_the_interval_of_the_loss_allows(n_lost: int, n_won: int, drop: float, expected: bool) -> None:
-    assert is_inside(counts(2000, n_lost, n_won), drop) is expected
+def test_bound_applies_to_the_interval_of_the_loss(n_lost: int, n_won: int, drop: float, expected: bool) -> None:
+    assert is_within_bound(counts(2000, n_lost, n_won), drop) is expected
 
 
 def test_resolution_is_the_end_of_the_interval_where_nothing_changed() -> None:
@@ -52,22 +61,22 @@ def test_resolution_is_the_end_of_the_interval_where_nothing_changed() -> None:
     assert resolution_points(4000) < resolution_points(2000) / 1.9
 
 
-class FakeJudge:
-    """A model whose images cost alpha + floor and are lost, `n_lost` of them, once both are low enough."""
+class FakeEvaluator:
+    """A model with costs alpha + floor, and 40 wrong answers below a limit."""
 
     depth, unmerged_gmacs = 12, 2.0
 
     def __init__(self, n_images: int = 2000, limit: float = 1.2) -> None:
         self.n_images, self.limit = n_images, limit
         self.is_right = np.ones(n_images, bool)
-        self.n_judged: list[int] = []
+        self.n_evaluated: list[int] = []
         self.noise = np.random.default_rng(0).normal(0, 0.01, n_images)
 
     def __len__(self) -> int:
         return self.n_images
 
-    def judge(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        self.n_judged.append(last - first)
+    def evaluate(self, found: Thresholds, first: int, last: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        self.n_evaluated.append(last - first)
         cost = found.alpha + found.floor
         is_right = np.ones(self.n_images, bool)
         is_right[: 40 if cost < self.limit else 0] = False
@@ -78,73 +87,73 @@ def flat(level: float) -> Thresholds:
     return Thresholds(level, 0.0, level, 12)
 
 
-def try_out(judge: FakeJudge, level: float, drop: float, best_costs: Any = None) -> Trial:
-    trial, costs = attempt(judge, flat(level), drop, best_costs)  # type: ignore[arg-type]
-    assert len(costs) == trial.n_images == sum(judge.n_judged)
+def try_out(evaluator: FakeEvaluator, level: float, drop: float, best_costs: Any = None) -> Trial:
+    trial, costs = attempt(evaluator, flat(level), drop, best_costs)  # type: ignore[arg-type]
+    assert len(costs) == trial.n_images == sum(evaluator.n_evaluated)
     return trial
 
 
-def test_trial_inside_the_bound_meets_all_images_in_growing_parts() -> None:
-    judge = FakeJudge()
-    trial = try_out(judge, 0.9, 0.0)
-    assert judge.n_judged == [128, 128, 256, 512, 976]
-    assert (trial.is_inside, trial.n_images) == (True, 2000)
+def test_trial_within_the_bound_uses_all_images_in_growing_parts() -> None:
+    evaluator = FakeEvaluator()
+    trial = try_out(evaluator, 0.9, 0.0)
+    assert evaluator.n_evaluated == [128, 128, 256, 512, 976]
+    assert (trial.is_within_bound, trial.n_images) == (True, 2000)
     assert trial.gmacs == pytest.approx(1.8, abs=1e-3)
 
 
-def test_hopeless_trial_stops_at_once() -> None:
-    judge = FakeJudge()
-    trial = try_out(judge, 0.5, 0.0)
-    assert (judge.n_judged, trial.is_inside, trial.counts.n_only_base) == ([128], False, 40)
+def test_trial_outside_the_bound_stops_after_the_first_part() -> None:
+    evaluator = FakeEvaluator()
+    trial = try_out(evaluator, 0.5, 0.0)
+    assert (evaluator.n_evaluated, trial.is_within_bound, trial.counts.n_only_base) == ([128], False, 40)
 
 
-def test_trial_that_loses_less_than_the_bound_goes_on() -> None:
-    assert try_out(FakeJudge(), 0.5, 3.0).n_images == 2000
+def test_trial_that_loses_less_than_the_bound_continues() -> None:
+    assert try_out(FakeEvaluator(), 0.5, 3.0).n_images == 2000
 
 
-def test_trial_dearer_than_the_best_stops_and_is_judged_by_the_best() -> None:
-    judge = FakeJudge()
-    _, best_costs = attempt(judge, flat(0.8), 0.0)  # type: ignore[arg-type]
-    judge.n_judged.clear()
-    trial = try_out(judge, 0.9, 0.0, best_costs)
-    assert judge.n_judged == [128]
-    assert trial.is_inside
+def test_trial_more_expensive_than_the_best_stops_and_is_extrapolated() -> None:
+    evaluator = FakeEvaluator()
+    _, best_costs = attempt(evaluator, flat(0.8), 0.0)  # type: ignore[arg-type]
+    evaluator.n_evaluated.clear()
+    trial = try_out(evaluator, 0.9, 0.0, best_costs)
+    assert evaluator.n_evaluated == [128]
+    assert trial.is_within_bound
     assert trial.gmacs == pytest.approx(1.8, rel=1e-3)
 
 
 def test_search_comes_close_to_the_best_and_repeats_itself() -> None:
     trials: list[Trial] = []
-    best = search(FakeJudge(), 0.0, n_trials=200, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
+    best = search(FakeEvaluator(), 0.0, n_trials=200, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
     assert len(trials) == 200
-    assert best.is_inside
+    assert best.is_within_bound
     assert 1.2 <= best.thresholds.alpha + best.thresholds.floor < 1.3
     assert best.n_images == 2000
-    again = search(FakeJudge(), 0.0, n_trials=200, seed=1)  # type: ignore[arg-type]
+    again = search(FakeEvaluator(), 0.0, n_trials=200, seed=1)  # type: ignore[arg-type]
     assert again == best
-    other = search(FakeJudge(), 0.0, n_trials=200, seed=2)  # type: ignore[arg-type]
+    other = search(FakeEvaluator(), 0.0, n_trials=200, seed=2)  # type: ignore[arg-type]
     assert other.thresholds != best.thresholds
 
 
 def test_split_depth_may_be_fixed() -> None:
     trials: list[Trial] = []
-    search(FakeJudge(), 0.0, n_trials=40, seed=1, split_depth=3, on_trial=trials.append)  # type: ignore[arg-type]
+    search(FakeEvaluator(), 0.0, n_trials=40, seed=1, split_depth=3, on_trial=trials.append)  # type: ignore[arg-type]
     assert {trial.thresholds.split_depth for trial in trials} == {3}
     assert len(trials) == 40
 
 
-def test_search_takes_up_known_trials_and_ends_as_it_would_have() -> None:
+def test_search_resumed_from_known_trials_has_the_same_result() -> None:
     trials: list[Trial] = []
-    best = search(FakeJudge(), 0.0, n_trials=100, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
+    best = search(FakeEvaluator(), 0.0, n_trials=100, seed=1, on_trial=trials.append)  # type: ignore[arg-type]
     more: list[Trial] = []
-    judge: Any = FakeJudge()
-    assert search(judge, 0.0, n_trials=100, seed=1, known=trials[:70], on_trial=more.append) == best
+    evaluator: Any = FakeEvaluator()
+    assert search(evaluator, 0.0, n_trials=100, seed=1, known=trials[:70], on_trial=more.append) == best
     assert more == trials[70:]
 
 
-def test_search_without_a_way_says_so() -> None:
-    judge: Any = FakeJudge(limit=3.0)
-    with pytest.raises(ValueError, match=r"max_accuracy_drop 0\.0: no thresholds of 20 trials lose as little"):
-        search(judge, 0.0, n_trials=20, seed=1)
+def test_search_without_a_trial_within_the_bound_is_refused() -> None:
+    evaluator: Any = FakeEvaluator(limit=3.0)
+    with pytest.raises(ValueError, match=r"max_accuracy_drop 0\.0: none of 20 trials stays within it"):
+        search(evaluator, 0.0, n_trials=20, seed=1)
 
 
 def scenes(n_images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,10 +163,12 @@ def scenes(n_images: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("is_labelled", [True, False])
-def test_judge_pairs_each_image_with_the_unmerged_model(is_labelled: bool) -> None:
+def test_evaluator_pairs_each_image_with_the_unmerged_model(is_labelled: bool) -> None:
     pixels, labels = scenes(40)
     vit, limits = tiny_vit(), Thresholds(0.9, 0.05, 0.5, 2)
-    judge = Judge(vit, REFERENCE_INPUT, "features", None, pixels, labels if is_labelled else None, n_parallel=2)
+    evaluator = PairedEvaluator(
+        vit, REFERENCE_INPUT, "features", None, pixels, labels if is_labelled else None, n_parallel=2
+    )
 
     def run(found: Thresholds) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -171,11 +182,11 @@ def test_judge_pairs_each_image_with_the_unmerged_model(is_labelled: bool) -> No
     right = labels if is_labelled else unmerged.argmax(1)
     two = unmerged.sort(1).values[:, -2:]
     order = (two[:, 1] - two[:, 0]).argsort(stable=True)  # the least sure come first
-    is_right, costs = judge.judge(limits, 5, 33)
+    is_right, costs = evaluator.evaluate(limits, 5, 33)
     assert is_right.tolist() == (merged.argmax(1) == right)[order][5:33].tolist()
-    assert judge.is_right.tolist() == (unmerged.argmax(1) == right)[order].tolist()
+    assert evaluator.is_right.tolist() == (unmerged.argmax(1) == right)[order].tolist()
     np.testing.assert_allclose(costs, gmacs[order][5:33], rtol=1e-6)
-    found = judge.measured(limits, "some", "split")
+    found = evaluator.measured(limits, "some", "split")
     assert found.difference_points == pytest.approx(
         100 * float(((merged.argmax(1) == right).double() - (unmerged.argmax(1) == right).double()).mean())
     )
@@ -183,8 +194,20 @@ def test_judge_pairs_each_image_with_the_unmerged_model(is_labelled: bool) -> No
     assert found.is_labelled is is_labelled
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrate once, and return the folder of the files that the command wrote."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    assert calibrate.main(command_in(folder)) == 0
+    return folder / "found"
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
+    return command_in(tmp_path)
+
+
+def command_in(tmp_path: Path) -> list[str]:
     save_file(tiny_vit().state_dict(), tmp_path / "weights.safetensors")
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(tmp_path / "weights.safetensors")]
     data = ["--n-images", "60", "--n-unseen", "20", "--n-trials", "20", "--max-accuracy-drop", "20"]
@@ -192,8 +215,9 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def test_command_writes_a_calibration_a_picture_and_its_trials_and_repeats_itself(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calibrated: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    capsys.readouterr()
     assert calibrate.main(command) == 0
     table = capsys.readouterr().out
     found = load_calibration(tmp_path / "found" / "atm.json")
@@ -205,15 +229,12 @@ def test_command_writes_a_calibration_a_picture_and_its_trials_and_repeats_itsel
     assert len(read_trials(tmp_path / "found" / "atm.trials.jsonl")) == 20
     with Image.open(tmp_path / "found" / "atm.png") as picture:
         assert picture.width > 500
-    again = [*command[:-1], str(tmp_path / "again")]
-    assert calibrate.main(again) == 0
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "found" / "atm.json").read_bytes()
+    assert (calibrated / "atm.json").read_bytes() == (tmp_path / "found" / "atm.json").read_bytes()
 
 
 def test_interrupted_command_resumes_to_the_same_file(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert calibrate.main([*command[:-1], str(tmp_path / "whole")]) == 0
     made: list[Trial] = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -224,13 +245,12 @@ def test_interrupted_command_resumes_to_the_same_file(
         return trial, costs
 
     monkeypatch.setattr(calibration, "attempt", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate.main(command)
+    assert calibrate.main(command) == 130
     log = tmp_path / "found" / "atm.trials.jsonl"
     log.write_text(log.read_text() + '{"thresholds": {"alp')  # a line cut short
     monkeypatch.setattr(calibration, "attempt", attempt)
     assert calibrate.main(command) == 0
-    assert (tmp_path / "found" / "atm.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert (tmp_path / "found" / "atm.json").read_bytes() == (calibrated / "atm.json").read_bytes()
     assert len(read_trials(log)) == 20
 
 
@@ -254,8 +274,10 @@ def test_without_a_model_it_is_the_newest_reference_model(
     assert "expected exactly one of --run, --published and --architecture" in capsys.readouterr().err
 
 
-def test_trials_of_another_search_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert calibrate.main(command) == 0
+def test_trials_of_another_search_are_refused(
+    calibrated: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "found")
     assert calibrate.main([*command, "--seed", "5"]) == 2
     assert "holds the trials of another search" in capsys.readouterr().err
 
@@ -276,7 +298,7 @@ def test_embedding_is_calibrated_as_adaptive_dtem(command: list[str], tmp_path: 
         found.model(tiny_vit())
 
 
-def test_folder_is_parted_in_images_to_search_by_and_others(command: list[str], tmp_path: Path) -> None:
+def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: list[str], tmp_path: Path) -> None:
     for index in range(30):
         folder = tmp_path / "val" / f"class{index % 10}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -312,9 +334,9 @@ def test_what_cannot_be_calibrated_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_calibration_of_other_weights_or_another_file_is_refused(command: list[str], tmp_path: Path) -> None:
-    assert calibrate.main(command) == 0
-    file = tmp_path / "found" / "atm.json"
+def test_calibration_of_other_weights_or_another_file_is_refused(calibrated: Path, tmp_path: Path) -> None:
+    file = tmp_path / "atm.json"
+    shutil.copy(calibrated / "atm.json", file)
     found = load_calibration(file)
     other: Any = tiny_vit()
     torch.nn.init.ones_(other.head.bias)
@@ -330,10 +352,10 @@ def test_calibration_of_other_weights_or_another_file_is_refused(command: list[s
         {"thresholds": {"alpha": 1}},
     ):
         file.write_text(json.dumps({**content, **change}))
-        with pytest.raises(CalibrationMismatch, match="is no calibration"):
+        with pytest.raises(CalibrationMismatch, match="is not a calibration"):
             load_calibration(file)
     file.write_text("[]")
-    with pytest.raises(CalibrationMismatch, match="is no calibration"):
+    with pytest.raises(CalibrationMismatch, match="is not a calibration"):
         load_calibration(file)
     with pytest.raises(FileNotFoundError):
         load_calibration(tmp_path / "none.json")

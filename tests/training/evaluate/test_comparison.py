@@ -55,19 +55,19 @@ def test_compare_pairs_policies_at_the_rates_that_both_have(evaluation: str, tmp
 
 
 @pytest.mark.parametrize(("base", "r"), [("none", 0), ("none-r0", 0), ("tome-r4", 4)])
-def test_one_row_as_base_meets_all_of_the_other(evaluation: str, base: str, r: int, tmp_path: Path) -> None:
+def test_one_row_as_base_is_compared_with_all_of_the_other(evaluation: str, base: str, r: int, tmp_path: Path) -> None:
     found = _compared(tmp_path, evaluation, "--base", base, "--other", "tome-r8,dtem")
     assert [one["base"]["r"] for one in found] == [r, r, r]
     assert [(one["other"]["policy"], one["other"]["r"]) for one in found] == [("tome", 8), ("dtem", 8), ("dtem", 12)]
 
 
 def test_two_evaluations_are_compared_on_the_same_images(evaluation: str, tmp_path: Path) -> None:
-    learnt = [_row("dtem", 8, 0.95, 2.1)]
-    write_evaluation(tmp_path / "two", {**ABOUT, "model": "runs/two"}, learnt)
+    trained = [_row("dtem", 8, 0.95, 2.1)]
+    write_evaluation(tmp_path / "two", {**ABOUT, "model": "runs/two"}, trained)
     (found,) = _compared(tmp_path, evaluation, str(tmp_path / "two.json"), "--base", "none")
     assert (found["base"]["model"], found["other"]["model"]) == ("runs/one", "runs/two")
     assert found["base"]["top1"] == ROWS[0].top1
-    assert found["other"]["top1"] == learnt[0].top1
+    assert found["other"]["top1"] == trained[0].top1
     assert found["gmacs_percent"] == pytest.approx(-47.5)
     assert "| runs/one none r=0 | runs/two dtem r=8 |" in (tmp_path / "result.md").read_text()
 

@@ -17,7 +17,7 @@ def test_counts_are_the_two_by_two_table() -> None:
 
 
 def test_interval_is_that_of_the_prime_minister_survey() -> None:
-    """Agresti's approval of a prime minister, twice asked of 1600: 794, 150, 86, 570; Wald gives 0.040 ± 0.019."""
+    """Agresti's survey, 1600 people asked twice: 794, 150, 86, 570. Wald gives 0.040 ± 0.019."""
     counts = PairedCounts(n_both=794, n_only_base=150, n_only_other=86, n_neither=570)
     assert counts.difference == pytest.approx(-0.04)
     low, high = counts.interval()
@@ -34,7 +34,8 @@ def test_mcnemar_is_the_binomial_tail_counted_out() -> None:
 
 
 def test_mcnemar_of_the_survey_is_clear() -> None:
-    # (150 - 86)^2 / (150 + 86) = 17.36 by the normal approximation, p = 3.1e-5; the exact one is a little larger
+    # (150 - 86)^2 / (150 + 86) = 17.36 by the normal approximation, p = 3.1e-5; the exact one is a
+    # little larger
     assert PairedCounts(794, 150, 86, 570).mcnemar() == pytest.approx(3.7e-5, rel=0.05)
 
 

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from tests.training.export.tiny_export import command
 from training.cli import export
 from training.data.digits import draw
+from training.export import formats
+from training.export.formats import GraphFormat
+from training.models.classifier import FrozenClassifier
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +29,37 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def manifest(published: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((published / "manifest.json").read_text())
     return content
+
+
+@pytest.fixture
+def quick_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the formats by a fast one: eager answers, and a file that contains its own name.
+
+    In precision int8 the logits are off by 0.05, as those of a quantised graph are.
+    """
+    classifiers: dict[str, FrozenClassifier] = {}
+
+    def write(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> list[str]:
+        classifiers[file.name] = classifier
+        file.write_text(file.name)
+        return [weights.name]
+
+    def load(offset: float) -> Callable[[Path], Callable[[Tensor], Any]]:
+        @torch.no_grad()
+        def run(file: Path, pixels: Tensor) -> Any:
+            answer = classifiers[file.name](pixels)
+            return (answer[0] + offset, *answer[1:]) if isinstance(answer, tuple) else answer + offset
+
+        return lambda file: lambda pixels: run(file, pixels)
+
+    monkeypatch.setattr(
+        formats,
+        "FORMATS",
+        (
+            GraphFormat("onnx", "float32", ".onnx", 20, write, load(0.0)),
+            GraphFormat("onnx", "int8", ".onnx", 20, write, load(0.05), parity_tolerance=0.1),
+        ),
+    )
 
 
 @pytest.fixture(scope="session")

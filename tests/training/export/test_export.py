@@ -24,7 +24,7 @@ from training.evaluate.results import read_evaluation
 from training.export import measured as measured_rows
 from training.export import parity
 from training.export import publish as publishing
-from training.export.manifest import git_commit, variant_key
+from training.export.manifest import git_commit
 from training.export.onnx_format import OnnxClassifier
 from training.export.parity import (
     Decisions,
@@ -34,6 +34,10 @@ from training.export.torchscript_format import TorchScriptClassifier
 from training.models.calibration import load_calibration
 from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
+from training.models.variants import variant_key
+
+# The fixture `published` exports graphs for minutes on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_manifest_is_what_the_service_reads(published: Path) -> None:
@@ -59,7 +63,7 @@ def test_unmerged_graph_is_one_under_every_policys_name(manifest: dict[str, Any]
     assert {v["policy"] for v in manifest["variants"] if v["r"] == 0} == {"none", "tome", "dtem"}
 
 
-def test_embedding_is_published_beside_the_model_and_found_there(published: Path) -> None:
+def test_embedding_is_published_with_the_model_and_found_there(published: Path) -> None:
     options = argparse.ArgumentParser()
     add_model_options(options)
     chosen = chosen_model(options.parse_args(["--published", str(published)]))
@@ -105,7 +109,9 @@ def test_gmacs_and_tokens_agree_with_the_closed_formula(manifest: dict[str, Any]
 def test_accuracy_is_measured_on_the_graph(published: Path, manifest: dict[str, Any]) -> None:
     exported = OnnxClassifier(published / "tome-r8.onnx")
     scenes = [draw("test", index) for index in range(300)]
-    logits = exported(torch.stack([torch.from_numpy(scene.image) for scene in scenes]))
+    pixels = torch.stack([torch.from_numpy(scene.image) for scene in scenes])
+    # Batches as in the measurement: a decision may depend on the batch by rounding.
+    logits = torch.cat([exported(batch) for batch in torch.split(pixels, measured_rows.BATCH_SIZE)])
     n_right = sum(int(found) == scene.label for found, scene in zip(logits.argmax(1), scenes, strict=True))
     (variant,) = [v for v in manifest["variants"] if v["id"] == "tome-r8-float32-onnx"]
     assert variant["accuracy"]["top1"] == n_right / 300
@@ -129,7 +135,8 @@ def test_graph_that_differs_is_not_published(
     assert not (tmp_path / "store" / "tiny" / "1").exists()
 
 
-def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick_format")
+def test_interrupted_export_keeps_its_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
     measure = accuracy.measure
 
@@ -140,8 +147,7 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
         return measure(*arguments, **settings)
 
     monkeypatch.setattr(measured_rows, "measure", counting)
-    with pytest.raises(KeyboardInterrupt):
-        export.main(command(tmp_path))
+    assert export.main(command(tmp_path)) == 130
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == [".1.unfinished"]
     measured.pop()
     assert export.main(command(tmp_path)) == 0
@@ -149,12 +155,12 @@ def test_interrupted_export_resumes_what_it_measured(tmp_path: Path, monkeypatch
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
 
 
-def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick_format")
+def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_evaluation", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            export.main(plan)
+        assert export.main(plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
         json.loads((work / "measured.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
@@ -169,7 +175,7 @@ def test_interrupted_export_remembers_what_images_cost(tmp_path: Path, monkeypat
     assert atm["tokens"] == [round(count) for count in entry[2]]
 
 
-def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
+def test_measurements_of_identical_files_are_taken_from_the_published_version(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
@@ -203,20 +209,49 @@ def test_what_a_published_version_measured_of_the_same_bytes_is_taken_from_it(
     assert "tome-r16" not in before
 
 
-def test_variants_that_adapt_say_what_images_cost(published: Path, manifest: dict[str, Any]) -> None:
+def test_adaptive_variants_state_the_gmacs_of_images(published: Path, manifest: dict[str, Any]) -> None:
     scenes = torch.stack([torch.from_numpy(draw("test", index).image) for index in range(300)])
     for policy in ("atm", "adaptive-dtem"):
         (variant,) = [v for v in manifest["variants"] if v["id"] == f"{policy}-float32-onnx"]
         with torch.no_grad():
             _, tokens, gmacs = frozen_adaptive(policy)(scenes)
-        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=1e-5)
+        # Where graph and eager round a score to different sides of the threshold, an image keeps one token more.
+        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=3e-4)
         spread = [variant["gmacs_spread"][name] for name in ("p5", "p95")]
-        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-5)
+        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-2)
         assert variant["tokens"] == tokens.double().mean(0).round().int().tolist()
         assert sum(variant["schedule"]) == 197 - variant["tokens"][-1]
         assert (variant["r"], variant["data_dependent"], variant["calibration"]) == (None, True, f"{policy}.json")
-        assert "alone" in variant["promise"]
+        assert variant["promise"].startswith("Batch-invariant")
         assert load_calibration(published / f"{policy}.json").policy == policy
+
+
+@pytest.mark.usefixtures("quick_format")
+def test_precisions_of_a_variant_do_not_collide(tmp_path: Path) -> None:
+    embedding_file = ["--embedding", str(tmp_path / "own.safetensors")]
+    adaptive = ["--calibrations", str(tmp_path / "atm.json"), "--rates", "0,8"]
+    plan = [*command(tmp_path), *embedding_file, *adaptive, "--precisions", "float32,int8"]
+    assert export.main(plan) == 0
+    folder = tmp_path / "store" / "tiny" / "1"
+    keys = ["none-r0", "tome-r8", "dtem-r8", "atm"]
+    assert {file.name for file in folder.glob("*.onnx")} == {
+        f"{key}{suffix}.onnx" for key in keys for suffix in ("", "-int8")
+    }
+    variants = Manifest.model_validate_json((folder / "manifest.json").read_bytes()).variants
+    assert {(v.precision, v.id) for v in variants if v.policy == "dtem" and v.r == 8} == {
+        ("float32", "dtem-r8-float32-onnx"),
+        ("int8", "dtem-r8-int8-onnx"),
+    }
+    assert len({v.id for v in variants}) == len(variants) == 12
+    golden = np.load(folder / "golden.npz")
+    for key in (*keys, "tome-r0", "dtem-r0"):
+        difference = golden[f"logits/{key}-int8"] - golden[f"logits/{key}"]
+        np.testing.assert_allclose(difference, 0.05, atol=1e-5)
+    rows = {row.key: row for row in read_evaluation(folder / "evaluation.json").rows}
+    assert [rows[key].series for key in ("tome-r8", "tome-r8-int8")] == ["tome", "tome int8"]
+    assert {key.removesuffix("-int8") for key in rows if key.endswith("-int8")} == {
+        key for key in rows if not key.endswith("-int8")
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,8 +289,7 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     plan = [*command(tmp_path), "--formats", "torchscript"]  # the quicker ones to make
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_manifest", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")])
+        assert export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
     (work,) = (tmp_path / "store" / "tiny").iterdir()
     assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
     assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
@@ -271,7 +305,7 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_export_outside_a_git_checkout_says_what_it_needs(
+def test_export_outside_a_git_checkout_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"no git checkout.*export from a clone"):
@@ -289,7 +323,8 @@ def test_export_outside_a_git_checkout_says_what_it_needs(
         (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
         (["--default-policy", "none"], "default_r 8: expected one of [0], the rates of policy none"),
         (["--rates", "8,8"], "rates [8, 8]"),
-        (["--formats", "onnx,tensorrt"], "tensorrt"),
+        (["--formats", "onnx,tensorrt"], "format tensorrt with precision float32: expected one of onnx float32"),
+        (["--precisions", "int4"], "format onnx with precision int4"),
         (["--rates", "8,150"], "cannot remove r=150"),
         (["--architecture", "swin_tiny_patch4_window7_224", "--arguments", "{}"], "window"),
     ],

@@ -1,5 +1,6 @@
 """Each exported graph computes what eager PyTorch does, on weights that all of them share."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.classifier import AdaptiveClassifier, ServedClassifier, frozen_classifier
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
+
+# The fixture `published` exports graphs for minutes on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_graphs_share_one_weights_file_which_pytorch_reads_too(published: Path) -> None:
@@ -81,7 +85,7 @@ def test_joined_bias_of_a_vit_without_one_is_in_the_graph_and_its_weights_are_no
     assert largest_difference(classifier, OnnxClassifier(tmp_path / "dtem.onnx"), pixels, (2,)) < 1e-4
 
 
-def test_rows_that_do_not_lie_together_are_no_place(tmp_path: Path) -> None:
+def test_rows_that_are_not_adjacent_have_no_range(tmp_path: Path) -> None:
     weight, rows = torch.randn(4, 3), torch.randn(2, 3)
     together = {"qkv.weight": weight, "qkv.weight_embedding": rows}
     joined = torch.cat([weight, rows]).numpy().tobytes()
@@ -108,11 +112,9 @@ def test_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy
 
 @pytest.mark.parametrize("policy", ["atm", "adaptive-dtem"])
 @pytest.mark.parametrize("n_images", [1, 2, 5, 32])
-def test_graphs_that_adapt_equal_eager_at_any_batch(
-    published: Path, pixels: Tensor, policy: str, n_images: int
-) -> None:
+def test_adaptive_graphs_equal_eager_at_any_batch(published: Path, pixels: Tensor, policy: str, n_images: int) -> None:
     classifier = frozen_adaptive(policy)
-    batch = parity_pixels(classifier, pixels, 32)  # the dearest and the cheapest first
+    batch = parity_pixels(classifier, pixels, 32)  # most and fewest GMACs first
     with torch.no_grad():
         _, tokens, gmacs = classifier(batch)
     assert gmacs[0] > 1.5 * gmacs[1]
@@ -120,12 +122,12 @@ def test_graphs_that_adapt_equal_eager_at_any_batch(
     assert decisions(classifier, batch).sharing.min() > 0
     for exported in (OnnxClassifier(published / f"{policy}.onnx"), TorchScriptClassifier(published / f"{policy}.pt")):
         assert largest_difference(classifier, exported, batch, (n_images,)) < 1e-4
-        alone = [exported(batch[place : place + 1]) for place in range(n_images)]
+        single = [exported(batch[index : index + 1]) for index in range(n_images)]
         logits, kept, cost = exported(batch[:n_images])
         assert torch.equal(kept, tokens[:n_images])
-        assert torch.equal(kept, torch.cat([one[1] for one in alone]))
-        assert torch.equal(cost, torch.cat([one[2] for one in alone]))
-        torch.testing.assert_close(logits, torch.cat([one[0] for one in alone]), rtol=0, atol=1e-4)
+        assert torch.equal(kept, torch.cat([one[1] for one in single]))
+        assert torch.equal(cost, torch.cat([one[2] for one in single]))
+        torch.testing.assert_close(logits, torch.cat([one[0] for one in single]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("limit", [-2.0, 0.99999])
@@ -145,7 +147,16 @@ def test_graph_that_merges_all_it_can_and_one_that_merges_nothing(
         assert (kept[:, 1:] == (kept[:, :1] if limit > 0 else torch.tensor([99, 50, 26]))).all()
 
 
-def test_graph_that_tells_other_tokens_is_found(pixels: Tensor) -> None:
+def test_adaptive_graph_exported_again_has_the_same_bytes(published: Path, pixels: Tensor, tmp_path: Path) -> None:
+    """Resumed exports and new versions reuse the measurements of identical files."""
+    classifier = frozen_adaptive("atm")
+    example = parity_pixels(classifier, pixels, 2)
+    shutil.copy(published / "weights.safetensors", tmp_path)
+    export_onnx(classifier, example, tmp_path / "atm.onnx", tmp_path / "weights.safetensors")
+    assert (tmp_path / "atm.onnx").read_bytes() == (published / "atm.onnx").read_bytes()
+
+
+def test_wrong_token_counts_of_a_graph_are_found(pixels: Tensor) -> None:
     classifier = frozen_adaptive("atm")
 
     def wrong(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,15 +193,15 @@ def test_batch_is_the_only_dynamic_axis(published: Path) -> None:
             assert kinds == [("tokens", "tensor(int64)", [4]), ("gmacs", "tensor(float)", [])]
 
 
-def test_an_image_is_classified_alike_in_any_company(published: Path, pixels: Tensor) -> None:
+def test_graph_is_batch_invariant(published: Path, pixels: Tensor) -> None:
     exported = OnnxClassifier(published / "tome-r32.onnx")
     clear = parity_pixels(frozen_classifier(tiny_vit(), RULE, 32), pixels, 16)
-    together = exported(clear)
-    alone = torch.cat([exported(clear[i : i + 1]) for i in range(len(clear))])
-    assert torch.allclose(together, alone, atol=1e-4)
+    batch = exported(clear)
+    single = torch.cat([exported(clear[i : i + 1]) for i in range(len(clear))])
+    assert torch.allclose(batch, single, atol=1e-4)
 
 
-def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
+def test_wrong_results_at_one_batch_size_are_found(pixels: Tensor) -> None:
     classifier = frozen_classifier(tiny_vit(), RULE, 8)
     batch = parity_pixels(classifier, pixels, 32)
 
@@ -203,7 +214,7 @@ def test_wrong_answer_at_one_batch_size_is_found(pixels: Tensor) -> None:
         assert largest_difference(classifier, wrong_at_two, batch) > 0.01
 
 
-def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
+def test_images_without_clear_decisions_are_refused() -> None:
     flat = torch.zeros(40, 112, 112, 3, dtype=torch.uint8)
     vit: Any = tiny_vit()
     with torch.no_grad():
@@ -212,14 +223,17 @@ def test_images_without_clear_decisions_prove_nothing_and_are_refused() -> None:
         parity_pixels(frozen_classifier(vit, RULE, 8), flat, 1)
 
 
-def test_golden_images_are_clear_in_every_graph_and_looked_for_in_further_images(pixels: Tensor) -> None:
+def test_golden_images_are_clear_in_every_graph_and_come_from_further_images_if_needed(pixels: Tensor) -> None:
     classifiers = [frozen("tome", 8), frozen("dtem", 8)]
     decided = [decisions(classifier, pixels) for classifier in classifiers]
     margin = torch.minimum(decided[0].margin, decided[1].margin)
     clearest = pixels[margin.argmax()]
     assert torch.equal(golden_pixels(classifiers, decided, pixels, [], 1)[0], clearest)
     unclear = [Decisions(torch.zeros_like(found.margin), found.sharing) for found in decided]
-    found = golden_pixels(classifiers, unclear, pixels, pixels.split(40), 3)  # type: ignore[no-untyped-call]
-    assert torch.equal(found, pixels[margin >= MIN_MARGIN][:3])
-    with pytest.raises(ParityError, match="only 0 of 200 images are decided"):
+    # Margins depend on the batch by rounding, so leave out images close to the limit.
+    is_far = (margin > 2 * MIN_MARGIN) | (margin < MIN_MARGIN / 2)
+    further, is_clear = pixels[is_far], margin[is_far] >= MIN_MARGIN
+    found = golden_pixels(classifiers, unclear, pixels, further.split(40), 3)  # type: ignore[no-untyped-call]
+    assert torch.equal(found, further[is_clear][:3])
+    with pytest.raises(ParityError, match="only 0 of 200 images have decision margins"):
         golden_pixels(classifiers, unclear, pixels, [], 1)

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in the order that one thread takes them in: what is compared to the bit must not depend on the machine."""
+    """Use one thread, since the order of sums depends on the number of threads."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

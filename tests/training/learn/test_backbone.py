@@ -52,7 +52,7 @@ def quick_validation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("n_steps", [2, 4])
-def test_interrupted_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
+def test_interrupted_run_resumes_bit_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     whole = train(tmp_path / "whole")
     step, taken = BackboneTraining.step, 0
 
@@ -87,7 +87,7 @@ def test_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
         train(tmp_path, other)
 
 
-def test_checkpoint_rebuilds_the_model_alone(tmp_path: Path) -> None:
+def test_checkpoint_is_enough_to_rebuild_the_model(tmp_path: Path) -> None:
     run = train(tmp_path)
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     vit = load_vit(recipe["architecture"], weights=tmp_path / "weights.safetensors", **recipe["arguments"])
@@ -95,14 +95,14 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path: Path) -> None:
         assert torch.equal(tensor, vit.state_dict()[name])
 
 
-def test_log_tells_losses_and_validation(tmp_path: Path) -> None:
+def test_log_has_losses_and_validation(tmp_path: Path) -> None:
     train(tmp_path)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["n_seen"] for entry in entries if "loss" in entry] == [8, 16, 24, 32, 40, 48]
     assert all(0 <= entry["validation_top1"] <= 1 for entry in entries if "validation_top1" in entry)
 
 
-def test_training_learns_one_batch_by_heart(tmp_path: Path) -> None:
+def test_training_overfits_one_batch(tmp_path: Path) -> None:
     stage = replace(RECIPE.stages[0], learning_rate=(3e-3, 3e-3))
     recipe = replace(RECIPE, optimiser=replace(OPTIMISER, warmup_images=8), stages=(stage,))
     run = BackboneTraining(recipe, tmp_path, n_workers=0)

@@ -15,7 +15,8 @@ from training.learn.recipe import AdamW, Data, DtemRecipe
 from training.models.embedding import EmbeddingMismatch, load_embedding
 from training.models.vit import load_vit
 
-# Of three blocks the last merges after the last attention that the class token takes part in: no loss reaches it.
+# Of three blocks the last merges after the last attention that the class token takes part in: no
+# loss reaches it.
 LEARNT = {f"blocks.{block}.{part}" for block in (0, 1) for part in ("weight", "bias")}
 
 
@@ -53,7 +54,7 @@ def watch_gradients(run: DtemTraining, seen: list[tuple[str, bool, bool]]) -> No
         optimiser.register_step_pre_hook(note)
 
 
-def test_modular_steps_reach_the_embedding_alone(modular: DtemRecipe, tmp_path: Path) -> None:
+def test_modular_steps_reach_the_embedding_only(modular: DtemRecipe, tmp_path: Path) -> None:
     run = tiny_training(modular, tmp_path)
     vit, embedding, seen = copied(run.vit), copied(run.embedding), list[tuple[str, bool, bool]]()
     watch_gradients(run, seen)
@@ -98,7 +99,7 @@ def test_steps_of_the_vit_really_remove_tokens(end_to_end: DtemRecipe, tmp_path:
 
 
 @pytest.mark.parametrize("n_workers", [0, 1])
-def test_run_stopped_anywhere_resumes_to_the_bit(end_to_end: DtemRecipe, tmp_path: Path, n_workers: int) -> None:
+def test_run_stopped_anywhere_resumes_bit_identically(end_to_end: DtemRecipe, tmp_path: Path, n_workers: int) -> None:
     whole = tiny_training(end_to_end, tmp_path / "whole")
     assert whole.run(checkpoint_every=7)
     assert not tiny_training(end_to_end, tmp_path / "halved").run(checkpoint_every=7, until=17)  # saved at 14
@@ -122,7 +123,7 @@ def test_files_of_a_run_are_what_others_load(end_to_end: DtemRecipe, tmp_path: P
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_run_of_another_recipe_is_refused_and_says_what_differs(modular: DtemRecipe, tmp_path: Path) -> None:
+def test_run_of_another_recipe_is_refused_naming_the_difference(modular: DtemRecipe, tmp_path: Path) -> None:
     tiny_training(modular, tmp_path).save()
     before = (tmp_path / "state.pt").read_bytes()
     other = tiny_training(replace(modular, seed=6, r=2), tmp_path)
@@ -219,7 +220,7 @@ def test_epochs_are_counted_in_images_of_the_folder(modular: DtemRecipe, tmp_pat
             "5 classes.* 4",
         ),
         ({"r": 9}, "r 9: the first block can remove 8 of 17"),
-        ({"n_images": 7}, "n_images 7 .*batch_size of 8"),
+        ({"n_images": 7}, "n_images 7: .*batch_size of 8"),
     ],
 )
 def test_recipe_that_does_not_fit_is_refused(

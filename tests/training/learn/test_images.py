@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.training.learn.tiny_run import RULE, write_images
 from training.data.augmentation import augmentation
-from training.learn.images import DigitImages, FolderImages, image_batches, training_images, validation_images
+from training.data.training_images import AugmentedFolder, TrainingDigits
+from training.learn.images import image_batches, training_images, validation_images
 from training.learn.recipe import Data
 
 STRONG = "rand-m9-mstd0.5-inc1"
@@ -20,11 +21,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "train", 10)
 
 
-def folder_images(root: Path, *, seed: int = 5, share: float = 1.0) -> FolderImages:
-    return FolderImages(root, augmentation(RULE, randaugment=STRONG, erasing=0.5), seed=seed, share=share)
+def folder_images(root: Path, *, seed: int = 5, share: float = 1.0) -> AugmentedFolder:
+    return AugmentedFolder(root, augmentation(RULE, randaugment=STRONG, erasing=0.5), seed=seed, share=share)
 
 
-def test_drawn_image_depends_on_seed_epoch_and_index_alone(root: Path) -> None:
+def test_drawn_image_depends_on_seed_epoch_and_index_only(root: Path) -> None:
     images = folder_images(root)
     first, label = images.draw(12, 3)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -45,7 +46,7 @@ def test_drawing_leaves_all_generators_as_they_were(root: Path) -> None:
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
-def test_share_takes_as_many_of_each_class_and_the_smaller_lie_in_the_larger(root: Path) -> None:
+def test_share_is_taken_from_each_class_and_larger_shares_contain_smaller_ones(root: Path) -> None:
     def chosen(share: float, seed: int = 5) -> set[str]:
         images = folder_images(root, seed=seed, share=share)
         assert len(images) == len(images._samples)
@@ -58,7 +59,7 @@ def test_share_takes_as_many_of_each_class_and_the_smaller_lie_in_the_larger(roo
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
-def test_processes_together_see_what_one_sees_and_so_does_a_resumed_run(root: Path, n_workers: int) -> None:
+def test_several_processes_and_resumed_runs_see_the_same_images_as_one(root: Path, n_workers: int) -> None:
     def batches(first_step: int, rank: int = 0, n_processes: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(
             image_batches(
@@ -102,14 +103,14 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         folder_images(root).draw(1, 0)
 
 
-def test_image_lies_as_its_exif_says(tmp_path: Path) -> None:
+def test_image_is_oriented_by_its_exif(tmp_path: Path) -> None:
     (tmp_path / "train" / "one").mkdir(parents=True)
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32] = 255  # white above; to be turned upside down
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(pixels).save(tmp_path / "train" / "one" / "0.png", exif=exif)
-    images = FolderImages(tmp_path / "train", lambda image: torch.from_numpy(np.array(image)), seed=1)
+    images = AugmentedFolder(tmp_path / "train", lambda image: torch.from_numpy(np.array(image)), seed=1)
     assert images.draw(0, 0)[0][:32].max() == 0
 
 
@@ -142,8 +143,8 @@ def test_validation_is_spread_over_the_classes(root: Path) -> None:
 
 
 def test_digits_are_normalised_training_scenes() -> None:
-    pixels, label = DigitImages(4, RULE.mean, RULE.std).draw(3, 0)
-    again, _ = DigitImages(4, RULE.mean, RULE.std).draw(3, 7)
+    pixels, label = TrainingDigits(4, RULE.mean, RULE.std).draw(3, 0)
+    again, _ = TrainingDigits(4, RULE.mean, RULE.std).draw(3, 7)
     assert pixels.shape == (3, 112, 112)
     assert -1 <= float(pixels.min()) < float(pixels.max()) <= 1
     assert 0 <= label <= 9

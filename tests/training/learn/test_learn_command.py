@@ -30,7 +30,7 @@ def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]
 
 
 def wait_for_lines(process: "subprocess.Popen[bytes]", out: Path, n_lines: int) -> None:
-    """Wait until so much is logged; the progress bar says when to look."""
+    """Wait until n_lines are logged; output of the progress bar triggers each check."""
     assert process.stderr is not None
     while process.stderr.read(40):
         log = out / "metrics.jsonl"
@@ -48,7 +48,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_ended_run_resumes_to_the_bit(tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_ended_run_resumes_bit_identically(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """As a terminal does, the signal goes to the processes that read images too."""
     recipe = write_run(tmp_path)
     assert learn.main(arguments(recipe, tmp_path / "whole")) == 0
@@ -107,4 +107,4 @@ def test_bad_run_is_refused_with_the_reason(
 def test_folder_of_other_classes_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_run(tmp_path, validation="")
     (tmp_path / "train" / "dog").rename(tmp_path / "dog")
-    assert "names 4 classes, the images are of 3" in refused(capsys, recipe, tmp_path / "out")
+    assert "has 4 classes, the images 3" in refused(capsys, recipe, tmp_path / "out")

@@ -26,7 +26,7 @@ def test_processes_that_read_images_ignore_stop_signals() -> None:
         assert not stop.is_set()
 
 
-def test_process_alone_is_the_first_and_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_is_the_first_and_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with started_processes() as processes:
@@ -53,7 +53,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
-        pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: there are 2"),
+        pytest.raises(ValueError, match="process 2 of this machine has no GPU: there are 2"),
         started_processes(),
     ):
         pass

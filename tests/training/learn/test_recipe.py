@@ -18,7 +18,9 @@ def test_reference_recipe_ends_on_the_task_that_is_evaluated() -> None:
     recipe = read_recipe(REFERENCE)
     assert isinstance(recipe, Recipe)
     last = recipe.stages[-1]
-    assert last.task.min_contrast < REFERENCE_TASK.min_contrast  # it learns on harder images than it is judged by
+    assert (
+        last.task.min_contrast < REFERENCE_TASK.min_contrast
+    )  # training images are harder than those of the evaluation
     assert (last.task.photo_percent, last.task.max_clutter) == (
         REFERENCE_TASK.photo_percent,
         REFERENCE_TASK.max_clutter,
@@ -102,7 +104,7 @@ def test_recipe_can_be_read_and_its_model_and_augmentation_built(file: Path) -> 
 
 
 @pytest.mark.parametrize("file", [file for file in ALL if "imagenet" in file.read_text()], ids=lambda file: file.stem)
-def test_published_recipe_has_the_published_settings_and_says_what_to_expect(file: Path) -> None:
+def test_published_recipe_has_the_published_settings_and_states_what_to_expect(file: Path) -> None:
     recipe = read_recipe(file)
     assert isinstance(recipe, DtemRecipe)
     assert recipe.embedding is not None

@@ -1,4 +1,4 @@
-"""A run of DTEM small enough for fast tests: a ViT of 17 tokens, a folder of four classes, a recipe in TOML."""
+"""A small run of DTEM for tests: a ViT of 17 tokens, a folder of four classes, a TOML recipe."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ clip_norm = 1.0
 
 
 def write_vit(file: Path, **changes: Any) -> Path:
-    """Save a seeded ViT whose logits differ between images (timm's beginnings are near zero)."""
+    """Save a seeded ViT whose logits differ between images (timm initialises near zero)."""
     torch.manual_seed(11)
     vit = load_vit("vit_tiny_patch16_224", **{**ARGUMENTS, **changes})
     for parameter in vit.parameters():
@@ -78,7 +78,7 @@ def write_images(root: Path, n_images: int, classes: tuple[str, ...] = ("ant", "
 
 
 def write_run(folder: Path, **replaced: str) -> Path:
-    """Write ViT, images and recipe.toml, with some of its lines replaced: `mode='mode = "end-to-end"'`."""
+    """Write ViT, images and recipe.toml, with lines replaced by key: `r="r = 12"`."""
     write_vit(folder / "vit.safetensors")
     write_images(folder / "train", 10)
     write_images(folder / "val", 2)

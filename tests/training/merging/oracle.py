@@ -1,4 +1,4 @@
-"""Bipartite soft matching from its definition, one token at a time: slow, and plain enough to be believed."""
+"""Bipartite soft matching by its definition, one token at a time: a slow but simple oracle."""
 
 import math
 
@@ -9,7 +9,7 @@ Array = npt.NDArray[np.float64]
 
 
 def groups(metric: Array, r: int, n_protected: int) -> list[list[int]]:
-    """Return, for one image, which tokens each token of the result is made of, in the order of the result."""
+    """Return the tokens of each group of one image, in the order of the result."""
     free = range(n_protected, len(metric))
     a, b = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
     partner, best = {}, {}

@@ -17,7 +17,7 @@ SCORES: tuple[Score, ...] = ("similarity", "error")
 
 
 def images(seed: int, n_tokens: int, n_images: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return metric (narrow, so that much is alike), features and sizes of whole patches, in float64."""
+    """Return a narrow metric (for many similar tokens), features and whole sizes, in float64."""
     generator = torch.Generator().manual_seed(seed)
     metric = torch.randn(n_images, n_tokens, 3, generator=generator, dtype=torch.float64)
     x = torch.randn(n_images, n_tokens, 4, generator=generator, dtype=torch.float64)
@@ -55,27 +55,30 @@ def test_matching_and_merging_agree_with_the_definition(
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("split", SPLITS)
-def test_images_of_a_batch_merge_as_they_would_alone(split: Split, score: Score) -> None:
+def test_merging_is_batch_invariant(split: Split, score: Score) -> None:
     metric, x, size = images(3, 40, 6)
     thresholds = (0.9, 0.8, 0.6)
 
-    def run(first: int, last: int) -> tuple[Tensor, Tensor]:
-        own = metric[first:last], x[first:last], size[first:last]
-        tokens, sizes = torch.cat([own[0], own[1]], dim=2), own[2]
+    def run(first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, sizes = torch.cat([metric, x], dim=2)[first:last], size[first:last]
+        source = identity_source(tokens)
         for threshold in thresholds:
             matching = adaptive_matching(tokens[..., :3], sizes, threshold, split=split, score=score)
             tokens, sizes = cast(tuple[Tensor, Tensor], matching.merge_mean(tokens, sizes))
-        return tokens, sizes
+            source = matching.merge_sum(source)
+        return tokens, sizes, source
 
-    together, sizes = run(0, 6)
+    batch_tokens, batch_sizes, batch_source = run(0, 6)
     lengths = set()
     for image in range(6):
-        alone, alone_sizes = run(image, image + 1)
-        lengths.add(alone.shape[1])
-        assert torch.equal(together[image, : alone.shape[1]], alone[0])
-        assert torch.equal(sizes[image, : alone.shape[1]], alone_sizes[0])
-        assert not sizes[image, alone.shape[1] :].any()
-    assert len(lengths) > 1  # they do differ
+        tokens, sizes, source = run(image, image + 1)
+        n_tokens = tokens.shape[1]
+        lengths.add(n_tokens)
+        assert torch.equal(batch_source[image, :n_tokens], source[0])
+        torch.testing.assert_close(batch_tokens[image, :n_tokens], tokens[0], atol=1e-13, rtol=0)
+        assert torch.equal(batch_sizes[image, :n_tokens], sizes[0])  # sums of whole numbers
+        assert not batch_sizes[image, n_tokens:].any()
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("split", SPLITS)

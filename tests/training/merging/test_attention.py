@@ -61,7 +61,7 @@ def test_key_metric_is_the_mean_over_heads() -> None:
     torch.testing.assert_close(key_metric(block=0, hidden=v, keys=k), expected)
 
 
-def test_random_metric_repeats_by_its_seed_and_draws_on() -> None:
+def test_random_metric_repeats_with_its_seed_and_draws_new_numbers_per_call() -> None:
     hidden = torch.zeros(2, 7, 4)
     first, again = random_metric(3), random_metric(3)
     draws = [metric(block=0, hidden=hidden, keys=hidden) for metric in (first, again, first)]

@@ -26,7 +26,7 @@ def test_soft_grouping_is_the_formula_and_so_is_its_gradient(r: int, relaxation:
 
 
 def test_soft_grouping_gradient_is_that_of_finite_differences() -> None:
-    """Few picks of many rows: no row is cut at 1, where the gradient on purpose is not the function's own."""
+    """Few picks of many rows, so that no row is clamped at 1, where the gradient differs on purpose."""
     scores = (drawn(0, 2, 7, 6).tanh() / 4).requires_grad_()
     assert float(soft_grouping(scores.detach(), 3, SOFT).sum(-1).max()) < 1
     assert torch.autograd.gradcheck(lambda s: soft_grouping(s, 3, SOFT), (scores,))
@@ -92,7 +92,7 @@ def test_relaxed_merge_without_tail_is_the_same_tokens_cut_short() -> None:
     assert torch.equal(kept_x[:, 25:], x[:, 25:])  # what faded before stays where it is
 
 
-def test_relaxed_merge_leaves_protected_tokens_alone() -> None:
+def test_relaxed_merge_keeps_protected_tokens() -> None:
     x, size = drawn(12, 2, 20, 4), torch.ones(2, 20, 1, dtype=torch.float64)
     merged_x, merged_size = relaxed_matching(drawn(13, 2, 20, 8), 5, n_protected=3).merge(x, size)
     assert torch.equal(merged_x[:, :3], x[:, :3])

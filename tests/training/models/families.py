@@ -1,4 +1,4 @@
-"""One small instance of every family that merges: real architectures, fewer blocks and patches, random weights."""
+"""A small instance of each supported family: fewer blocks and patches, random weights."""
 
 from typing import Any
 

@@ -19,7 +19,7 @@ FEW_NODES = 70  # a block: about 24 without merging, 43 for it
 
 
 def flat_and_busy(n: int) -> Tensor:
-    """Return images of which the first is one colour and the second half: many equal tokens, so shared destinations."""
+    """Return images with many equal tokens, so that destinations are shared."""
     x = images(n).float()
     x[0] = 0.5
     x[1:2, :, :24] = -0.5

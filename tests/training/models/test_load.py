@@ -26,7 +26,7 @@ from training.models.weights import save_weights
         ("convnext_atto", "convolutions"),
         ("resnet18", "convolutions"),
         ("mixer_s32_224", "no attention"),
-        ("naflexvit_base_patch16_gap", "number of tokens"),
+        ("naflexvit_base_patch16_gap", "numbers of tokens"),
         ("crossvit_9_240", "not one of timm's plain"),
     ],
 )
@@ -40,7 +40,7 @@ def test_family_that_cannot_merge_is_refused_by_name(name: str, reason: str) -> 
     [
         ("vit_small_patch16_18x2_224", {}, "several attentions"),
         ("vit_base_patch16_rpn_224", {}, "normalise after"),
-        ("vit_base_patch16_xp_224", {}, "side by side"),
+        ("vit_base_patch16_xp_224", {}, "in parallel"),
         ("vit_dlittle_patch16_reg1_gap_256", {}, "differential"),
         ("vit_base_patch16_siglip_224", {"num_classes": 7}, "'map'"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "'max'"),
@@ -84,7 +84,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def test_local_weights_are_loaded_to_the_bit(tmp_path: Path) -> None:
+def test_local_weights_are_loaded_bit_identically(tmp_path: Path) -> None:
     saved = load_vit("vit_tiny_patch16_224", **SMALL).state_dict()
     path = write(tmp_path / "vit.safetensors", saved)
     loaded = load_vit("vit_tiny_patch16_224", weights=path, **SMALL).state_dict()

@@ -41,13 +41,13 @@ def test_counted_macs_of_an_embedding_are_the_formula(schedule: list[int], join:
 def test_embedding_costs_the_published_share_of_deit_s() -> None:
     with torch.device("meta"):
         vit = load_vit("deit_small_patch16_224")
-    schedule = [1] * 12  # hardly any merging: d' is the keys' width, so the rows alone are the difference
+    schedule = [1] * 12  # hardly any merging; d' is the width of keys, so only the rows differ
     more = matching_macs(vit, schedule, embedding_dim=64) - matching_macs(vit, schedule)
     assert more / vit_macs(vit, schedule) == pytest.approx(0.0125, abs=0.0003)
 
 
 @pytest.mark.parametrize("form", ["masked", "plain"])
-def test_count_does_not_depend_on_how_attention_is_put(form: str) -> None:
+def test_count_does_not_depend_on_the_form_of_attention(form: str) -> None:
     vit = build("augreg")
     model = MergingVisionTransformer(vit, 5, attention=form)  # type: ignore[arg-type]
     assert count_macs(model, 48) == vit_macs(vit, [5] * 3) + matching_macs(vit, [5] * 3)

@@ -49,7 +49,7 @@ def test_relaxed_model_tends_to_the_hard_one_in_other_families(family: str) -> N
         assert float((found - model(x)).abs().max()) < 1e-5
 
 
-def test_relaxed_model_keeps_all_patches_in_its_sizes_and_none_but_the_class_token_apart() -> None:
+def test_relaxed_model_keeps_the_sum_of_sizes_and_the_class_token() -> None:
     model = RelaxedVisionTransformer(tiny_vit(), 16, metric=embedding())
     tokens, size, source = model.forward_features(pixels())
     assert tokens.shape == (2, 197, 32)
@@ -58,8 +58,8 @@ def test_relaxed_model_keeps_all_patches_in_its_sizes_and_none_but_the_class_tok
     assert torch.equal(size[:, 0], torch.ones(2, 1))
 
 
-def test_relaxed_model_teaches_every_block_that_merges_before_a_later_attention() -> None:
-    """The last block merges after the last attention: what the class token says cannot depend on it."""
+def test_relaxed_model_trains_every_block_that_merges_before_an_attention() -> None:
+    """The last block merges after the last attention, so the class token does not depend on it."""
     own = embedding()
     vit = tiny_vit().requires_grad_(False)
     RelaxedVisionTransformer(vit, [16, 8, 8], metric=own)(pixels()).square().sum().backward()

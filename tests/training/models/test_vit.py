@@ -120,7 +120,7 @@ def test_timms_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, state[name]) for name, value in vit.state_dict().items())
 
 
-def test_metric_can_be_random_and_repeated() -> None:
+def test_random_metric_repeats_with_its_seed() -> None:
     vit, x = build("augreg"), images()
     with torch.no_grad():
         first, same, other = (MergingVisionTransformer(vit, 8, metric="random", metric_seed=s)(x) for s in (0, 0, 1))
@@ -139,7 +139,7 @@ def test_metric_can_be_any_function_of_hidden_and_keys() -> None:
     MergingVisionTransformer(vit, [8, 0, 8], metric=metric)(x)
     assert seen == [(0, (2, 37, 192), (2, 3, 37, 64)), (2, (2, 29, 192), (2, 3, 29, 64))]
     with pytest.raises(ValueError, match="'keys', 'features', 'random'"):
-        MergingVisionTransformer(vit, metric="values")  # type: ignore[arg-type]
+        MergingVisionTransformer(vit, metric="values")
 
 
 @pytest.mark.parametrize("family", ["augreg", "deit-distilled", "average-registers"])

@@ -1,7 +1,8 @@
-"""Run a study: every variant of a recipe trained and judged; a table, a JSON file and a picture.
+"""Run a study: train and evaluate every variant of a recipe; write a table, a JSON file and a plot.
 
-`python -m training.cli.study temperatures --out runs/studies`
-Variants that are done are kept, so it resumes. What each study asks is in training/learn/studies.py.
+  python -m training.studies.study temperatures --out runs/studies
+
+Finished variants are kept, so an interrupted study resumes. training/studies/variants.py defines the studies.
 """
 
 from __future__ import annotations
@@ -19,41 +20,37 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.cli.command import report, run_command
 from training.data.sources import REFERENCE_INPUT, DigitScenes, pixel_batches
 from training.evaluate.accuracy import Measurement, measure
 from training.learn.dtem import DtemTraining
 from training.learn.images import training_images
 from training.learn.processes import Processes
 from training.learn.recipe import DtemRecipe, read_recipe
-from training.learn.studies import STUDIES, Study
 from training.models.classifier import frozen_classifier
 from training.models.vit import MetricChoice, load_vit
+from training.studies.variants import STUDIES, Study
 
 Row = dict[str, Any]
-"""variant, r, top1, ci95, n_images (judged on), n_trained (images seen in training)"""
+"""variant, r, top1, ci95, n_images (of the evaluation), n_trained (images seen in training)"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0 done, 2 refused, with the reason on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_command("study", __doc__, _add_options, _study, arguments)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--recipe", type=Path, default=Path("training/recipes/reference-dtem.toml"))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and, named as the study, results")
-    parser.add_argument("--n-images", type=int, default=2_000, help="validation images that each variant is judged on")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
-    options = parser.parse_args(arguments)
-    try:
-        _study(options)
-    except (ValueError, OSError) as err:
-        print(f"study refused: {err}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the results, <study>.*")
+    parser.add_argument("--n-images", type=int, default=2_000, help="validation images per evaluation")
+    parser.add_argument("--workers", type=int, default=1, help="data workers")
 
 
 def _study(options: argparse.Namespace) -> None:
     recipe = read_recipe(options.recipe)
     if not isinstance(recipe, DtemRecipe):
-        raise ValueError(f"{options.recipe} is a backbone's; a study varies a recipe of DTEM")
+        raise ValueError(f"{options.recipe} is a recipe of a backbone; a study varies a recipe of DTEM")
     study = STUDIES[options.study]
     images = list(pixel_batches(DigitScenes("validation", options.n_images), 50, options.workers))
     file = options.out / f"{options.study}.json"
@@ -64,14 +61,15 @@ def _study(options: argparse.Namespace) -> None:
             continue
         if varied is None:
             vit = load_vit(recipe.architecture, weights=Path(recipe.weights), **recipe.arguments)
-            rows += _judged(name, vit.eval(), "keys", (0, *study.rates), images, 0)
+            rows += _evaluated(name, vit.eval(), "keys", (0, *study.rates), images, 0)
         else:
             training = _trained(name, replace(varied, file=f"{recipe.file}, {name}"), options)
             metric: MetricChoice = training.embedding.eval() if varied.embedding else "keys"
-            rows += _judged(name, training.vit.eval(), metric, study.rates, images, varied.n_images)
+            rows += _evaluated(name, training.vit.eval(), metric, study.rates, images, varied.n_images)
         file.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
     table = markdown(study, rows)
-    file.with_suffix(".md").write_text(table)
+    title = f"Study of {options.study}"
+    file.with_suffix(".md").write_text(report(title, study.question, options.command_line, table))
     plot(study, rows, file.with_suffix(".png"))
     print(table)
 
@@ -84,7 +82,7 @@ def _trained(name: str, recipe: DtemRecipe, options: argparse.Namespace) -> Dtem
     return training
 
 
-def _judged(
+def _evaluated(
     name: str,
     vit: nn.Module,
     metric: MetricChoice,
@@ -110,22 +108,23 @@ def _judged(
 
 
 def _read(file: Path, about: dict[str, object]) -> list[Row]:
-    """Raises: ValueError where the file tells of another study."""
+    """Read the finished rows. Raises: ValueError where the file is of another study."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         return []
     content = json.loads(file.read_text())
-    if content["about"] != about:
-        raise ValueError(f"{file} holds another study, {content['about']}, not {about}: give another --out")
+    # The wording of the question may change; the rest identifies the study.
+    if {**content["about"], "question": about["question"]} != about:
+        raise ValueError(f"{file} holds another study, {content['about']}, not {about}: choose another --out")
     rows: list[Row] = content["rows"]
     return rows
 
 
 def markdown(study: Study, rows: list[Row]) -> str:
-    """Lay the rows out, a line a variant, a column a rate."""
+    """Render the rows as a table: one line per variant, one column per rate."""
     rates = sorted({row["r"] for row in rows})
     lines = [
-        f"{study.question} Top-1 % on {rows[0]['n_images']} validation images, 95 % interval.",
+        f"Top-1 % on {rows[0]['n_images']} validation images, 95 % interval.",
         "",
         f"| variant | images seen | {' | '.join(f'r={r}' for r in rates)} |",
         f"|---|---:|{'---:|' * len(rates)}",
@@ -144,7 +143,7 @@ def _cell(row: Row) -> str:
 
 
 def plot(study: Study, rows: list[Row], file: Path) -> None:
-    """Draw top-1 against r, a line a variant; with two rates or fewer, a group of points a variant."""
+    """Plot top-1 against r as lines; with at most two rates, as groups of points."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     figure = Figure(figsize=(8, 4.8 if len(study.rates) > 2 else 1.2 + 0.42 * len(names)), layout="constrained")
     axes = figure.subplots()

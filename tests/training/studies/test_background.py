@@ -7,10 +7,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import background
 from training.data.digits import digit_patches
-from training.evaluate.background import FIGURES, Measured, estimate, patch_figures, summarise
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
+from training.studies import background
+from training.studies.patches import FIGURES, Measured, estimate, patch_figures, summarise
 
 
 def _source(token_of_patch: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -18,7 +18,7 @@ def _source(token_of_patch: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[n
 
 
 def test_figures_of_groups_counted_by_hand() -> None:
-    # patches 0, 1, 2 are the digit's: 0 alone, 1 and 2 together with 3; 4 alone, 5 and 6 together
+    # Patches 0, 1, 2 are the digit's. Tokens: {0}, {1, 2, 3}, {4}, {5, 6}.
     source = _source([0, 1, 1, 1, 2, 3, 3])[None]
     is_digit = np.array([[True, True, True, False, False, False, False]])
     figures = patch_figures(source, is_digit)
@@ -30,15 +30,15 @@ def test_figures_of_groups_counted_by_hand() -> None:
     assert figures["purity"] == pytest.approx([1 / 2])
 
 
-def test_figures_are_of_each_image_by_itself() -> None:
+def test_figures_of_an_image_do_not_depend_on_the_batch() -> None:
     is_digit = np.array([[True, False, False], [True, True, False]])
     sources = np.stack([_source([0, 1, 1]), _source([0, 1, 0])])
     whole = patch_figures(sources, is_digit)
     for index in range(2):
         own = patch_figures(sources[index : index + 1], is_digit[index : index + 1])
-        assert {name: values[index] for name, values in whole.items()} == {
-            name: values[0] for name, values in own.items()
-        }
+        assert {name: values[index] for name, values in whole.items()} == pytest.approx(
+            {name: values[0] for name, values in own.items()}, rel=1e-12
+        )
 
 
 def test_source_with_protected_tokens_is_refused() -> None:
@@ -99,7 +99,7 @@ def test_background_writes_table_json_and_pictures(command: list[str], tmp_path:
     few, many = rows[0]["figures"], rows[1]["figures"]
     assert few["background_alone"]["mean"] > many["background_alone"]["mean"]
     assert 1 <= few["digit_group"]["mean"] < many["digit_group"]["mean"]
-    assert "| dtem less tome | 60 | " in (tmp_path / "v1.2.md").read_text()
+    assert "| dtem minus tome | 60 | " in (tmp_path / "v1.2.md").read_text()
     for name in ("v1.2.png", "v1.2-tokens.png"):
         with Image.open(tmp_path / name) as picture:
             assert len(set(picture.convert("RGB").get_flattened_data())) > 50
@@ -114,7 +114,7 @@ def test_background_writes_table_json_and_pictures(command: list[str], tmp_path:
         (["--policies", "tome,dtm"], "expected some of none, tome, dtem, random"),
     ],
 )
-def test_what_has_no_background_is_refused(
+def test_background_of_other_data_or_policies_is_refused(
     command: list[str], extra: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert background.main([*command, "--out", str(tmp_path / "result"), *extra]) == 2

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import study
-from training.learn import studies
 from training.learn.recipe import DtemRecipe, read_recipe
+from training.studies import study
+from training.studies import variants as studies
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_study_varies_the_recipe_into_different_ones(name: str, recipe_file: Pat
     assert len({str(variant) for variant in variants.values()}) == len(variants)
 
 
-def test_study_judges_every_variant_and_the_untrained_model(recipe_file: Path, tmp_path: Path, short: None) -> None:
+def test_study_evaluates_every_variant_and_the_untrained_model(recipe_file: Path, tmp_path: Path, short: None) -> None:
     rows = run(recipe_file, tmp_path / "out")["rows"]
     assert [(row["variant"], row["r"]) for row in rows][:3] == [("ToMe, untrained", r) for r in (0, 16, 24)]
     assert {row["variant"] for row in rows} == {

@@ -1,6 +1,7 @@
-"""Studies: one recipe varied, every variant trained equally long and judged by hard merging on the same images.
+"""The studies: variants of one recipe, trained equally long and evaluated alike.
 
-They answer what the paper leaves open (arXiv 2412.10569); what came out is in training/LOG.md.
+Each addresses a question that the paper leaves open (arXiv 2412.10569). Findings are in
+training/LOG.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from dataclasses import dataclass, replace
 from training.learn.recipe import AdamW, DtemRecipe
 from training.merging.relaxed import Relaxation
 
-N_IMAGES = 3_200  # seen by each variant, unless it is about that
-RATES = (16, 24)  # judged at the rate learnt at, and where hardly a token is left: the former alone tells little apart
-N_DISTINCT = 51_200  # "all" of the data, of which a share is taken
+N_IMAGES = 3_200
+"""Images that each variant sees in training, unless the study varies it."""
+RATES = (16, 24)
+"""The rate of training, and one that leaves two tokens: at r = 16 alone, variants hardly differ."""
+N_DISTINCT = 51_200
+"""The full data, of which some variants use a share."""
 _VIT = AdamW(learning_rate=(5e-5, 1e-6), weight_decay=0.05, clip_norm=1.0, warmup_images=320)
 
 Variants = dict[str, DtemRecipe]
@@ -21,7 +25,7 @@ Variants = dict[str, DtemRecipe]
 
 @dataclass(frozen=True)
 class Study:
-    """question: what it asks; rates: judged at; vary: the base recipe -> each variant's recipe, by its name."""
+    """A question, the rates of evaluation, and the variants by name, made from the base recipe."""
 
     question: str
     rates: tuple[int, ...]
@@ -37,9 +41,9 @@ def _soft(recipe: DtemRecipe, tau1: float = 0.1, tau2: float = 0.1) -> DtemRecip
 
 
 def _untrained(recipe: DtemRecipe) -> DtemRecipe:
-    """One step at no learning rate leaves what every embedding begins with."""
+    """Return the recipe with one step at learning rate 0, which keeps the initial embedding."""
     if recipe.embedding is None:
-        raise ValueError("a recipe without an embedding has none to leave untrained")
+        raise ValueError("the recipe has no embedding: a study needs one")
     return replace(recipe, n_images=recipe.batch_size, embedding=replace(recipe.embedding, learning_rate=(0.0, 0.0)))
 
 
@@ -105,12 +109,12 @@ def _relaxation(recipe: DtemRecipe) -> Variants:
 
 STUDIES = {
     "generalisation": Study(
-        "Does what is learnt at one rate serve every other, and do d' or the temperatures matter for it?",
+        "Does an embedding trained at one rate work at every other, and do d' or the temperatures matter?",
         (2, 4, 8, 12, 16, 20, 24),
         _generalisation,
     ),
-    "data": Study("How little data and how few steps are enough, modular and end-to-end?", RATES, _data),
+    "data": Study("How much data and how many steps are needed, modular and end-to-end?", RATES, _data),
     "temperatures": Study("How soft should grouping be: tau1 and tau2 over two decades?", RATES, _temperatures),
-    "keys": Study("Is the decoupled embedding needed, or do the ViT's keys learn as well?", RATES, _keys),
-    "relaxation": Study("Must the tail be kept in training, and how many partners?", RATES, _relaxation),
+    "keys": Study("Is the decoupled embedding needed, or can the ViT's keys learn as well?", RATES, _keys),
+    "relaxation": Study("Is the tail needed in training, and how many partners?", RATES, _relaxation),
 }

@@ -1,4 +1,4 @@
-"""Lay out what merged with the background: a table, a plot, and pictures of the tokens over their images."""
+"""Report of the background study: a table, a plot, and pictures of the tokens over their images."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from training.evaluate.background import FIGURES, BackgroundRow, Estimate
-from training.evaluate.table import COLOURS, error_bars
+from training.evaluate.table import error_bars
+from training.merging.policies import find_policy
+from training.studies.patches import FIGURES, BackgroundRow, Estimate
 
 _PERCENT = ("digit_alone", "background_alone", "purity")
 _HEADINGS = {
-    "digit_alone": "digit alone %",
-    "background_alone": "background alone %",
-    "digit_group": "digit's group",
-    "background_group": "background's group",
+    "digit_alone": "digit patches unmerged %",
+    "background_alone": "background patches unmerged %",
+    "digit_group": "digit token size",
+    "background_group": "background token size",
     "purity": "purity %",
 }
 
 
 def markdown(rows: Sequence[BackgroundRow], n_images: int) -> str:
-    """Lay the rows out as a Markdown table, and say what the columns mean."""
+    """Render the rows as a Markdown table with a note on its columns."""
     lines = [
         "| policy | r | " + " | ".join(_HEADINGS.values()) + " |",
         "|---|---:|" + "---:|" * len(_HEADINGS),
     ]
     for row in sorted(rows, key=lambda row: row.r):
-        policy = f"{row.policy} less {row.base}" if row.base else row.policy
+        policy = f"{row.policy} minus {row.base}" if row.base else row.policy
         cells = [_cell(name, row.figures[name], is_difference=row.base is not None) for name in _HEADINGS]
         lines.append(f"| {policy} | {row.r} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Means over {n_images} images, with 95 % intervals by the bootstrap over images; differences are paired. "
+        f"Means over {n_images} images with 95 % bootstrap intervals; differences are paired. "
         + "; ".join(f"{_HEADINGS[name]}: {meaning}" for name, meaning in FIGURES.items())
-        + ". A patch is the digit's where an eighth of its pixels are ink, else background.",
+        + ". A digit patch is one of which at least an eighth is ink; all others are background.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -52,7 +53,7 @@ def _cell(name: str, value: Estimate, *, is_difference: bool) -> str:
 
 
 def plot(rows: Sequence[BackgroundRow], file: Path, title: str) -> None:
-    """Draw each figure against r: the digit's patches in full lines, the background's in dashed ones."""
+    """Plot each figure against r: solid lines for the digit's patches, dashed for the background's."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     alone, group, purity = figure.subplots(1, 3)
     for policy in dict.fromkeys(row.policy for row in rows):
@@ -61,11 +62,11 @@ def plot(rows: Sequence[BackgroundRow], file: Path, title: str) -> None:
             _draw_line(axes, line, f"digit_{name}", f"{policy}, digit", "-")
             _draw_line(axes, line, f"background_{name}", f"{policy}, background", "--")
         _draw_line(purity, line, "purity", policy, "-")
-    alone.set(title="patches with a token of their own", ylabel="% of the kind's patches", ylim=(-3, 103))
-    group.set(title="patches that a patch's token stands for", ylabel="mean over the kind's patches", yscale="log")
+    alone.set(title="patches that stay unmerged", ylabel="% of digit or background patches", ylim=(-3, 103))
+    group.set(title="size of the token that holds a patch", ylabel="patches, mean", yscale="log")
     group.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     group.minorticks_off()
-    purity.set(title="tokens of the digit, no background", ylabel="% of tokens with digit", ylim=(-3, 103))
+    purity.set(title="digit tokens without background", ylabel="% of tokens with digit patches", ylim=(-3, 103))
     for axes in (alone, group, purity):
         axes.set_xlabel("r")
         axes.set_xticks(sorted({row.r for row in rows}))
@@ -85,7 +86,7 @@ def _draw_line(axes: Any, line: Sequence[BackgroundRow], name: str, label: str, 
             [scale * value.mean for value in values],
             [(scale * value.ci95[0], scale * value.ci95[1]) for value in values],
         ),
-        color=COLOURS[line[0].policy],
+        color=find_policy(line[0].policy).colour,
         linestyle=style,
         marker="o",
         markersize=3,
@@ -96,7 +97,10 @@ def _draw_line(axes: Any, line: Sequence[BackgroundRow], name: str, label: str, 
 
 @dataclass(frozen=True)
 class MergedImage:
-    """An image and, for each policy, the token of each patch. Shapes: image uint8 (S, S, 3), mask (S, S), (patches,)"""
+    """An image with the token of each patch, by policy.
+
+    Shapes: image uint8 (S, S, 3); mask (S, S); token_of_patch (patches,) each
+    """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
@@ -104,9 +108,9 @@ class MergedImage:
 
 
 def picture(images: Sequence[MergedImage], file: Path, r: int) -> None:
-    """Draw, an image a row, the image and what each policy merged: a colour and an outline for each token.
+    """Draw one row per image: the image, then each policy's tokens in colours and outlines.
 
-    A patch that has a token of its own keeps the image's colours. The digit's outline is white.
+    An unmerged patch keeps the colours of the image. The digit's outline is white.
     """
     policies = list(images[0].token_of_patch)
     n_columns = 1 + len(policies)
@@ -145,7 +149,7 @@ def _draw_tokens(axes: Any, merged: MergedImage, token: NDArray[np.int64]) -> No
 
 
 def _colour(index: int) -> tuple[float, float, float]:
-    """Twenty colours, the strong ones first; then again."""
+    """Return one of twenty colours, strong ones first, repeating."""
     colours: tuple[float, float, float] = colormaps["tab20"]((2 * index) % 20 + (2 * index // 20) % 2)[:3]
     return colours
 

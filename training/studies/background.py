@@ -1,7 +1,8 @@
-"""Ask whether the background merges first: where the digit's patches end up under each policy, by the task's own masks.
+"""Does the background merge first? Measure where the digit's patches end up under each policy, by the task's masks.
 
-`python -m training.cli.background --run runs/reference-dtem --rates 2,4,8,12,16 --out docs/results/background`
-Writes <out>.md, <out>.json and <out>.png, and <out>-tokens.png, which shows what merged at the highest rate.
+  python -m training.studies.background --run runs/reference-dtem --rates 2,4,8,12,16 --out docs/results/background
+
+Writes <out>.md, <out>.json and <out>.png, and <out>-tokens.png, which shows the tokens at the highest rate.
 """
 
 from __future__ import annotations
@@ -19,47 +20,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from training.cli.command import report, run_command
 from training.cli.evaluate import chosen_policies
 from training.cli.model_options import ChosenModel, add_model_options, chosen_model, rates
 from training.data.digits import Scene, digit_patches, draw
-from training.evaluate.background import BackgroundRow, Measured, patch_figures, summarise
-from training.evaluate.background_report import MergedImage, markdown, picture, plot
+from training.data.sources import REFERENCE_DATASET
 from training.evaluate.results import with_suffix
 from training.evaluate.table import planned, policy_classifier
+from training.merging.policies import FIXED_POLICIES, UNMERGED
 from training.models.classifier import ServedClassifier
 from training.models.weights import weights_digest
+from training.studies.background_report import MergedImage, markdown, picture, plot
+from training.studies.patches import BackgroundRow, Measured, patch_figures, summarise
 
 Classifiers = dict[tuple[str, int], ServedClassifier]
+DEFAULT = "tome,dtem"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0 measured, 2 refused, with the reason on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_command("measurement", __doc__, _add_options, _measure_background, arguments)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.set_defaults(n_images=2000)
     parser.add_argument("--rates", type=rates, default=rates("2:16:2"), help="2,8,16 or first:last:step")
+    merging = ", ".join(name for name in FIXED_POLICIES if name != UNMERGED.name)
     parser.add_argument(
-        "--policies", help="some of tome, dtem, random, with commas, the base of differences first (default: tome,dtem)"
+        "--policies",
+        help=f"comma-separated, of {merging}; differences are relative to the first; default: {DEFAULT}",
     )
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--n-pictures", type=int, default=5, help="how many images, the first ones, to show")
-    parser.add_argument("--out", type=Path, required=True, help="files <out>.md, .json and .png, and <out>-tokens.png")
-    options = parser.parse_args(arguments)
-    try:
-        _measure_background(options)
-    except (ValueError, OSError) as err:
-        print(f"measurement refused: {err}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--n-pictures", type=int, default=5, help="number of images to show, from the first on")
+    parser.add_argument("--out", type=Path, required=True, help="writes <out>.md, .json and .png, and <out>-tokens.png")
 
 
 def _measure_background(options: argparse.Namespace) -> None:
-    if options.data != "digits":
+    if options.data != REFERENCE_DATASET:
         raise ValueError(f"data {options.data!r}: only the reference task's digits have masks")
     chosen = chosen_model(options)
-    policies = chosen_policies(options, chosen, default="tome,dtem")
+    policies = chosen_policies(options, chosen, default=DEFAULT)
     plan = planned(policies, options.rates)
-    if "none" in policies or not plan:
+    if UNMERGED.name in policies or not plan:
         raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: expected some that merge, r above 0")
     classifiers = {
         (policy, r): policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding) for policy, r in plan
@@ -92,12 +94,12 @@ def _scene_batches(options: argparse.Namespace) -> Iterator[list[Scene]]:
 
 @torch.inference_mode()
 def _source(classifier: ServedClassifier, pixels: Tensor) -> NDArray[np.bool_]:
-    """Return which patches each token stands for. Shapes: uint8 (B, H, W, 3) -> bool (B, tokens, patches)"""
+    """Return the patches of each token. Shapes: uint8 (B, H, W, 3) -> bool (B, tokens, patches)"""
     channels = pixels.permute(0, 3, 1, 2).float() * classifier.scale + classifier.offset
     source = classifier.model.forward_features(channels, with_source=True).source
     n_protected = classifier.model.n_protected
     if source is None:
-        raise ValueError("the model gave no source map")
+        raise ValueError("the model returned no source map")
     found: NDArray[np.bool_] = (source[:, n_protected:, n_protected:] > 0).numpy()
     return found
 
@@ -128,7 +130,9 @@ def _write(options: argparse.Namespace, chosen: ChosenModel, rows: list[Backgrou
     content = {"about": about, "rows": [asdict(row) for row in rows]}
     with_suffix(options.out, ".json").write_text(json.dumps(content, indent=2) + "\n")
     table = markdown(rows, options.n_images)
-    with_suffix(options.out, ".md").write_text(table)
+    title = f"Merging of digit and background, {model}"
+    summary = "How patches of the digit and of the background are grouped into tokens."
+    with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
     plot(rows, with_suffix(options.out, ".png"), f"{model}, {options.n_images} {options.split} images")
     print(table)
 

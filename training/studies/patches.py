@@ -1,7 +1,6 @@
-"""Where a digit's patches end up: in tokens of their own, in small ones, or with the background.
+"""How patches of the digit and of the background are grouped into tokens, on the reference task.
 
-Patches are the reference task's, the digit's those that `training.data.digits.digit_patches` says; all others are
-background.
+`training.data.digits.digit_patches` defines the digit's patches. All others are background.
 """
 
 from __future__ import annotations
@@ -17,26 +16,27 @@ from numpy.typing import NDArray
 _N_SAMPLES, _BOOTSTRAP_SEED = 1000, 1979
 
 FIGURES = {
-    "digit_alone": "share of the digit's patches with a token of their own",
-    "background_alone": "share of the background's patches with a token of their own",
-    "digit_group": "patches that the token of a digit's patch stands for, mean",
-    "background_group": "patches that the token of a background patch stands for, mean",
-    "purity": "share of the tokens with patches of the digit that have none of the background",
+    "digit_alone": "share of the digit's patches that are a token by themselves",
+    "background_alone": "share of the background's patches that are a token by themselves",
+    "digit_group": "mean number of patches in the token of a digit's patch",
+    "background_group": "mean number of patches in the token of a background patch",
+    "purity": "share of the tokens with digit patches that have no background patch",
 }
 
 
 def patch_figures(source: NDArray[np.bool_], is_digit: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
     """Return each of `FIGURES` for each image.
 
-    Shapes: source (B, tokens, patches), the patches that each token stands for, protected tokens left out; is_digit
-        (B, patches) -> (B,) each
-    Raises: ValueError where a patch is not in exactly one token, or an image has patches of one kind alone.
+    Shapes: source (B, tokens, patches), the patches of each token, without protected tokens;
+        is_digit (B, patches) -> (B,) each
+    Raises: ValueError where a patch is not in exactly one token, or an image lacks digit or
+        background patches.
     """
     if not (source.sum(1) == 1).all():
-        raise ValueError("every patch must be in exactly one token: is the source map without its protected tokens?")
+        raise ValueError("every patch must be in exactly one token: does the source map include protected tokens?")
     if not (is_digit.any(1) & ~is_digit.all(1)).all():
         raise ValueError("every image must have patches of the digit and of the background")
-    group = (source * source.sum(2, keepdims=True)).sum(1)  # (B, patches): how many are in the token of each
+    group = (source * source.sum(2, keepdims=True)).sum(1)  # (B, patches), the size of the token of each
     has_digit = (source & is_digit[:, None]).any(2)
     has_background = (source & ~is_digit[:, None]).any(2)
     return {
@@ -63,10 +63,12 @@ class Estimate:
 
 
 def estimate(values: NDArray[np.float64]) -> Estimate:
-    """Return the mean over images, its interval by the percentiles of a thousand seeded bootstrap samples of them.
+    """Return the mean over images, with the percentile interval of 1000 seeded bootstrap samples.
 
-    Shapes: (images,) Raises: ValueError for fewer than two images.
-    Source: B. Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 7 (1979), 1-26.
+    Shapes: (images,)
+    Raises: ValueError for fewer than two images.
+    Source: B. Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 7
+        (1979), 1-26.
     """
     if len(values) < 2:
         raise ValueError(f"{len(values)} images: an interval needs two or more")
@@ -76,14 +78,14 @@ def estimate(values: NDArray[np.float64]) -> Estimate:
 
 @cache
 def _bootstrap_counts(n_images: int) -> NDArray[np.float64]:
-    """Draw how often each image is in each sample. Shapes: (samples, images)"""
+    """Draw the number of times that each image is in each sample. Shapes: (samples, images)"""
     generator = np.random.default_rng(_BOOTSTRAP_SEED)
     return generator.multinomial(n_images, np.full(n_images, 1 / n_images), _N_SAMPLES).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class BackgroundRow:
-    """One policy at one rate; where `base` is named, less the base's, image by image. figures: see `FIGURES`."""
+    """One policy at one rate. With a base, the paired difference from it. figures: see `FIGURES`"""
 
     policy: str
     r: int
@@ -92,17 +94,17 @@ class BackgroundRow:
 
 
 Measured = dict[tuple[str, int], list[dict[str, NDArray[np.float64]]]]
-"""(policy, r) -> what `patch_figures` gave, batch by batch, the same images for all"""
+"""(policy, r) -> results of `patch_figures`, batch by batch, on the same images for all"""
 
 
 def summarise(measured: Measured, base: str) -> list[BackgroundRow]:
-    """Return a row for each policy and rate, and one for each difference from the base policy at the same rate."""
+    """Return rows per policy and rate, and rows of differences from the base policy."""
     whole = {key: _joined(batches) for key, batches in measured.items()}
     rows = [BackgroundRow(policy, r, _estimates(figures)) for (policy, r), figures in whole.items()]
     for (policy, r), figures in whole.items():
         if policy != base:
-            less = {name: values - whole[base, r][name] for name, values in figures.items()}
-            rows.append(BackgroundRow(policy, r, _estimates(less), base))
+            differences = {name: values - whole[base, r][name] for name, values in figures.items()}
+            rows.append(BackgroundRow(policy, r, _estimates(differences), base))
     return rows
 
 
