@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("engine", SUFFIXES)
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_runner_computes_the_graph_for_any_batch(folder: Path, engine: str, batch: int) -> None:
+def test_runner_computes_the_graph_for_any_batch_size(folder: Path, engine: str, batch: int) -> None:
     runner = open_backend(engine, OPTIONS).load(folder / f"tome-r8.{SUFFIXES[engine]}", "pixels", LOGITS)
     pixels = np.random.default_rng(batch).integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)
     pixels.flags.writeable = False
@@ -33,7 +33,7 @@ def test_runner_computes_the_graph_for_any_batch(folder: Path, engine: str, batc
     np.testing.assert_allclose(logits, expected_logits(pixels, 8), atol=1e-5)
 
 
-def test_onnx_with_shared_weights_computes_the_same(folder: Path) -> None:
+def test_onnx_computes_the_same_with_shared_weights(folder: Path) -> None:
     pixels = np.full((1, SIDE, SIDE, 3), 77, np.uint8)
     options = BackendOptions("cpu", 2, share_weights=True)
     runner = open_backend("onnxruntime", options).load(folder / "tome-r8.onnx", "pixels", LOGITS)
@@ -63,7 +63,7 @@ def test_onnx_load_refuses_a_graph_with_other_names(folder: Path, names: tuple[s
 
 
 @pytest.mark.parametrize("engine", SUFFIXES)
-def test_runner_says_what_each_image_kept_and_cost(folder: Path, engine: str) -> None:
+def test_runner_returns_tokens_and_gmacs_of_each_image(folder: Path, engine: str) -> None:
     runner = open_backend(engine, OPTIONS).load(folder / f"atm.{SUFFIXES[engine]}", "pixels", ALL)
     pixels = np.random.default_rng(1).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
     pixels[0] //= 8
@@ -82,7 +82,7 @@ def test_torchscript_refuses_another_number_of_outputs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", SUFFIXES)
-def test_open_backend_refuses_a_device_that_is_not_there(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_backend_refuses_a_missing_device(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -120,6 +120,7 @@ def test_torchscript_moves_what_a_graph_makes_itself() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("engine", SUFFIXES)
 def test_runner_computes_the_same_on_cuda(folder: Path, engine: str) -> None:
     if engine == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
