@@ -38,10 +38,10 @@ class TorchScriptBackend:
 
 
 def move_constants(module: torch.jit.ScriptModule, device: torch.device) -> None:
-    """Have the tensors that a graph makes itself made on a device.
+    """Make a traced graph create its tensors on a device.
 
-    A trace names the device that it was made on, and `map_location` moves weights alone: the graph of a merging model,
-    traced on a CPU, would mix row numbers made there with tokens on the GPU.
+    A trace records its device as a constant, and `map_location` moves only weights. A merging model traced on the CPU
+    would index tokens on the GPU with row numbers on the CPU.
     """
     parts: list[Any] = [part for part in module.modules() if hasattr(part, "forward")]
     for node in (node for part in parts for node in part.graph.findAllNodes("prim::Constant")):
@@ -65,7 +65,7 @@ class TorchScriptRunner:
         except Exception as error:
             raise BackendError(f"PyTorch cannot run the graph: {_last_line(error)}") from error
         if len(arrays) != len(self._roles):
-            raise BackendError(f"the graph has {len(arrays)} outputs instead of {len(self._roles)}")
+            raise BackendError(f"the graph has {len(arrays)} outputs, expected {len(self._roles)}")
         return dict(zip(self._roles, arrays, strict=True))
 
 

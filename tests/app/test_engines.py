@@ -4,8 +4,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
@@ -17,7 +19,7 @@ from app.serving.service import Service
 from app.settings import read_settings
 from app.store.loader import StoreOptions, load_catalogue
 from tests.app.odd_images import encode, make_photo
-from tests.app.tiny_store import expected_costs, expected_logits
+from tests.app.tiny_store import ATM_BIAS, expected_costs, expected_logits
 
 PNG = encode(make_photo(8, 8), "PNG")
 NAME = "numpy-onnx"
@@ -25,12 +27,16 @@ NAME = "numpy-onnx"
 
 class NumpyRunner:
     def __init__(self, path: Path, roles: list[str]) -> None:
-        self._r = 4 if path.stem == "atm" else int(path.stem.removeprefix("tome-r"))
+        self._r = ATM_BIAS if path.stem == "atm" else int(path.stem.removeprefix("tome-r"))
         self._roles = roles
 
     def run(self, pixels: Pixels) -> Outputs:
         tokens, gmacs = expected_costs(pixels)
-        outputs = {"logits": expected_logits(pixels, self._r), "tokens": tokens, "gmacs": gmacs}
+        outputs: dict[str, NDArray[Any]] = {
+            "logits": expected_logits(pixels, self._r),
+            "tokens": tokens,
+            "gmacs": gmacs,
+        }
         return {role: outputs[role] for role in self._roles}
 
 
@@ -51,7 +57,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     module.NumpyBackend = NumpyBackend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     engine = Engine(module.__name__, "NumpyBackend", "onnx", "numpy_onnx", "numpy")
-    monkeypatch.setitem(ENGINES, NAME, engine)  # type: ignore[arg-type]
+    monkeypatch.setitem(ENGINES, NAME, engine)
     return engine
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,13 +43,15 @@ class MaskBackend:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A version whose task returns a mask, with golden masks."""
-    monkeypatch.setitem(TASKS, "classify", lambda manifest: MASK)  # type: ignore[arg-type]
+    monkeypatch.setitem(TASKS, "classify", lambda manifest: MASK)
     folder = write_store(tmp_path)
     manifest = read_manifest(folder)
     manifest["variants"] = [variant for variant in manifest["variants"] if variant["policy"] == "tome"]
     with np.load(folder / "golden.npz") as archive:
         pixels = archive["pixels"]
-    masks = {f"mask/tome-r{variant['r']}": make_masks(pixels)["mask"] for variant in manifest["variants"]}
+    masks: dict[str, Any] = {
+        f"mask/tome-r{variant['r']}": make_masks(pixels)["mask"] for variant in manifest["variants"]
+    }
     np.savez(folder / "golden.npz", pixels=pixels, **masks)
     manifest["files"]["golden.npz"] = digest(folder / "golden.npz")
     write_manifest(folder, manifest)

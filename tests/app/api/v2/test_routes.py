@@ -182,7 +182,7 @@ def test_bad_image_is_named_and_counted_once(make_client: ClientFactory) -> None
 
 def test_pixel_limit_applies_to_image_files(make_client: ClientFactory) -> None:
     client = make_client(max_pixels=10)
-    assert_error(client.post(PATH, content=PNG, headers={LENGTH_HEADER: "0"}), 413, "Image 0: ", "more than 10")
+    assert_error(client.post(PATH, content=PNG, headers={LENGTH_HEADER: "0"}), 413, "Image 0: ", "the limit is 10")
 
 
 def test_infer_is_counted_and_logged(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
