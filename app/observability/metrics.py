@@ -46,7 +46,7 @@ class Metrics:
         self._saved = self._counter("dtem_gmacs_saved_total", "GMACs saved by merging", VARIANT)
         self._degraded = self._counter("dtem_degraded_total", "Images degraded to a cheaper variant", VARIANT)
         self._refusals = self._counter("dtem_refusals_total", "Requests and files refused", ["reason"])
-        self._misses = self._counter("dtem_deadline_misses_total", "Deadlines missed or refused", ["reason"])
+        self._misses = self._counter("dtem_deadline_misses_total", "Missed or unmeetable deadlines", ["reason"])
         self._cancelled = self._counter("dtem_cancelled_total", "Images cancelled", ["reason"])
         self._busy = self._counter("dtem_busy_seconds_total", "Run time of batches", VARIANT)
         self._stages = self._histogram(
@@ -58,13 +58,13 @@ class Metrics:
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
         self._reloads = self._counter("dtem_reloads_total", "Model versions loaded, refused or dropped", ["result"])
-        self._begin_at_zero()
+        self._create_at_zero()
         self._ready = Gauge("dtem_ready", "Whether the service is ready", registry=registry)
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
         limit = Gauge("dtem_memory_limit_bytes", "Memory limit of the container or host", registry=registry)
         limit.set(memory_limit_bytes())
 
-    def _begin_at_zero(self) -> None:
+    def _create_at_zero(self) -> None:
         """Create the counters of rare events at 0: an alert on `increase` misses the first event of a new series."""
         for result in get_args(ReloadResult):
             self._reloads.labels(result)
@@ -131,7 +131,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Gauges whose series exist only while images are queued."""
+    """Gauges whose series depend on the state of the engine."""
 
     def __init__(self, engine: EngineState) -> None:
         self._engine = engine

@@ -25,9 +25,9 @@ HOLD_SECONDS = 0.1
 # After a refusal the floor may rise but not fall for this long.
 REFUSED_SECONDS = 0.5
 # Safety factor on estimates where a deadline is at stake.
-CAUTION = 1.15
+SAFETY_FACTOR = 1.15
 # A smaller batch must be this much cheaper per image: estimates are no more accurate.
-WORTH_SPLITTING = 1.1
+MIN_SPLIT_GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def batch_size(
     end = min((time for time in latest if time >= alone), default=None)
     sizes = [n for n in range(1, len(members) + 1) if end is None or n == 1 or now + costs(variant, n) <= end]
     best = min(costs(variant, n) / n for n in sizes)
-    return max(n for n in sizes if costs(variant, n) / n <= WORTH_SPLITTING * best)
+    return max(n for n in sizes if costs(variant, n) / n <= MIN_SPLIT_GAIN * best)
 
 
 def wait_for_more(

@@ -114,7 +114,7 @@ class Scheduler:
                 )
                 raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
         size, n_concurrent = self.limits.max_batch_images, self.limits.max_concurrent_batches
-        costs = self._costs(planning.CAUTION)
+        costs = self._costs(planning.SAFETY_FACTOR)
         late = planning.lateness(self.waiting, entries, self._free_at(now), costs, size, n_concurrent)
         if late > 0:
             detail = f"At the current load, the response would be {math.ceil(late * 1e3)} ms late."
@@ -150,7 +150,7 @@ class Scheduler:
             return Decision(expired)
         self._set_floors(now)
         floors, max_batch = self._floors(), self.limits.max_batch_images
-        cautious = self._costs_of_concurrent(planning.CAUTION)
+        cautious = self._costs_of_concurrent(planning.SAFETY_FACTOR)
         variant, members = planning.next_batch(self.waiting, floors, now, cautious, max_batch)
         delay = self.limits.max_delay_seconds
         wake_at = planning.wait_for_more(self.waiting, members, variant, now, costs, max_batch, delay)
@@ -184,7 +184,7 @@ class Scheduler:
             return False
         n_running = len(self.running) + 1
         return all(
-            now + planning.CAUTION * n_running * run.remaining_seconds <= entry.deadline
+            now + planning.SAFETY_FACTOR * n_running * run.remaining_seconds <= entry.deadline
             for run in self.running
             for entry in run.batch.entries
             if entry.deadline is not None and now + run.remaining_seconds <= entry.deadline
@@ -249,24 +249,24 @@ class Scheduler:
         )
         return _whole_seconds(max((time for _, _, time in times), default=now) - now)
 
-    def _costs_of_concurrent(self, caution: float = 1.0) -> planning.Costs:
+    def _costs_of_concurrent(self, safety_factor: float = 1.0) -> planning.Costs:
         """Return the costs of a batch that starts now and shares the device with the running batches."""
         costs, remaining = self._costs(), sum(run.remaining_seconds for run in self.running)
 
         def shared(variant: ServedVariant, n_images: int) -> float:
             alone = costs(variant, n_images)
-            return caution * (alone + min(alone, remaining))
+            return safety_factor * (alone + min(alone, remaining))
 
         return shared
 
-    def _costs(self, caution: float = 1.0) -> planning.Costs:
+    def _costs(self, safety_factor: float = 1.0) -> planning.Costs:
         """Return memoised costs, for one decision."""
         known: dict[tuple[ServedVariant, int], float] = {}
 
         def costs(variant: ServedVariant, n_images: int) -> float:
             key = (variant, n_images)
             if key not in known:
-                known[key] = caution * self.seconds(variant, n_images)
+                known[key] = safety_factor * self.seconds(variant, n_images)
             return known[key]
 
         return costs

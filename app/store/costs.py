@@ -4,10 +4,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 # Per image, for a variant that was never measured.
-FIRST_GUESS_SECONDS = 0.05
+DEFAULT_SECONDS = 0.05
 SMOOTHING = 0.1
 # A run counts as at most this many times its expected duration, so that one outlier cannot spoil the estimate.
-MAX_SURPRISE = 4.0
+MAX_OUTLIER_RATIO = 4.0
 
 
 def batch_buckets(max_batch_images: int) -> list[int]:
@@ -20,7 +20,7 @@ class CostTable:
     """Run time of one variant at a few batch sizes: linear between them, proportional above. Units: seconds."""
 
     def __init__(self, seconds_by_size: Mapping[int, float] | None = None) -> None:
-        table = seconds_by_size or {1: FIRST_GUESS_SECONDS}
+        table = seconds_by_size or {1: DEFAULT_SECONDS}
         self._sizes = sorted(table)
         self._seconds = [table[size] for size in self._sizes]
 
@@ -33,7 +33,7 @@ class CostTable:
         weights = self._weights(n_images)
         norm = sum(weight * weight for _, weight in weights)
         for i, weight in weights:
-            minimum = self._seconds[i] / MAX_SURPRISE
+            minimum = self._seconds[i] / MAX_OUTLIER_RATIO
             self._seconds[i] = max(minimum, self._seconds[i] + SMOOTHING * error * weight / norm)
 
     def by_size(self, sizes: Sequence[int]) -> dict[int, float]:
@@ -58,5 +58,5 @@ class Pace:
         self.factor = 1.0
 
     def learn(self, seconds: float, table_seconds: float) -> None:
-        ratio = min(seconds / table_seconds, MAX_SURPRISE * self.factor)
+        ratio = min(seconds / table_seconds, MAX_OUTLIER_RATIO * self.factor)
         self.factor += SMOOTHING * (ratio - self.factor)

@@ -51,12 +51,12 @@ def keep_last(served: Collection[Version], gone: Collection[Version], default_mo
     return max(ours) if all(version in gone for version in ours) else None
 
 
-def arrange(models: Iterable[ServedModel], configured_default: str | None) -> Catalogue:
+def make_catalogue(models: Iterable[ServedModel], configured_default: str | None) -> Catalogue:
     """Make a catalogue; its default model follows the same rule as at start-up."""
-    arranged: dict[str, dict[int, ServedModel]] = {}
+    versions: dict[str, dict[int, ServedModel]] = {}
     for model in models:
-        arranged.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
-    return Catalogue(arranged, choose_default(arranged, configured_default))
+        versions.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
+    return Catalogue(versions, choose_default(versions, configured_default))
 
 
 def scan(store: Path) -> dict[Version, Signature]:
@@ -97,7 +97,7 @@ class Watcher:
 
     @property
     def catalogue(self) -> Catalogue:
-        return arrange(self._models.values(), self._configured_default)
+        return make_catalogue(self._models.values(), self._configured_default)
 
     def start(self) -> None:
         """Scan now, and then every `reload_seconds`; if that is 0, only after `scan_soon`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.errors import DeadlineUnmeetable, QueueFull
 from app.serving.entry import Entry
-from app.serving.planning import CAUTION, HOLD_SECONDS
+from app.serving.planning import HOLD_SECONDS, SAFETY_FACTOR
 from app.serving.scheduler import Scheduler, SchedulerLimits
 from app.store.catalogue import ServedVariant
 from tests.app.simulation import FAMILY, NO_PIXELS, Simulation, make_served
@@ -336,7 +336,7 @@ def test_batch_size_respects_the_deadline_of_another_entry(ladder: Ladder) -> No
     scheduler = Scheduler(SchedulerLimits(64, MAX_BATCH))
     # Overdue, so they run first.
     relaxed = [entry(-1.0, ladder[0]) for _ in range(4)]
-    needed = CAUTION * (true_seconds(ladder[0], 2) + true_seconds(ladder[2], 1))
+    needed = SAFETY_FACTOR * (true_seconds(ladder[0], 2) + true_seconds(ladder[2], 1))
     urgent = entry(0.0, ladder[2], deadline=needed + 0.001)
     for item in (*relaxed, urgent):
         scheduler.waiting.append(item)

@@ -1,6 +1,6 @@
 import pytest
 
-from app.store.costs import FIRST_GUESS_SECONDS, MAX_SURPRISE, CostTable, Pace, batch_buckets
+from app.store.costs import DEFAULT_SECONDS, MAX_OUTLIER_RATIO, CostTable, Pace, batch_buckets
 
 
 @pytest.mark.parametrize(("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
@@ -16,7 +16,7 @@ def test_table_is_linear_between_measurements_and_proportional_above() -> None:
 
 
 def test_table_without_measurements_uses_the_default_cost() -> None:
-    assert CostTable().seconds(3) == pytest.approx(3 * FIRST_GUESS_SECONDS)
+    assert CostTable().seconds(3) == pytest.approx(3 * DEFAULT_SECONDS)
 
 
 @pytest.mark.parametrize("n_images", [1, 3, 4, 6, 12])
@@ -38,7 +38,7 @@ def test_table_stays_positive() -> None:
 def test_pace_follows_the_host_but_limits_outliers() -> None:
     pace = Pace()
     pace.learn(1000.0, 0.01)
-    assert pace.factor <= 1 + 0.1 * (MAX_SURPRISE - 1) + 1e-12
+    assert pace.factor <= 1 + 0.1 * (MAX_OUTLIER_RATIO - 1) + 1e-12
     for _ in range(100):
         pace.learn(0.02, 0.01)
     assert pace.factor == pytest.approx(2, rel=0.01)
