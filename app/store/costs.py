@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 # Per image, for a variant that was never measured.
 DEFAULT_SECONDS = 0.05
 SMOOTHING = 0.1
-# A run counts as at most this many times its expected duration, so that one outlier cannot spoil the estimate.
+# A run counts as at most this many times its expected duration, so that outliers do not distort the estimate.
 MAX_OUTLIER_RATIO = 4.0
 
 

@@ -70,10 +70,10 @@ def deployment(tmp_path: Path, make_client: ClientFactory) -> Deployment:
     return Deployment(tmp_path, make_client)
 
 
-def publish(root: Path, name: str = "tiny", version: str = "2", corrupt: Callable[[Path], object] = bool) -> Path:
+def publish(root: Path, name: str = "tiny", version: str = "2", spoil: Callable[[Path], object] = bool) -> Path:
     """Write a version under a temporary name and rename it, as exports do."""
     written = write_store(root / ".writing", name, version)
-    corrupt(written)
+    spoil(written)
     folder = root / name / version
     folder.parent.mkdir(exist_ok=True)
     return written.rename(folder)
@@ -93,7 +93,7 @@ def test_new_version_becomes_the_default(deployment: Deployment) -> None:
 def test_corrupt_version_is_refused_once_and_the_old_one_still_served(
     deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    publish(deployment.root, corrupt=change_byte)
+    publish(deployment.root, spoil=change_byte)
     for _ in range(3):
         deployment.watcher.update()
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -104,7 +104,7 @@ def test_corrupt_version_is_refused_once_and_the_old_one_still_served(
 
 
 def test_repaired_version_is_retried(deployment: Deployment) -> None:
-    folder = publish(deployment.root, corrupt=change_byte)
+    folder = publish(deployment.root, spoil=change_byte)
     deployment.watcher.update()
     # Flips the same bit back.
     change_byte(folder)
@@ -115,7 +115,7 @@ def test_repaired_version_is_retried(deployment: Deployment) -> None:
 
 
 def test_refused_version_is_retried_when_published_again(deployment: Deployment) -> None:
-    folder = publish(deployment.root, corrupt=change_byte)
+    folder = publish(deployment.root, spoil=change_byte)
     deployment.watcher.update()
     shutil.rmtree(folder)
     deployment.watcher.update()
@@ -172,7 +172,7 @@ def test_last_version_of_the_default_model_is_kept(deployment: Deployment, caplo
 
 def test_version_replaced_by_a_corrupt_one_is_kept(deployment: Deployment) -> None:
     shutil.rmtree(deployment.root / "tiny" / "1")
-    publish(deployment.root, corrupt=change_byte)
+    publish(deployment.root, spoil=change_byte)
     deployment.watcher.update()
     assert (deployment.served, deployment.counted("refused")) == (["tiny/1"], 1)
 
@@ -288,7 +288,7 @@ def test_no_request_fails_while_versions_change(running: Deployment) -> None:
     for thread in threads:
         thread.start()
     for version in ("2", "3", "4"):
-        folder = publish(running.root, version=version, corrupt=change_byte if version == "3" else bool)
+        folder = publish(running.root, version=version, spoil=change_byte if version == "3" else bool)
         if version == "3":
             wait_until(lambda: running.counted("refused") == 1)
         else:
