@@ -1,4 +1,4 @@
-"""Bootstrap: what a process does before its first request, under `python -m app` or another server."""
+"""Bootstrap: start-up steps shared by `python -m app` and other servers."""
 
 import asyncio
 import os
@@ -17,16 +17,16 @@ from app.system.memory import return_large_blocks
 
 
 def prepare_process() -> None:
-    """Set process-wide options. Call it before an engine is imported."""
-    # ONNX Runtime sends telemetry as soon as it is imported.
+    """Set process-wide options. Call this before importing an engine."""
+    # ONNX Runtime sends telemetry from its import on.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return_large_blocks()
-    # A second series per counter, with its creation time.
+    # Omits the `_created` series of each counter.
     disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 def make_service(settings: Settings) -> Service:
-    """Make a service. It is not ready until a catalogue is published."""
+    """Make a service; it is not ready until a catalogue is published."""
     limit_pillow(settings.max_pixels)
     return Service(settings, Metrics(CollectorRegistry()))
 
@@ -34,7 +34,7 @@ def make_service(settings: Settings) -> Service:
 def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) -> Watcher:
     """Open the engine and load the store.
 
-    Returns: a watcher with the loaded catalogue; it publishes later ones to the service, in the loop.
+    Returns: a watcher with the loaded catalogue, which publishes later ones to the service in the event loop.
 
     Raises: StartupError.
     """
@@ -48,7 +48,7 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
     return Watcher(
         settings,
         load_catalogue(settings.model_store, backend, wanted),
-        # One thread, since requests come first.
+        # One thread: requests have priority.
         load=lambda folder: load_version(folder, backend, wanted, n_threads=1),
         publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),
         count=service.metrics.count_reload,

@@ -1,4 +1,4 @@
-"""Settings: what an operator can choose, read from the environment (prefix `DTEM_`) here and nowhere else."""
+"""Settings: read from environment variables with the prefix `DTEM_`, only here."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from app.errors import SettingsError
 from app.system.cgroups import count_cpus
 
 PREFIX = "DTEM_"
-# Values that no message may repeat; nor may it repeat the password of an address.
+# Never repeated in messages; nor are passwords in addresses.
 SECRETS = {"api_keys"}
 USERINFO = re.compile(r"//[^/@]*@")
 
@@ -38,47 +38,45 @@ EngineName = Annotated[str, AfterValidator(_require_engine), Field(json_schema_e
 
 
 class Settings(BaseModel):
-    """One field per environment variable: `DTEM_` and the field's name in capitals."""
+    """Each field is read from the variable `DTEM_<NAME>`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0: any free one")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0: any free port")
     model_store: Path = Field(default=Path("model_store"), description="folder with <model>/<version>/manifest.json")
     default_model: str | None = Field(
         default=None, description="model of requests that name none; default: the first by name"
     )
     engine: EngineName = Field(default="onnxruntime", description="engine that runs the graphs")
     precision: str = Field(default="float32", description="precision of the graphs to run")
-    device: Literal["cpu", "cuda"] = Field(
-        default="cpu", description="device to run them on; never falls back to another one"
-    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="device that runs the graphs; without fallback")
     n_threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="threads per inference; default: the CPUs that affinity and quota allow",
+        description="threads per batch; default: the CPUs allowed by affinity and quota",
     )
     share_weights: bool = Field(
         default=False,
-        description="ONNX Runtime on the CPU: all rates share one mapped copy of the weights; "
+        description="ONNX Runtime on the CPU: all variants share one memory-mapped copy of the weights; "
         "2-16 % slower, a fraction of the memory",
     )
-    max_body_bytes: int = Field(default=20_000_000, ge=1, description="largest request body")
+    max_body_bytes: int = Field(default=20_000_000, ge=1, description="maximum size of a request body")
     max_in_flight_bytes: int = Field(
         default=1_000_000_000, ge=1, description="total size of the request bodies in flight"
     )
-    max_pixels: int = Field(default=50_000_000, ge=1, description="largest image, by its header and after resizing")
-    max_files: int = Field(default=32, ge=1, description="files per multipart request")
+    max_pixels: int = Field(default=50_000_000, ge=1, description="maximum image size, by header and after resizing")
+    max_files: int = Field(default=32, ge=1, description="maximum number of files in a multipart request")
     n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded concurrently")
-    max_in_flight_images: int = Field(default=256, ge=1, description="images in flight: decoding, queued or running")
-    max_queue_images: int = Field(default=64, ge=1, description="images queued per variant")
-    max_batch_images: int = Field(default=8, ge=1, description="images per batch")
+    max_in_flight_images: int = Field(default=256, ge=1, description="maximum images decoding, queued or running")
+    max_queue_images: int = Field(default=64, ge=1, description="maximum queue length per variant")
+    max_batch_images: int = Field(default=8, ge=1, description="maximum batch size")
     max_concurrent_batches: int = Field(
-        default=2, ge=1, le=16, description="batches that share the device; one fills the gaps of the other"
+        default=2, ge=1, le=16, description="batches that share the device, so that it does not idle between two"
     )
     max_batch_delay_ms: float = Field(
-        default=0.0, ge=0, description="how long an incomplete batch waits for more images, from its first one"
+        default=0.0, ge=0, description="maximum wait of an incomplete batch for more images"
     )
     target_latency_ms: float = Field(
         default=250.0,
@@ -87,38 +85,36 @@ class Settings(BaseModel):
         "When it is exceeded, requests that opted in run at a higher r",
     )
     stall_seconds: float = Field(
-        default=10.0, gt=0, description="a batch that runs longer makes the service neither live nor ready"
+        default=10.0, gt=0, description="if a batch runs longer, the service is neither live nor ready"
     )
     reload_seconds: float = Field(
-        default=5.0, ge=0, le=86400, description="interval between scans of the model store; 0: only at SIGHUP"
+        default=5.0, ge=0, le=86400, description="interval between scans of the model store; 0: only on SIGHUP"
     )
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="keep-alive timeout; longer than a typical load balancer's 60 s"
     )
-    drain_seconds: int = Field(
-        default=20, ge=2, description="from SIGTERM to the end of the process, grace period included"
-    )
+    drain_seconds: int = Field(default=20, ge=2, description="maximum time from SIGTERM to exit, grace period included")
     drain_grace_seconds: float = Field(
         default=0.0,
         ge=0,
-        description="after SIGTERM, how long the port stays open while not ready, for load balancers to notice",
+        description="time after SIGTERM to keep accepting connections, so that load balancers can react",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="minimum level; debug logs every request, also to other paths"
+        default="info", description="minimum level; debug also logs requests that run no model"
     )
     log_format: Literal["json", "text"] = Field(default="json", description="one JSON object per line, or plain text")
     trace_endpoint: str | None = Field(
         default=None, description="OTLP/HTTP address for traces, such as http://collector:4318/v1/traces"
     )
     trace_sample_ratio: float = Field(
-        default=1.0, ge=0, le=1, description="fraction of requests traced, unless the client has decided it"
+        default=1.0, ge=0, le=1, description="fraction of requests traced, unless the client's trace context decides"
     )
     api_keys: SecretStr | None = Field(
-        default=None, description="API keys of the clients, separated by commas; none: no key is needed"
+        default=None, description="accepted API keys, separated by commas; default: no key needed"
     )
-    api_key_file: Path | None = Field(default=None, description="file of API keys, one per line")
+    api_key_file: Path | None = Field(default=None, description="file of accepted API keys, one per line")
     tls_certificate: Path | None = Field(
-        default=None, description="PEM file of the certificate chain; with it the service speaks only HTTPS"
+        default=None, description="PEM file of the certificate chain; enables HTTPS, and disables HTTP"
     )
     tls_key: Path | None = Field(default=None, description="PEM file of the private key, without a passphrase")
 
@@ -126,14 +122,14 @@ class Settings(BaseModel):
     @classmethod
     def _require_address(cls, address: str | None) -> str | None:
         if address is not None:
-            # Its ValueError says what is wrong with a port or a bracket.
+            # Raises ValueError for an invalid port or bracket.
             parts = urlsplit(address)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
                 raise ValueError("not an http:// or https:// address")
             if parts.path in ("", "/"):
                 raise ValueError("has no path; collectors receive traces at /v1/traces")
             if parts.username is not None or parts.password is not None:
-                raise ValueError("contains a password; put it into OTEL_EXPORTER_OTLP_HEADERS")
+                raise ValueError("must not contain credentials; use OTEL_EXPORTER_OTLP_HEADERS")
         return address
 
     @model_validator(mode="after")
@@ -171,7 +167,7 @@ class Settings(BaseModel):
 
     @property
     def is_padded(self) -> bool:
-        """Whether batches are padded to a few sizes: a GPU plans, and holds memory, for every size that it meets."""
+        """Whether to pad batches to a few sizes: a GPU plans and allocates memory for each new size."""
         return self.device == "cuda"
 
     @property
@@ -182,7 +178,7 @@ class Settings(BaseModel):
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings from environment variables. An empty value counts as unset.
 
-    Raises: SettingsError for a value out of range, a contradiction, or a `DTEM_` variable that does not exist.
+    Raises: SettingsError for an invalid value, a contradiction, or an unknown `DTEM_` variable.
     """
     given = {name.upper(): value for name, value in environment.items() if name.upper().startswith(PREFIX)}
     known = {PREFIX + name.upper() for name in Settings.model_fields}

@@ -49,10 +49,10 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """What the service needs to know of an engine before it imports it.
+    """What the service knows about an engine before importing it.
 
-    graph_format: which graphs of the store it reads.
-    platform, triton_backend: its names in the Open Inference Protocol and in Triton's model configuration.
+    graph_format: the format of the graphs that it reads.
+    platform, triton_backend: names in the Open Inference Protocol and in Triton's model configuration.
     can_share_weights: whether it reads `BackendOptions.share_weights` on the CPU.
     """
 
@@ -77,7 +77,7 @@ ENGINES: Mapping[str, Engine] = {
 def open_backend(engine: str, options: BackendOptions) -> Backend:
     """Import an engine and open it on a device.
 
-    Raises: BackendError if the engine is not installed or the device not available.
+    Raises: BackendError if the engine is not installed or the device is not available.
     """
     try:
         module = importlib.import_module(ENGINES[engine].module)

@@ -10,8 +10,8 @@ from app.backends import BackendOptions, Outputs, Pixels, Runner
 from app.errors import BackendError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# TF32 has a mantissa of 10 bits, so golden outputs would not match. An exhaustive search would run at each new batch
-# size.
+# TF32 has a mantissa of 10 bits, so golden outputs would not match.
+# An exhaustive search would run at each new batch size.
 CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
 ERRORS_ONLY = 3
 
@@ -29,7 +29,7 @@ class OnnxBackend:
         self._share_weights = options.share_weights
         available = onnxruntime.get_available_providers()
         if self._provider not in available:
-            raise BackendError(f"ONNX Runtime has no {self._provider} here, only {', '.join(available)}")
+            raise BackendError(f"ONNX Runtime has no {self._provider}; available: {', '.join(available)}")
         if options.device == "cuda":
             # Finds the CUDA libraries that pip installed.
             onnxruntime.preload_dlls()
@@ -38,8 +38,8 @@ class OnnxBackend:
         try:
             session = onnxruntime.InferenceSession(str(path), self._make_options(), providers=self._list_providers())
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load it: {_first_line(error)}") from error
-        # ONNX Runtime falls back to the CPU with no more than a log line.
+            raise BackendError(f"ONNX Runtime cannot load the graph: {_first_line(error)}") from error
+        # ONNX Runtime falls back to the CPU with only a log line.
         if session.get_providers()[0] != self._provider:
             raise BackendError(f"ONNX Runtime fell back from {self._provider} to {session.get_providers()[0]}")
         _require_names("input", [tensor.name for tensor in session.get_inputs()], input_name)
@@ -57,7 +57,7 @@ class OnnxBackend:
         options.enable_mem_reuse = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._share_weights:
-            # A prepacked copy per session would undo the sharing of the mapped file.
+            # Prepacking would copy the weights for each session.
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
@@ -76,13 +76,13 @@ class OnnxRunner:
         try:
             arrays = self._session.run(self._names, {self._input_name: pixels})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot run it: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime cannot run the graph: {_first_line(error)}") from error
         return {role: np.asarray(array) for role, array in zip(self._roles, arrays, strict=True)}
 
 
 def _require_names(what: str, names: list[str], wanted: str) -> None:
     if wanted not in names:
-        raise BackendError(f"the graph has no {what} {wanted!r}, only {names}")
+        raise BackendError(f"the graph has no {what} {wanted!r}; its {what}s: {', '.join(names)}")
 
 
 def _first_line(error: Exception) -> str:

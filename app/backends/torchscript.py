@@ -16,7 +16,7 @@ from app.errors import BackendError
 class TorchScriptBackend:
     def __init__(self, options: BackendOptions) -> None:
         if options.device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("PyTorch finds no CUDA device")
+            raise BackendError("PyTorch found no CUDA device")
         torch.set_num_threads(options.n_threads)
         # Golden outputs are float32.
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -32,16 +32,16 @@ class TorchScriptBackend:
                 warnings.simplefilter("ignore")
                 module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
         except Exception as error:
-            raise BackendError(f"PyTorch cannot load it: {_last_line(error)}") from error
+            raise BackendError(f"PyTorch cannot load the graph: {_last_line(error)}") from error
         move_constants(module, self._device)
         return TorchScriptRunner(module.eval(), self._device, list(outputs))
 
 
 def move_constants(module: torch.jit.ScriptModule, device: torch.device) -> None:
-    """Have the tensors that a graph makes itself made on a device.
+    """Make a traced graph create its tensors on a device.
 
-    A trace names the device that it was made on, and `map_location` moves weights alone: the graph of a merging model,
-    traced on a CPU, would mix row numbers made there with tokens on the GPU.
+    A trace records its device as a constant, and `map_location` moves only weights. A merging model traced on the CPU
+    would index tokens on the GPU with row numbers on the CPU.
     """
     parts: list[Any] = [part for part in module.modules() if hasattr(part, "forward")]
     for node in (node for part in parts for node in part.graph.findAllNodes("prim::Constant")):
@@ -63,12 +63,12 @@ class TorchScriptRunner:
                 found = self._module(batch.to(self._device))
                 arrays = [tensor.cpu().numpy() for tensor in (found if isinstance(found, tuple) else (found,))]
         except Exception as error:
-            raise BackendError(f"PyTorch cannot run it: {_last_line(error)}") from error
+            raise BackendError(f"PyTorch cannot run the graph: {_last_line(error)}") from error
         if len(arrays) != len(self._roles):
-            raise BackendError(f"the graph has {len(arrays)} outputs instead of {len(self._roles)}")
+            raise BackendError(f"the graph has {len(arrays)} outputs, expected {len(self._roles)}")
         return dict(zip(self._roles, arrays, strict=True))
 
 
 def _last_line(error: Exception) -> str:
-    # TorchScript puts the reason below its own stack.
+    # TorchScript prints the reason after its stack.
     return str(error).strip().split("\n")[-1]

@@ -1,4 +1,4 @@
-"""Record: one request as it proceeds. The answer, the metrics, the log and the traces all read it."""
+"""Record: what happened to one request. Read by its response, the metrics, the log and the traces."""
 
 import time
 from collections.abc import Mapping
@@ -36,15 +36,15 @@ class ImageResult:
 
     @property
     def gmacs_saved(self) -> float:
-        """Units: GMACs less than the unmerged model."""
+        """Return the difference from the unmerged model. Units: GMACs."""
         return max(0.0, self.variant.unmerged_gmacs - self.gmacs)
 
 
 @dataclass
 class RequestRecord:
-    """What was asked for, when each stage began and how long it took, and what was refused.
+    """What a request selected, the start and duration of each stage, and the refusals.
 
-    decodes: start and duration of each image that was decoded, also of those that were not run.
+    decodes: start and duration of each decoded image, including those that did not run.
     refusals: error codes.
     Units: seconds of time.perf_counter.
     """
@@ -66,12 +66,12 @@ class RequestRecord:
 
     @property
     def labels(self) -> Labels:
-        """Return the labels of the first result; without one, of what was asked for."""
+        """Return the labels of the first result, or of the selection if there is none."""
         return self.results[0].labels if self.results else (self.model, self.policy, self.r)
 
     @property
     def stages(self) -> dict[str, list[float]]:
-        """Units: seconds; one value per image, and one per request for the total."""
+        """Return durations by stage: one per image; for the total, one per request. Units: seconds."""
         return {
             "decode": [seconds for _, seconds in self.decodes],
             "queue": [result.queue_seconds for result in self.results],
@@ -80,7 +80,7 @@ class RequestRecord:
         }
 
     def durations_ms(self) -> dict[str, float]:
-        """Units: ms per stage, of the slowest image."""
+        """Return the duration of each stage for the slowest image. Units: ms."""
         return {name: round(max(seconds) * 1e3, 3) for name, seconds in self.stages.items() if seconds}
 
     def stage_times(self) -> list[tuple[str, float, float]]:
@@ -90,7 +90,7 @@ class RequestRecord:
         return [("decode", *times) for times in self.decodes] + sorted(queues) + sorted(runs)
 
     def facts(self) -> dict[str, str | int | bool]:
-        """Describe what ran, for logs and traces; empty if the request was refused before a model was selected."""
+        """Describe the run for logs and traces; empty if the request was refused before selection."""
         if not self.model:
             return {}
         model, policy, r = self.labels

@@ -1,8 +1,7 @@
-"""Tracing: each request as OpenTelemetry spans, sent over OTLP/HTTP. Imported where traces are wanted, and only there:
-the libraries under it are large.
+"""Tracing: each request as OpenTelemetry spans, sent over OTLP/HTTP.
 
-Spans are made when a request is over, from the times in its RequestRecord. Probes and scrapes have none: there would be
-nothing else to see.
+Spans are made when a request is over, from the times in its RequestRecord. Probes and scrapes are not traced.
+This module is imported only if traces are enabled: its dependencies are large.
 """
 
 import logging
@@ -24,10 +23,13 @@ from app.errors import echo
 from app.observability.record import RequestRecord
 
 SERVICE_NAME = "dtem-serve"
-SEND_SECONDS = 5.0  # for one batch of spans, with what is tried again
+# Timeout of one export, retries included.
+SEND_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
-DELAY_MS = 1000.0  # from the end of a request until its spans are sent
-MAX_WAITING_SPANS = 8192  # beyond them, the oldest are dropped
+# From the end of a request to the export of its spans.
+DELAY_MS = 1000.0
+# Above it, the oldest spans are dropped.
+MAX_WAITING_SPANS = 8192
 PROPAGATED = (b"traceparent", b"tracestate")
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 UNTRACED_PREFIXES = ("/health/", "/v2/health/", "/metrics")
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracing:
-    """Sends in a thread of its own: a collector that is slow or gone costs spans and one line in the log."""
+    """Exports spans in a background thread. A slow or unreachable collector costs spans, never a request."""
 
     def __init__(self, endpoint: str, sample_ratio: float) -> None:
         exporter = WatchedExporter(OTLPSpanExporter(endpoint, timeout=SEND_SECONDS), endpoint)
@@ -50,7 +52,7 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, scope: Scope, record: RequestRecord, status: int, ended_at: float) -> str | None:
-        """Make the spans of a request that is over. Returns the trace's id, or None if it is not recorded."""
+        """Make the spans of a finished request. Returns the trace id, or None if it is not sampled."""
         if scope["path"].startswith(UNTRACED_PREFIXES):
             return None
         to_unix = time.time() - time.perf_counter()
@@ -73,28 +75,28 @@ class Tracing:
         return f"{span.get_span_context().trace_id:032x}"
 
     def _read_parent(self, scope: Scope) -> Context:
-        """Continue the caller's trace (W3C Trace Context)."""
+        """Continue the client's trace (W3C Trace Context)."""
         carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in PROPAGATED}
         return self._propagator.extract(carrier, Context())
 
     def close(self) -> None:
-        """Send what waits, for a bounded time; the rest is lost."""
+        """Flush the queued spans; those not sent within CLOSE_SECONDS are lost."""
         closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
         if closing.is_alive():
-            logger.warning("stopped with spans that were not sent")
+            logger.warning("spans lost at shutdown: the collector did not respond in time")
 
 
 def span_name(scope: Scope) -> str:
-    """Name a request by its route: never by its path, of which there is no end."""
+    """Name a span by its route: paths would be unbounded."""
     method = scope["method"] if scope["method"] in METHODS else "HTTP"
     route = getattr(scope.get("route"), "path", None)
     return method if route is None else f"{method} {route}"
 
 
 def span_attributes(scope: Scope, record: RequestRecord, status: int) -> Mapping[str, str | int | bool | Sequence[str]]:
-    """Describe a request by OpenTelemetry's names where it has one."""
+    """Describe a request, by OpenTelemetry's semantic conventions where they apply."""
     attributes: dict[str, str | int | bool | Sequence[str]] = {
         "http.request.method": scope["method"] if scope["method"] in METHODS else "_OTHER",
         "http.response.status_code": status,
@@ -116,7 +118,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 class WatchedExporter(SpanExporter):
-    """Says once that the collector is gone, and once that it is back; OpenTelemetry would say it at every batch."""
+    """Logs once when exports start to fail and once when they recover; OpenTelemetry logs every failed export."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
         self._exporter, self._endpoint = exporter, endpoint
@@ -129,9 +131,9 @@ class WatchedExporter(SpanExporter):
         result = self._exporter.export(spans)
         is_failing = result is not SpanExportResult.SUCCESS
         if is_failing and not self._is_failing:
-            logger.warning("traces are lost: %s does not take them (debug level says why)", self._endpoint)
+            logger.warning("trace export failing, spans are lost: %s (reason at debug level)", self._endpoint)
         if self._is_failing and not is_failing:
-            logger.warning("traces arrive again at %s", self._endpoint)
+            logger.warning("trace export recovered: %s", self._endpoint)
         self._is_failing = is_failing
         return result
 

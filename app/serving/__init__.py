@@ -1,1 +1,1 @@
-"""Serving: from decoded requests to results, with bounds on everything that waits."""
+"""Serving: from image files to results, with a bound on every queue."""

@@ -7,7 +7,7 @@ from app.errors import QueueFull
 
 
 class Admission:
-    """Counts images from admission to answer. For the event loop only: it takes no lock."""
+    """Counts images from admission to response. For the event loop only: it takes no lock."""
 
     def __init__(self, max_images: int, retry_after_seconds: Callable[[], int]) -> None:
         self._max_images, self._retry_after_seconds = max_images, retry_after_seconds
@@ -15,9 +15,9 @@ class Admission:
 
     @contextmanager
     def admit(self, n_images: int) -> Iterator[None]:
-        """Count images as in flight, or refuse at once.
+        """Count images as in flight inside the context.
 
-        Raises: QueueFull, with the seconds after which the present work should be done.
+        Raises: QueueFull, with an estimate of when the current work will be done.
         """
         if self.n_images + n_images > self._max_images:
             detail = f"{self.n_images} images are in flight; the limit is {self._max_images}."

@@ -1,6 +1,6 @@
-"""Engine: the worker threads of one device. A worker asks the scheduler for a batch, runs it and delivers the results.
+"""Engine: the worker threads of one device. A worker gets a batch from the scheduler, runs it and delivers the results.
 
-Several workers share the device: while one waits for the interpreter, another keeps the device busy.
+Several workers share the device: while one waits for the GIL, another keeps the device busy.
 """
 
 import logging
@@ -26,10 +26,10 @@ Observe = Callable[[Batch, float], None]
 
 
 class Engine:
-    """Delivers every submitted entry exactly once, whatever happens, unless it is withdrawn first.
+    """Delivers exactly one outcome per submitted entry, unless it is withdrawn first.
 
     deliver: called by a worker, or by the thread of `stop` or `abandon`, with no lock held.
-    observe: called with each batch that ran, and its seconds.
+    observe: called with each finished batch and its run time in seconds.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Engine:
         self._limits, self._deliver, self._observe, self.clock = limits, deliver, observe, clock
         self._scheduler = Scheduler(limits)
         self._owed: set[Entry] = set()
-        # Guards the scheduler and the entries owed an outcome.
+        # Guards the scheduler and the entries that are owed an outcome.
         self._changed = threading.Condition()
         self._is_stopping = False
         self._busy_since: dict[threading.Thread, float] = {}
@@ -63,7 +63,7 @@ class Engine:
             worker.start()
 
     def stop(self, timeout_seconds: float) -> None:
-        """Refuse the queue, finish the running batches; after the timeout refuse these too."""
+        """Refuse queued entries and finish the running batches; after the timeout, refuse these too."""
         with self._changed:
             self._is_stopping = True
             waiting = self._scheduler.withdraw(list(self._scheduler.waiting))
@@ -77,7 +77,7 @@ class Engine:
         self.abandon(refusal)
 
     def abandon(self, reason: ServiceError) -> int:
-        """Answer every entry in flight with an error, because a worker hangs or died. Returns their number."""
+        """Fail every entry in flight, because a worker hangs or died. Returns their number."""
         with self._changed:
             self._scheduler.waiting.clear()
             owed = list(self._owed)
@@ -94,7 +94,7 @@ class Engine:
         return not any(worker.is_alive() for worker in self._workers)
 
     def require_room(self, entries: Sequence[Entry]) -> None:
-        """Raise what `submit` would raise now. Raises: QueueFull, DeadlineUnmeetable."""
+        """Check whether `submit` would succeed now. Raises: QueueFull, DeadlineUnmeetable."""
         with self._changed:
             self._scheduler.require_room(entries, self.clock())
 
@@ -107,25 +107,25 @@ class Engine:
             if self._is_stopping:
                 raise ShuttingDown("The service is shutting down.", retry_after_seconds=1)
             if not self._is_alive:
-                raise EngineStalled("The engine has ended.", retry_after_seconds=1)
+                raise EngineStalled("The engine has stopped.", retry_after_seconds=1)
             now = self.clock()
             self._scheduler.submit(entries, now)
             self._owed.update(entries)
             self._changed.notify()
 
     def withdraw(self, entries: Iterable[Entry]) -> int:
-        """Drop entries of a cancelled request; they are not delivered. Returns how many were still queued."""
+        """Drop the entries of a cancelled request. Returns how many of them were still queued."""
         with self._changed:
             leaving = list(entries)
             self._owed.difference_update(leaving)
             return len(self._scheduler.withdraw(leaving))
 
     def expected_seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Estimate the run time of a batch at the present speed, without concurrent batches."""
+        """Estimate the run time of a batch at the current speed, without concurrent batches."""
         return self._scheduler.seconds(variant, n_images)
 
     def seconds_until_drained(self) -> int:
-        """Estimate when the present work will be done, for Retry-After. Units: whole seconds, at least 1."""
+        """Estimate when the current work will be done, for Retry-After. Units: whole seconds, at least 1."""
         with self._changed:
             return self._scheduler.seconds_until_drained(self.clock())
 
@@ -135,7 +135,7 @@ class Engine:
             return self._scheduler.depths_by_label()
 
     def floors(self) -> dict[tuple[str, str, str], int]:
-        """Return the raised rate floors: the minimum rate of requests that opted in, by family."""
+        """Return the raised rate floors by family: the minimum rate of requests that opted in."""
         with self._changed:
             return {family: floor.r for family, floor in self._scheduler.rate_floors.items()}
 
@@ -151,13 +151,13 @@ class Engine:
     def _step(self, finished: Outcomes) -> Outcomes | None:
         """Deliver the last batch and run the next one. Returns its outcomes; None when it is time to stop.
 
-        The next batch is stacked before the last one is delivered: its requests would all want the interpreter at once,
-        and the device would idle meanwhile. No local outlives the step, or it would keep a dropped version in memory.
+        Stack the next batch before delivering the last one: delivery wakes threads that compete for the GIL, and the
+        device would idle. Keep no local between steps: it could keep a dropped version in memory.
         """
         decision = self._next_decision(may_wait=not finished)
         batch = None if decision is None else decision.batch
         pixels = None if batch is None else self._stack(batch.entries)
-        error = DeadlinePassed("The deadline has passed, or no run could end before it.")
+        error = DeadlinePassed("The deadline has passed or cannot be met.")
         expired = () if decision is None else decision.expired
         self._deliver_owed([*finished, *((entry, error) for entry in expired)])
         if decision is None:
@@ -165,7 +165,7 @@ class Engine:
         return [] if batch is None or pixels is None else self._run(batch, pixels)
 
     def _next_decision(self, *, may_wait: bool) -> Decision | None:
-        """Return what to do now; if that is nothing and `may_wait`, wait. None when it is time to stop."""
+        """Return the next decision; wait for work if `may_wait`. None when it is time to stop."""
         with self._changed:
             while not self._is_stopping:
                 decision = self._scheduler.decide(self.clock())
@@ -195,7 +195,7 @@ class Engine:
             self._changed.notify()
 
     def _infer(self, batch: Batch, entries: list[Entry], pixels: Pixels, failures: list[Entry]) -> Outcomes:
-        """Run entries together. If that fails, retry in halves, so that only the entries at fault get an error."""
+        """Run entries together. If that fails, retry in halves, so that only the faulty entries fail."""
         worker = threading.current_thread()
         self._busy_since[worker] = self.clock()
         try:
@@ -209,7 +209,7 @@ class Engine:
                 )
                 failures.extend(entries)
                 return [(entries[0], InferenceFailed())]
-            logger.warning("a batch of %d images failed, retrying in halves", len(entries))
+            logger.warning("batch failed, retrying in halves: %d images", len(entries))
         else:
             seconds = self.clock() - batch.started_at
             return [
@@ -226,7 +226,7 @@ class Engine:
         ]
 
     def _stack(self, entries: Sequence[Entry]) -> Pixels:
-        """Stack images into a batch, padded with black ones on a device that wants fixed sizes."""
+        """Stack images into a batch, padded with black images if batches are padded."""
         images = [entry.pixels for entry in entries]
         size = self._limits.run_size(len(images))
         return np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
@@ -241,16 +241,16 @@ class Engine:
 
 
 def _run_checked(variant: ServedVariant, pixels: Pixels, n_images: int) -> Outputs:
-    """Raises: BackendError, also for outputs that have too few rows or are not finite."""
+    """Run a batch and check the outputs. Raises: BackendError, also for missing rows and non-finite values."""
     outputs = variant.runner.run(pixels)
     if any(len(array) != len(pixels) or not np.isfinite(array[:n_images]).all() for array in outputs.values()):
         shapes = {role: array.shape for role, array in outputs.items()}
-        raise BackendError(f"the graph returned {shapes}, or values that are not finite")
+        raise BackendError(f"the graph returned non-finite values or too few rows: {shapes}")
     return outputs
 
 
 def _make_result(batch: Batch, entry: Entry, outputs: Outputs, place: int, size: int, seconds: float) -> ImageResult:
-    """Take an image's rows out of a batch; a graph with fixed token counts does not return these."""
+    """Make the result of one image of a batch. Graphs with fixed token counts do not return tokens or GMACs."""
     spec, rows = batch.variant.spec, {role: array[place] for role, array in outputs.items()}
     return ImageResult(
         model=entry.family[0],

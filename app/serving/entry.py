@@ -1,4 +1,4 @@
-"""Entry: one image in the queue, with what its request asked for. Batch: entries that run together."""
+"""Entry: one image in the queue. Batch: entries that run together."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from app.errors import ServiceError
 from app.observability.record import ImageResult
 from app.store.catalogue import ServedVariant
 
-# The preferred variant first, then ever cheaper ones.
+# The preferred variant first, then by falling cost.
 Ladder = tuple[ServedVariant, ...]
-# Model, version and policy: the rates of a family rise and fall together.
+# Model, version and policy: the variants of a family share a rate floor.
 Family = tuple[str, str, str]
 Outcome = ImageResult | ServiceError
 Outcomes = Sequence[tuple["Entry", Outcome]]
-# Takes the outcomes of some entries of one request, in the event loop.
+# Called in the event loop with the outcomes of some entries of one request.
 Reply = Callable[[Outcomes], None]
 _serial = itertools.count()
 
@@ -24,9 +24,9 @@ _serial = itertools.count()
 class Entry:
     """Units: seconds of the engine's clock.
 
-    ladder: the variants that it may run as; only one if the request did not opt in to a higher rate.
-    due: its deadline, or the target latency if it has none. Entries run in this order.
-    reply: None once the request was answered or cancelled.
+    ladder: the variants that it may run as; a single one unless the request opted in to higher rates.
+    due: the deadline, or else the end of the target latency. Entries run in this order.
+    reply: None once the request is answered or cancelled.
 
     Shapes: pixels (H, W, 3)
     """

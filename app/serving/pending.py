@@ -1,4 +1,4 @@
-"""Pending request: its images are decoded one by one, queued together and answered together."""
+"""Pending request: decode its images concurrently, queue them together, collect their results."""
 
 import asyncio
 import logging
@@ -28,10 +28,10 @@ MakeEntry = Callable[[Decoded, Reply], Entry]
 
 
 class PendingRequest:
-    """A request in flight. Three kinds of thread work on it: the event loop waits for `completed`; decoder threads
-    decode, and the one that finishes last queues all entries; the engine's workers run them.
+    """A request in flight, shared by three kinds of threads.
 
-    All that changes in the loop goes through `complete`, `fail` and `cancel`.
+    The event loop waits for `completed`. Decoder threads decode, and the last to finish queues all entries. The
+    engine's workers run them. Only the event loop calls `complete`, `fail` and `cancel`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, n_images: int, make_entry: MakeEntry) -> None:
@@ -41,7 +41,7 @@ class PendingRequest:
         self.entries: list[Entry] = []
         self._loop, self._engine, self._make_entry = loop, engine, make_entry
         self._n_missing = n_images
-        # Nothing may be queued after `cancel`.
+        # Ensures that nothing is queued after `cancel`.
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -85,20 +85,20 @@ class PendingRequest:
             raise
 
     def complete(self, outcomes: Outcomes) -> None:
-        """Take the outcomes of some entries; the last ones complete the request. For the event loop."""
+        """Store outcomes; the last ones complete the request. For the event loop."""
         self.outcomes.update(outcomes)
         if len(self.outcomes) == len(self.entries) and not self.completed.done():
             self.completed.set_result(None)
 
     def fail(self, error: ServiceError) -> None:
-        """End the whole request with an error. For the event loop."""
+        """Fail the whole request. For the event loop."""
         if not self.completed.done():
             self.completed.set_exception(error)
 
     def cancel(self) -> tuple[int, int]:
-        """Withdraw what has no outcome yet; does nothing to a completed request.
+        """Withdraw the entries without an outcome; a completed request has none.
 
-        Returns: how many images were withdrawn from the queue, and how many were already running.
+        Returns: the number of images withdrawn from the queue, and of those already running.
         """
         with self._lock:
             self._is_over = True

@@ -1,8 +1,8 @@
 """Planning: what runs next, at which rate, and which requests are admitted. Pure functions of queue, costs and time.
 
-Entries run in the order of their due times: on one device no other order meets more deadlines, and since a due time
-never changes, no entry starves. Rates are chosen at dequeue, by the slack that is left (SuperServe, arXiv 2312.16733):
-each family of rates has a floor, the lowest at which every queued entry would start within half of its slack.
+Entries run in the order of their due times (earliest deadline first). Due times never change, so no entry starves.
+Rates are chosen at dequeue, by the remaining slack (SuperServe, arXiv 2312.16733): each family has a rate floor, the
+lowest rate at which every queued entry would start within half of its slack.
 """
 
 from collections import Counter
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 from app.serving.entry import Entry, Family, Ladder
 from app.store.catalogue import ServedVariant
 
-# Seconds of a run of n images.
+# Run time of a batch of n images. Units: seconds.
 Costs = Callable[[ServedVariant, int], float]
 # Returns the same variant for entries with the same ladder.
 Choice = Callable[[Entry], ServedVariant]
 
-# Share of the slack that a plan may use. The rest is for later requests, and for wrong estimates.
+# Share of the slack that a plan may use. The rest is for later requests and estimation errors.
 PLANNED_SHARE = 0.5
-# A lower floor must keep entries within this share of their slack, for this long: hysteresis in load and in time.
+# Hysteresis: a floor is lowered only if entries would stay within this share of their slack for this long.
 LOWERING_SHARE = 0.35
 HOLD_SECONDS = 0.1
 # After a refusal the floor may rise but not fall for this long.
 REFUSED_SECONDS = 0.5
-# Where a deadline is at stake, a run is expected to take this many times its estimate.
-CAUTION = 1.15
-# A smaller batch must be this much cheaper per image; estimates are no more accurate than that.
-WORTH_SPLITTING = 1.1
+# Safety factor on estimates where a deadline is at stake.
+SAFETY_FACTOR = 1.15
+# A smaller batch must be this much cheaper per image: estimates are no more accurate.
+MIN_SPLIT_GAIN = 1.1
 
 
 @dataclass(frozen=True)
 class RateFloor:
-    """The minimum rate of entries of a family that opted in. Units: seconds.
+    """The minimum rate of a family's entries that opted in. Units: seconds.
 
-    lower_since: since when a lower rate would do; None if it would not.
+    lower_since: since when a lower rate would suffice; None if it would not.
     """
 
     r: int = 0
@@ -46,7 +46,7 @@ def rate(variant: ServedVariant) -> int:
 
 
 def at_floor(entry: Entry, floor: int) -> ServedVariant:
-    """Return the first variant of the ladder that reaches a floor, or else the last."""
+    """Return the first variant of the ladder at or above the floor, or else the last."""
     return next((variant for variant in entry.ladder if rate(variant) >= floor), entry.ladder[-1])
 
 
@@ -59,7 +59,7 @@ def min_seconds(entry: Entry, costs: Costs) -> float:
 
 
 def is_expired(entry: Entry, now: float, costs: Costs) -> bool:
-    """Return whether the deadline would be missed even by a run that started now, alone, at the lowest cost."""
+    """Return whether even the cheapest variant, run alone and now, would miss the deadline."""
     return entry.deadline is not None and now + min_seconds(entry, costs) > entry.deadline
 
 
@@ -68,9 +68,9 @@ def finish_times(
 ) -> Iterator[tuple[Entry, ServedVariant, float]]:
     """Predict the variant and the end of each entry, in queue order.
 
-    Each entry takes its share of the cost of a batch as large as the queue allows.
+    An entry costs its share of the largest batch that the queue allows.
     """
-    # There are few ladders, so each is resolved once.
+    # Entries share a few ladders; resolve each once.
     known: dict[Ladder, ServedVariant] = {}
     chosen = [(entry, known.get(entry.ladder) or known.setdefault(entry.ladder, choice(entry))) for entry in waiting]
     sizes = Counter(variant for _, variant in chosen)
@@ -89,9 +89,9 @@ def keeps_slack(
     max_batch: int,
     slack_share: float,
 ) -> bool:
-    """Return whether every entry would start within a share of its slack: the due time less its own run time.
+    """Return whether every entry would start within a share of its slack: the time to its due time, less its run time.
 
-    start: when the device is free.
+    start: when the device becomes free.
     """
     begins_at = start
     for entry, variant, ends_at in finish_times(waiting, choice, start, costs, max_batch):
@@ -103,14 +103,14 @@ def keeps_slack(
 
 
 def choice_at(family: Family, floor: int, floors: Mapping[Family, int]) -> Choice:
-    """Return the variants that entries would run as if a family had another floor."""
+    """Return the variant of each entry if a family had another floor."""
     return lambda entry: at_floor(entry, floor if entry.family == family else floors.get(entry.family, 0))
 
 
 def next_floor(current: RateFloor, needed: int, below: int, is_comfortable: bool, now: float) -> RateFloor:
-    """Raise the floor to what is needed at once; lower it by one rate after that was comfortable for a while.
+    """Raise the floor at once; lower it by one rate after HOLD_SECONDS of low load.
 
-    below: the next rate under the present floor. is_comfortable: whether the queue would keep its slack there.
+    below: the next rate below the current floor. is_comfortable: whether the queue would keep its slack at it.
     """
     if needed > current.r:
         return RateFloor(needed)
@@ -121,7 +121,7 @@ def next_floor(current: RateFloor, needed: int, below: int, is_comfortable: bool
 
 
 def runnable(entry: Entry, floor: int, now: float, costs: Costs) -> ServedVariant:
-    """Return the variant that an entry runs as now: by the floor, or a cheaper one if its deadline needs it."""
+    """Return the variant that an entry runs as now: at the floor, or cheaper if its deadline requires it."""
     chosen = at_floor(entry, floor)
     if entry.deadline is None or now + costs(chosen, 1) <= entry.deadline:
         return chosen
@@ -132,7 +132,7 @@ def runnable(entry: Entry, floor: int, now: float, costs: Costs) -> ServedVarian
 def next_batch(
     waiting: Sequence[Entry], floors: Mapping[Family, int], now: float, costs: Costs, max_batch: int
 ) -> tuple[ServedVariant, list[Entry]]:
-    """Choose the batch of the most urgent entry: the entries that run as the same variant, in order of urgency."""
+    """Choose the batch of the most urgent entry: entries of the same variant, in order of urgency."""
     chosen = {entry: runnable(entry, floors.get(entry.family, 0), now, costs) for entry in waiting}
     variant = chosen[waiting[0]]
     members = [entry for entry in waiting if chosen[entry] is variant][:max_batch]
@@ -143,10 +143,10 @@ def next_batch(
 def batch_size(
     members: Sequence[Entry], others: Iterable[Entry], variant: ServedVariant, now: float, costs: Costs
 ) -> int:
-    """Choose how many of the members run together.
+    """Choose the number of members that run together.
 
-    The largest batch with about the highest throughput, that makes no member late, nor another entry that could still
-    be in time after a run of one image.
+    The largest batch of near-maximum throughput that makes no member late, and no other entry that could still be in
+    time after a single-image run.
     """
     latest = [entry.deadline for entry in members if entry.deadline is not None]
     latest += [entry.deadline - min_seconds(entry, costs) for entry in others if entry.deadline is not None]
@@ -154,7 +154,7 @@ def batch_size(
     end = min((time for time in latest if time >= alone), default=None)
     sizes = [n for n in range(1, len(members) + 1) if end is None or n == 1 or now + costs(variant, n) <= end]
     best = min(costs(variant, n) / n for n in sizes)
-    return max(n for n in sizes if costs(variant, n) / n <= WORTH_SPLITTING * best)
+    return max(n for n in sizes if costs(variant, n) / n <= MIN_SPLIT_GAIN * best)
 
 
 def wait_for_more(
@@ -168,7 +168,7 @@ def wait_for_more(
 ) -> float | None:
     """Return until when an incomplete batch waits for more entries; None to run it now.
 
-    It does not wait if that would cost a queued entry its deadline.
+    It does not wait if a queued entry could miss its deadline.
     """
     wake_at = min(entry.submitted_at for entry in members) + max_delay_seconds
     deadlines = [entry.deadline for entry in waiting if entry.deadline is not None]
@@ -184,10 +184,10 @@ def lateness(
     max_batch: int,
     max_concurrent_batches: int,
 ) -> float:
-    """Predict by how much new entries would miss their deadlines, or make others miss theirs; 0 if they would not.
+    """Predict by how much new entries would miss their deadlines, or make others miss theirs; 0 if neither.
 
-    An entry ends when its batch does, and that batch shares the device with the concurrent ones. An entry admitted with
-    no time to spare would have to run alone: a queue full of such entries would cost as much as single images.
+    An entry ends with its batch, which shares the device with concurrent batches. Assume full batches: an entry without
+    the slack for one would have to run alone, and a queue of such entries would cost as much as single images.
 
     Units: seconds.
     """

@@ -1,4 +1,4 @@
-"""Scheduler: the queue and the running batches of one device. Rules are in `planning`; no thread, clock or device."""
+"""Scheduler: the queue and the running batches of one device, by the rules in `planning`. Has no thread or clock."""
 
 import math
 from bisect import insort
@@ -20,8 +20,8 @@ MAX_RETRY_SECONDS = 600
 class SchedulerLimits:
     """max_concurrent_batches: batches that share the device.
 
-    max_delay_seconds: how long an incomplete batch waits for more entries, from its first one.
-    is_padded: whether batches are padded to a bucket, because the device plans for each size.
+    max_delay_seconds: maximum wait of an incomplete batch for more entries, from its first one.
+    is_padded: whether batches are padded to a few sizes, because the device plans for each size.
     """
 
     max_queue_images: int
@@ -39,7 +39,7 @@ class SchedulerLimits:
 
 @dataclass
 class Running:
-    """A batch on the device, and how much device time it has had. Units: seconds."""
+    """A batch on the device, and the device time it has used. Units: seconds."""
 
     batch: Batch
     expected_seconds: float
@@ -54,7 +54,7 @@ class Running:
 class Decision:
     """What a free worker does: refuse the expired entries, then run the batch or wait. Units: seconds.
 
-    wake_at: when to decide again even if nothing arrives; None for no such time.
+    wake_at: when to decide again at the latest; None to wait for the next entry.
     """
 
     expired: Sequence[Entry] = ()
@@ -64,10 +64,10 @@ class Decision:
 
 @dataclass
 class Scheduler:
-    """An entry is first queued, then running, then gone; or it leaves the queue early, expired or withdrawn.
+    """An entry is queued, then runs in a batch; or it leaves the queue, expired or withdrawn.
 
-    Concurrent batches share the device equally. The cost of a batch is its share of the device time, so costs add up
-    whatever ran at the same time. `waiting` is sorted by due time.
+    Concurrent batches share the device equally. The cost of a batch is its share of the device time, so that costs add
+    up. `waiting` is sorted by due time.
     """
 
     limits: SchedulerLimits
@@ -84,7 +84,7 @@ class Scheduler:
         return f"<Scheduler waiting={len(self.waiting)} running={running} floors={self.rate_floors}>"
 
     def seconds(self, variant: ServedVariant, n_images: int) -> float:
-        """Estimate the run time of a batch at the present speed, without concurrent batches."""
+        """Estimate the run time of a batch at the current speed, without concurrent batches."""
         return variant.costs.seconds(self.limits.run_size(n_images)) * self.pace.factor
 
     def depths_by_label(self) -> Counter[Labels]:
@@ -92,15 +92,15 @@ class Scheduler:
         return Counter((entry.family[0], entry.family[2], entry.ladder[0].rate_label) for entry in self.waiting)
 
     def require_room(self, entries: Sequence[Entry], now: float) -> None:
-        """Refuse entries for which there is no room in the queue, or no time.
+        """Check that the queue has room, and time, for these entries.
 
-        Raises: QueueFull, DeadlineUnmeetable, with the seconds after which a retry is worthwhile.
+        Raises: QueueFull, DeadlineUnmeetable, with the seconds until a retry is worthwhile.
         """
         try:
             self._require_room(entries, now)
         except ServiceError:
             costs = self._costs()
-            # An entry that could not be in time on an idle device says nothing about the load.
+            # Entries that even an idle device could not serve in time say nothing about the load.
             by_load = [entry for entry in entries if not planning.is_expired(entry, now, costs)]
             self.refused_at.update((entry.family, now) for entry in by_load)
             raise
@@ -114,10 +114,10 @@ class Scheduler:
                 )
                 raise QueueFull(detail, retry_after_seconds=self.seconds_until_drained(now))
         size, n_concurrent = self.limits.max_batch_images, self.limits.max_concurrent_batches
-        costs = self._costs(planning.CAUTION)
+        costs = self._costs(planning.SAFETY_FACTOR)
         late = planning.lateness(self.waiting, entries, self._free_at(now), costs, size, n_concurrent)
         if late > 0:
-            detail = f"At the present load the answer would be {math.ceil(late * 1e3)} ms late."
+            detail = f"At the current load, the response would be {math.ceil(late * 1e3)} ms late."
             raise DeadlineUnmeetable(detail, retry_after_seconds=_whole_seconds(late))
 
     def submit(self, entries: Sequence[Entry], now: float) -> None:
@@ -150,7 +150,7 @@ class Scheduler:
             return Decision(expired)
         self._set_floors(now)
         floors, max_batch = self._floors(), self.limits.max_batch_images
-        cautious = self._costs_of_concurrent(planning.CAUTION)
+        cautious = self._costs_of_concurrent(planning.SAFETY_FACTOR)
         variant, members = planning.next_batch(self.waiting, floors, now, cautious, max_batch)
         delay = self.limits.max_delay_seconds
         wake_at = planning.wait_for_more(self.waiting, members, variant, now, costs, max_batch, delay)
@@ -162,7 +162,7 @@ class Scheduler:
         return Decision(expired, batch)
 
     def finish(self, batch: Batch, now: float, is_measured: bool = True) -> None:
-        """Remove a batch that ran, and learn from its run time unless it failed."""
+        """Remove a finished batch; learn from its run time if `is_measured`."""
         self._advance(now)
         (run,) = [run for run in self.running if run.batch is batch]
         self.running.remove(run)
@@ -179,12 +179,12 @@ class Scheduler:
         self._advanced_to = now
 
     def _may_run_another(self, now: float) -> bool:
-        """Return whether one more batch may run, without making a running one miss a deadline."""
+        """Return whether another batch may run without making a running one miss a deadline."""
         if len(self.running) >= self.limits.max_concurrent_batches:
             return False
         n_running = len(self.running) + 1
         return all(
-            now + planning.CAUTION * n_running * run.remaining_seconds <= entry.deadline
+            now + planning.SAFETY_FACTOR * n_running * run.remaining_seconds <= entry.deadline
             for run in self.running
             for entry in run.batch.entries
             if entry.deadline is not None and now + run.remaining_seconds <= entry.deadline
@@ -226,19 +226,19 @@ class Scheduler:
         return planning.next_floor(current, needed, below, is_comfortable, now)
 
     def _is_filling(self) -> bool:
-        """Return whether a queue is half full. With short runs it fills up before the target latency is at risk."""
+        """Return whether a queue is half full: with short runs, queues fill before the target latency is at risk."""
         return max(Counter(entry.ladder[0] for entry in self.waiting).values()) * 2 > self.limits.max_queue_images
 
     def _floors(self) -> dict[Family, int]:
         return {family: floor.r for family, floor in self.rate_floors.items()}
 
     def _free_at(self, now: float) -> float:
-        """Estimate when the running batches will have ended."""
+        """Estimate when the running batches will end."""
         elapsed = (now - self._advanced_to) if self.running else 0.0
         return now + max(0.0, sum(run.remaining_seconds for run in self.running) - elapsed)
 
     def seconds_until_drained(self, now: float) -> int:
-        """Estimate when all present work will be done. Units: whole seconds, at least 1."""
+        """Estimate the time until all current work is done. Units: whole seconds, at least 1."""
         floors = self._floors()
 
         def choice(entry: Entry) -> ServedVariant:
@@ -249,24 +249,24 @@ class Scheduler:
         )
         return _whole_seconds(max((time for _, _, time in times), default=now) - now)
 
-    def _costs_of_concurrent(self, caution: float = 1.0) -> planning.Costs:
-        """Return the costs of a batch that starts now, and shares the device with the running ones."""
+    def _costs_of_concurrent(self, safety_factor: float = 1.0) -> planning.Costs:
+        """Return the costs of a batch that starts now and shares the device with the running batches."""
         costs, remaining = self._costs(), sum(run.remaining_seconds for run in self.running)
 
         def shared(variant: ServedVariant, n_images: int) -> float:
             alone = costs(variant, n_images)
-            return caution * (alone + min(alone, remaining))
+            return safety_factor * (alone + min(alone, remaining))
 
         return shared
 
-    def _costs(self, caution: float = 1.0) -> planning.Costs:
-        """Return the costs for one decision, which asks for the same ones many times."""
+    def _costs(self, safety_factor: float = 1.0) -> planning.Costs:
+        """Return memoised costs, for one decision."""
         known: dict[tuple[ServedVariant, int], float] = {}
 
         def costs(variant: ServedVariant, n_images: int) -> float:
             key = (variant, n_images)
             if key not in known:
-                known[key] = caution * self.seconds(variant, n_images)
+                known[key] = safety_factor * self.seconds(variant, n_images)
             return known[key]
 
         return costs

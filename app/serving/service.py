@@ -1,4 +1,4 @@
-"""Service: the state of the running process, and the path of a request through it."""
+"""Service: the state of the process, and the path of a request through it."""
 
 import asyncio
 import itertools
@@ -26,7 +26,7 @@ from app.store.selection import Selection
 
 logger = logging.getLogger(__name__)
 
-# Everything has ended by now, unless it hangs.
+# Timeout for worker threads to end; longer only if one hangs.
 STOP_SECONDS = 1.0
 LAG_SMOOTHING = 0.1
 NOT_DECODED = Decoded(np.empty((0, 0, 3), np.uint8), 0.0, 0.0)
@@ -75,7 +75,7 @@ class Service:
         self.metrics.announce_models(served, graph_format, self.settings.device)
 
     def drain(self) -> None:
-        """Stop being ready. Requests that still arrive are served, and their connections closed."""
+        """Stop being ready. Later requests are still served, and their connections closed."""
         self._is_draining = True
 
     @property
@@ -86,7 +86,7 @@ class Service:
         return not self._is_draining and self._catalogue is not None and self.is_alive()
 
     def is_alive(self) -> bool:
-        """Return whether the engine's workers are alive and none hangs."""
+        """Return whether all workers are alive and responsive."""
         return self.engine.is_responsive(self.settings.stall_seconds)
 
     def require_alive(self) -> None:
@@ -95,7 +95,7 @@ class Service:
             raise self._stalled()
 
     def require_ready(self) -> Catalogue:
-        """Return what is served, also while draining.
+        """Return the catalogue, also while draining.
 
         Raises: NotReady, EngineStalled.
         """
@@ -155,11 +155,11 @@ class Service:
     def _make_entry(
         self, chosen: Selection, decoded: Decoded, deadline: float | None, request_id: str, reply: Reply | None
     ) -> Entry:
-        """Make an entry; with a deadline, of the variants that would be in time on an idle device."""
+        """Make an entry. With a deadline, keep only the variants that would meet it on an idle device."""
         now = self.engine.clock()
         manifest, ladder = chosen.model.manifest, chosen.ladder
         if deadline is not None:
-            # The event loop lags at both ends of a request.
+            # The event loop adds its lag twice, before queueing and after the run.
             deadline -= 2 * self._lag_seconds
             in_time = [v for v in ladder if now + self.engine.expected_seconds(v, 1) <= deadline]
             ladder = ladder if len(in_time) == len(ladder) else tuple(in_time) or ladder[-1:]
@@ -176,14 +176,14 @@ class Service:
         )
 
     def _deliver(self, outcomes: Outcomes) -> None:
-        """Bring a batch's outcomes from a worker to the event loop, in one call."""
+        """Pass a batch's outcomes from a worker to the event loop, in one call."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._reply, outcomes, self.engine.clock())
 
     def _reply(self, outcomes: Outcomes, delivered_at: float) -> None:
         self._lag_seconds += LAG_SMOOTHING * (self.engine.clock() - delivered_at - self._lag_seconds)
         for reply, of_request in itertools.groupby(outcomes, key=lambda outcome: outcome[0].reply):
-            # None if the request was cancelled meanwhile.
+            # None if the request was cancelled.
             if reply is not None:
                 reply(tuple(of_request))
 
@@ -192,11 +192,11 @@ class Service:
         self.metrics.observe_run((name, policy, batch.variant.rate_label), len(batch.entries), seconds)
 
     def _stalled(self) -> EngineStalled:
-        detail = f"The engine has ended, or a batch has run for over {self.settings.stall_seconds:g} s."
+        detail = f"The engine has stopped, or a batch has run for over {self.settings.stall_seconds:g} s."
         return EngineStalled(detail, retry_after_seconds=math.ceil(self.settings.stall_seconds))
 
     async def _watch(self) -> None:
-        """Refuse all requests in flight once the engine hangs or has died."""
+        """Fail all requests in flight once a worker hangs or has died."""
         while True:
             await asyncio.sleep(self.settings.stall_seconds / 8)
             if not self.is_alive() and (n_images := self.engine.abandon(self._stalled())):

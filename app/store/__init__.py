@@ -1,1 +1,1 @@
-"""Store: model versions on disk, found, verified, loaded and watched; and the choice of a variant among them."""
+"""Store: find, verify, load and watch model versions on disk, and select a variant for a request."""

@@ -12,12 +12,12 @@ from app.store.costs import CostTable
 from app.store.manifest import Manifest, Variant, VariantKey
 
 N_LATENCIES = 100
-# Model, policy and rate, as metrics name a variant.
+# Model, policy and rate: the labels of a variant in metrics.
 Labels = tuple[str, str, str]
 
 
 class LatencyLog:
-    """The latest run times of single images on this host."""
+    """The last N_LATENCIES run times of single images on this host."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=N_LATENCIES)
@@ -26,16 +26,16 @@ class LatencyLog:
         self._seconds.append(seconds)
 
     def summary_ms(self) -> tuple[float, float, int] | None:
-        """Return the last, the median and their number; None before the first. Units: ms."""
+        """Return last, median and count; None before the first run. Units: ms."""
         seconds = list(self._seconds)
         return (seconds[-1] * 1e3, statistics.median(seconds) * 1e3, len(seconds)) if seconds else None
 
 
 @dataclass(frozen=True, eq=False)
 class ServedVariant:
-    """A loaded graph, and how long its runs take on this host.
+    """A loaded graph and its run times on this host.
 
-    unmerged_gmacs: cost of an image of this model without merging. Units: GMACs.
+    unmerged_gmacs: cost of an image without merging. Units: GMACs.
     """
 
     spec: Variant

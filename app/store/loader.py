@@ -1,4 +1,4 @@
-"""Loader: find, verify, load and warm up the model versions of a store. It returns nothing unverified."""
+"""Loader: find, verify, load and warm up the model versions of a store."""
 
 import hashlib
 import logging
@@ -30,7 +30,7 @@ GMACS_RTOL = 1e-5
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Which of the variants to serve."""
+    """Which variants to serve, and up to which batch size."""
 
     graph_format: str
     precision: str
@@ -48,10 +48,10 @@ def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Cat
         model = load_version(version_folder, backend, options)
         models.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
     if not models:
-        raise StoreError(folder, f"no model in it (no <model>/<version>/{MANIFEST_FILE})")
+        raise StoreError(folder, f"no models found (expected <model>/<version>/{MANIFEST_FILE})")
     default_model = choose_default(models, options.default_model)
     if default_model not in models:
-        reason = f"DTEM_DEFAULT_MODEL={default_model} is not in it; accepted: {', '.join(sorted(models))}"
+        reason = f"DTEM_DEFAULT_MODEL={default_model}: no such model; accepted: {', '.join(sorted(models))}"
         raise StoreError(folder, reason)
     return Catalogue(models, default_model)
 
@@ -62,15 +62,15 @@ def choose_default(names: Collection[str], configured: str | None) -> str:
 
 
 def find_versions(folder: Path) -> list[Path]:
-    """List the finished version folders. Unfinished and temporary ones are left out, with a log line."""
+    """List the finished version folders; log and skip the others."""
     finished = find_finished(folder)
     for other in sorted(path for path in folder.glob("*/*") if path.is_dir() and path not in finished):
-        logger.warning("ignored %s: not a version, or without %s (unfinished)", other, MANIFEST_FILE)
+        logger.warning("ignored folder, not a finished version (<model>/<number>/%s): %s", MANIFEST_FILE, other)
     return finished
 
 
 def find_finished(folder: Path) -> list[Path]:
-    """List the version folders that have their last file, the manifest, and no temporary name.
+    """List the version folders with a manifest, which is written last; skip temporary names.
 
     Raises: StoreError.
     """
@@ -120,13 +120,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(path, _describe(error)) from error
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
         raise StoreError(
-            path, f"says {manifest.name}/{manifest.version}, but its folder is {folder.parent.name}/{folder.name}"
+            path, f"declares {manifest.name}/{manifest.version}, but its folder is {folder.parent.name}/{folder.name}"
         )
     return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:
-    """Check that the folder holds the files of the manifest, byte for byte, and no others."""
+    """Check that the folder contains exactly the files of the manifest, with the same digests."""
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
     unlisted = sorted(present - set(manifest.files))
     if unlisted:
@@ -138,7 +138,7 @@ def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:
 def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     path, expected = folder / name, manifest.files[name]
     if path.resolve().parent != folder.resolve():
-        raise StoreError(path, "is a link to outside its folder")
+        raise StoreError(path, "is a symlink to a file outside its folder")
     try:
         with path.open("rb") as file:
             n_bytes = path.stat().st_size
@@ -146,35 +146,39 @@ def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
     except OSError as error:
         raise StoreError(path, error.strerror or str(error)) from error
     if n_bytes != expected.bytes:
-        raise StoreError(path, f"has {n_bytes} bytes instead of {expected.bytes}")
+        raise StoreError(path, f"has {n_bytes} bytes, expected {expected.bytes}")
     if digest != expected.sha256:
-        raise StoreError(path, f"SHA-256 is {digest} instead of {expected.sha256}")
+        raise StoreError(path, f"SHA-256 is {digest}, expected {expected.sha256}")
 
 
 def choose_variants(folder: Path, manifest: Manifest, options: StoreOptions) -> list[Variant]:
-    """Return the variants of the configured format and precision. They include the model's default.
+    """Return the variants of the configured precision and format.
 
-    Raises: StoreError.
+    Raises: StoreError if they do not include the model's default.
     """
     wanted = (options.precision, options.graph_format)
     specs = [variant for variant in manifest.variants if (variant.precision, variant.format) == wanted]
     default = (manifest.default.policy, manifest.default.r)
     if default not in [(spec.policy, spec.r) for spec in specs]:
-        reason = f"the default variant (policy {default[0]}, r {default[1]}) does not exist as {' '.join(wanted)}"
+        available = sorted({f"{variant.precision} {variant.format}" for variant in manifest.variants})
+        reason = (
+            f"the default variant (policy {default[0]}, r {default[1]}) is not exported as {' '.join(wanted)};"
+            f" available: {', '.join(available)}"
+        )
         raise StoreError(folder / MANIFEST_FILE, reason)
     return specs
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs with known outputs. Shapes: pixels (n, H, W, 3)."""
+    """Images with their expected outputs. Shapes: pixels (n, H, W, 3)."""
 
     pixels: Pixels
     outputs: Mapping[VariantKey, Outputs]
 
 
 def read_golden(folder: Path, manifest: Manifest, outputs: Mapping[VariantKey, Sequence[GraphOutput]]) -> Golden:
-    """Read the golden inputs, and the golden outputs of these variants.
+    """Read the golden images, and the golden outputs of these variants.
 
     Raises: StoreError.
     """
@@ -187,9 +191,9 @@ def read_golden(folder: Path, manifest: Manifest, outputs: Mapping[VariantKey, S
                 for key, of_variant in outputs.items()
             }
     except KeyError as error:
-        raise StoreError(path, f"lacks an array: {error.args[0]}") from error
+        raise StoreError(path, f"missing array: {error.args[0]}") from error
     except Exception as error:
-        # zipfile, zlib and numpy each raise their own.
+        # zipfile, zlib and numpy each raise their own types.
         raise StoreError(path, f"cannot be read: {error}") from error
     shape = (manifest.input.height, manifest.input.width, 3)
     _require_array(path, "pixels", pixels, np.uint8, (max(1, len(pixels)) if pixels.ndim else 1, *shape))
@@ -207,7 +211,7 @@ def _require_outputs(path: Path, suffix: str, found: Outputs, expected: Sequence
 def _require_array(path: Path, name: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> None:
     if array.dtype != dtype or array.shape != shape:
         wanted = f"{np.dtype(dtype)} {shape}"
-        raise StoreError(path, f"{name} is {array.dtype} {array.shape} instead of {wanted}")
+        raise StoreError(path, f"{name} is {array.dtype} {array.shape}, expected {wanted}")
 
 
 def load_runners(
@@ -219,7 +223,7 @@ def load_runners(
 ) -> dict[str, Runner]:
     """Load each graph file once, even if several variants share it.
 
-    outputs: by file.
+    outputs: by file name.
     Raises: StoreError.
     """
 
@@ -246,7 +250,7 @@ def run(path: Path, runner: Runner, pixels: Pixels) -> Outputs:
 def compare_golden(
     folder: Path, spec: Variant, outputs: Sequence[GraphOutput], found: Outputs, golden: Golden, atol: float
 ) -> None:
-    """Check that this host computes what was exported.
+    """Compare a variant's outputs on this host with those of the export.
 
     The task's output must match within the tolerance, token counts exactly, and GMACs up to rounding.
     Raises: StoreError.
@@ -257,16 +261,16 @@ def compare_golden(
     difference = float(np.max(np.abs(found[role].astype(np.float64) - expected[role])))
     # Written so that NaN fails too.
     if not difference <= atol:
-        reason = f"{spec.id}: {role} of the golden inputs differ by {difference:.3g}, tolerance {atol:.3g}"
+        reason = f"{spec.id}: golden {role} differ by {difference:.3g}, tolerance {atol:.3g}"
         raise StoreError(path, reason)
     if TOKENS in expected and not np.array_equal(found[TOKENS], expected[TOKENS]):
-        raise StoreError(path, f"{spec.id}: the golden inputs keep other tokens than at export")
+        raise StoreError(path, f"{spec.id}: golden token counts differ from the export")
     if GMACS in expected and not np.allclose(found[GMACS], expected[GMACS], rtol=GMACS_RTOL):
-        raise StoreError(path, f"{spec.id}: the golden inputs cost other GMACs than at export")
+        raise StoreError(path, f"{spec.id}: golden GMACs differ from the export")
 
 
 def measure(path: Path, runner: Runner, pixels: Pixels, max_batch_images: int) -> CostTable:
-    """Warm a variant up and time it at batch 1 and at the largest batch; costs between are linear.
+    """Warm up a variant, and time it at batch 1 and at the largest batch; interpolate linearly between them.
 
     Raises: StoreError.
     """

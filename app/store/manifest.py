@@ -1,6 +1,6 @@
-"""Manifest: the contract between the two halves, as strict models; the JSON Schema in the store is made from them.
+"""Manifest: the contract between training and serving, as strict models.
 
-`python -m app.store.manifest > model_store/manifest.schema.json` rewrites the schema.
+`python -m app.store.manifest > model_store/manifest.schema.json` rewrites the JSON Schema.
 """
 
 import datetime
@@ -15,7 +15,7 @@ MANIFEST_FILE = "manifest.json"
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
-# A plain name in the version folder: no separator, no leading dot.
+# Name of a file in the version folder: no separator, no leading dot.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -24,12 +24,12 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-
+# Left out of a key, so that the keys of published versions stay valid.
 UNMARKED_PRECISION = "float32"
 
 
 class VariantKey(NamedTuple):
-    """What tells the variants of a task apart; as text it names their golden outputs.
+    """Identifies a variant. Its text, <policy>[-r<r>][-<precision>], names the variant's golden outputs.
 
     r: None for an adaptive policy.
     """
@@ -45,7 +45,7 @@ class VariantKey(NamedTuple):
 
 
 class Part(BaseModel):
-    """A part of the manifest: no unknown keys, no coercion, no change after reading."""
+    """A part of the manifest: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -67,7 +67,7 @@ class Training(Part):
 
 
 class Input(Part):
-    """How an image becomes the graph's input."""
+    """Preprocessing: from an image to the graph's input."""
 
     name: Text
     layout: Literal["NHWC"]
@@ -77,27 +77,28 @@ class Input(Part):
     resize_shorter_side: PositiveInt
     crop: Literal["center"]
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-    jpeg_draft_scale: PositiveInt = Field(description="JPEG is decoded no smaller than this times resize_shorter_side")
+    jpeg_draft_scale: PositiveInt = Field(description="minimum size of JPEG drafts, times resize_shorter_side")
     alpha_background: tuple[Channel, Channel, Channel]
-    mean: tuple[float, float, float] = Field(description="for the reader: the graph itself normalises")
-    std: tuple[Positive, Positive, Positive] = Field(description="for the reader: the graph itself normalises")
+    mean: tuple[float, float, float] = Field(description="informative: the graph normalises its input")
+    std: tuple[Positive, Positive, Positive] = Field(description="informative: the graph normalises its input")
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
         if self.resize_shorter_side < max(self.height, self.width):
-            raise ValueError("resize_shorter_side is smaller than the crop")
+            crop = f"{self.height} x {self.width}"
+            raise ValueError(f"resize_shorter_side ({self.resize_shorter_side}) is smaller than the crop ({crop})")
         return self
 
 
 class Output(Part):
-    """The graph's outputs by name; `app.store.outputs` has their types and shapes."""
+    """Names of the graph's outputs; `app.store.outputs` has their types and shapes."""
 
-    name: Text = Field(description="the output of the task: for `classify` the logits")
+    name: Text = Field(description="output of the task; for `classify`, the logits")
     dtype: Literal["float32"]
     tokens: Text | None = Field(
-        default=None, description="int64: tokens entering each block, and tokens left; of adaptive policies"
+        default=None, description="adaptive policies, int64: tokens entering each block, and tokens left"
     )
-    gmacs: Text | None = Field(default=None, description="float32: cost of each image; of adaptive policies")
+    gmacs: Text | None = Field(default=None, description="adaptive policies, float32: cost of each image")
 
 
 class FileDigest(Part):
@@ -116,7 +117,7 @@ class Accuracy(Part):
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> Self:
         if self.ci95[0] > self.ci95[1]:
-            raise ValueError("ci95 is not ordered")
+            raise ValueError(f"ci95 {list(self.ci95)} is not in ascending order")
         return self
 
 
@@ -128,26 +129,26 @@ class Spread(Part):
 
 
 class Variant(Part):
-    """One graph: a policy, at a rate or adapting to the image, in a precision and a format."""
+    """One graph: a policy (at one rate unless it is adaptive) in one precision and format."""
 
     id: Text
     policy: Name
-    r: Count | None = Field(description="null where the policy adapts to the image")
+    r: Count | None = Field(description="null for adaptive policies")
     precision: Name
     format: Name
     file: FileName
     requires: tuple[FileName, ...]
     opset: PositiveInt | None
     schedule: tuple[Count, ...] = Field(description="tokens merged in each block")
-    tokens: tuple[PositiveInt, ...] = Field(description="tokens entering each block, and how many are left at the end")
+    tokens: tuple[PositiveInt, ...] = Field(description="tokens entering each block, and tokens left at the end")
     gmacs: Positive
     data_dependent: bool = Field(
-        description="whether token counts depend on the data; then `tokens`, `schedule` and `gmacs` are means"
+        description="whether token counts depend on the image; if so, `tokens`, `schedule` and `gmacs` are means"
     )
     accuracy: Accuracy | None
-    gmacs_spread: Spread | None = Field(default=None, description="over images, where token counts depend on the data")
-    calibration: FileName | None = Field(default=None, description="the thresholds that it merges by")
-    promise: Text | None = Field(default=None, description="what an image's answer owes to the others of its batch")
+    gmacs_spread: Spread | None = Field(default=None, description="over images; data-dependent variants only")
+    calibration: FileName | None = Field(default=None, description="file of the merging thresholds")
+    promise: Text | None = Field(default=None, description="how results depend on the rest of the batch")
 
     @property
     def key(self) -> VariantKey:
@@ -156,9 +157,9 @@ class Variant(Part):
     @model_validator(mode="after")
     def _adapts_or_has_a_rate(self) -> Self:
         if self.data_dependent != (self.r is None):
-            raise ValueError(f"{self.id}: r is {self.r}, and data_dependent {self.data_dependent}")
+            raise ValueError(f"{self.id}: r={self.r} contradicts data_dependent={self.data_dependent}")
         if self.data_dependent and (self.gmacs_spread is None or self.promise is None):
-            raise ValueError(f"{self.id}: token counts depend on the data, so gmacs_spread and promise are needed")
+            raise ValueError(f"{self.id}: data_dependent requires gmacs_spread and promise")
         return self
 
 
@@ -168,12 +169,12 @@ class Golden(Part):
 
 
 class Embedding(Part):
-    """The add-on by which the policy dtem compares tokens."""
+    """The decoupled embedding, by which policy dtem compares tokens."""
 
     file: FileName
     dim: PositiveInt
-    r: Count = Field(description="the reduction rate that it was trained at")
-    recipe: str = Field(description="how it was trained; empty where its file does not say")
+    r: Count = Field(description="reduction rate in training")
+    recipe: str = Field(description="training recipe; empty if unknown")
 
 
 class Default(Part):
@@ -182,12 +183,12 @@ class Default(Part):
 
 
 class Manifest(Part):
-    """A model version: what it is, what it reads and answers, and every file of it."""
+    """A model version: architecture, input, output, variants and files."""
 
     schema_version: Literal[1]
     name: Name
     version: Version
-    task: Literal["classify"] = Field(default="classify", description="what the graphs compute")
+    task: Literal["classify"] = Field(default="classify", description="task of the graphs")
     architecture: Architecture
     labels: tuple[Text, ...] = Field(min_length=1)
     training: Training
@@ -204,14 +205,14 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if MANIFEST_FILE in self.files:
-            raise ValueError(f"files: {MANIFEST_FILE} cannot hold its own digest")
+            raise ValueError(f"files: {MANIFEST_FILE} cannot contain its own digest")
         _require_files(self)
         _require_unique("variants", [(*variant.key, variant.format) for variant in self.variants])
         _require_unique("variant ids", [variant.id for variant in self.variants])
         for variant in self.variants:
             _require_schedule(variant, self.architecture)
             if variant.data_dependent and None in (self.output.tokens, self.output.gmacs):
-                raise ValueError(f"output: {variant.id} needs tokens and gmacs")
+                raise ValueError(f"output: {variant.id} requires tokens and gmacs")
         wanted = (self.default.policy, self.default.r)
         if wanted not in [(variant.policy, variant.r) for variant in self.variants]:
             raise ValueError(f"default: no variant with policy {wanted[0]} and r {wanted[1]}")
@@ -228,27 +229,27 @@ def _require_files(manifest: Manifest) -> None:
 
 
 def _require_unique(what: str, keys: list[Any]) -> None:
-    doubles = [key for key in keys if keys.count(key) > 1]
-    if doubles:
-        raise ValueError(f"{what}: {doubles[0]} is there more than once")
+    duplicates = [key for key in keys if keys.count(key) > 1]
+    if duplicates:
+        raise ValueError(f"{what}: {duplicates[0]} is listed more than once")
 
 
 def _require_schedule(variant: Variant, architecture: Architecture) -> None:
-    """Check that the schedule has one number per block and that the token counts follow from it."""
+    """Check that the schedule has one number per block, and that the token counts follow from it."""
     depth, tokens = architecture.depth, variant.tokens
     if len(variant.schedule) != depth or len(tokens) != depth + 1:
         raise ValueError(f"{variant.id}: {depth} blocks need {depth} numbers in schedule and {depth + 1} in tokens")
     if tokens[0] != architecture.n_tokens or tokens[-1] < architecture.n_protected:
-        raise ValueError(f"{variant.id}: tokens do not begin with n_tokens or end below n_protected")
+        raise ValueError(f"{variant.id}: tokens must start at n_tokens and end at n_protected or above")
     if variant.r == 0 and any(variant.schedule):
-        raise ValueError(f"{variant.id}: r is 0 but the schedule merges")
+        raise ValueError(f"{variant.id}: r is 0, but schedule merges tokens")
     left = [before - merged for before, merged in zip(tokens, variant.schedule, strict=False)]
     if not variant.data_dependent and left != list(tokens[1:]):
         raise ValueError(f"{variant.id}: tokens do not follow from schedule")
 
 
 def make_schema() -> dict[str, Any]:
-    """Make the JSON Schema of the manifest; rules across fields are checked by the models alone."""
+    """Make the JSON Schema of the manifest. Only the models check rules across fields."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Manifest of a model version"}
     return {**head, **{key: value for key, value in Manifest.model_json_schema().items() if key != "title"}}
 

@@ -1,4 +1,4 @@
-"""Outputs: which arrays the graphs of a task return. A new task is one entry in TASKS."""
+"""Outputs: the arrays that the graphs of a task return. A new task is one entry in TASKS."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from app.store.manifest import Manifest, Variant
 
-# Of adaptive policies, whatever the task.
+# Additional outputs of adaptive policies, for any task.
 TOKENS, GMACS = "tokens", "gmacs"
 LOGITS = "logits"
 
@@ -26,7 +26,7 @@ def _logits(manifest: Manifest) -> GraphOutput:
     return GraphOutput(LOGITS, manifest.output.name, np.float32, (len(manifest.labels),))
 
 
-# The output that answers the task, as the manifest describes it.
+# The main output of each task, as the manifest describes it.
 TASKS: Mapping[str, Callable[[Manifest], GraphOutput]] = {"classify": _logits}
 
 

@@ -1,6 +1,6 @@
-"""Images: a file's bytes become the pixels that a model reads, as its manifest says.
+"""Preprocessing: from an image file to the pixels of a model's input, by the rule in its manifest.
 
-Both halves implement this rule independently, and a test holds them to the same bits.
+Training implements the same rule independently; a contract test checks that both are bit-identical.
 """
 
 import io
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# The plugins register themselves; naming them keeps Pillow from importing its other forty at the first request.
+# Plugins register themselves. Without these imports, Pillow would import all of its plugins at the first request.
 from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
@@ -29,7 +29,8 @@ from app.store.manifest import Input
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # MPO files are opened by way of JPEG
+# Pillow opens MPO files through its JPEG plugin.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ORIENTATION = 0x0112
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,25 +42,27 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 START_OF_SCAN = b"\xff\xda"
-MAX_SCANS = 200  # encoders write about ten
-UNDEFINED_RANGE = {"I": "signed or 32-bit integers", "F": "floating point numbers"}
+# Encoders write about ten.
+MAX_SCANS = 200
+UNDEFINED_RANGE = {"I": "signed or 32-bit integer", "F": "float"}
 
 
 def limit_pillow(max_pixels: int) -> None:
-    """Put our pixel cap in the place of Pillow's own, which some formats check before they allocate anything.
+    """Set Pillow's own pixel limit, which some formats check before they allocate memory.
 
-    Pillow raises at twice its limit and warns from there down to the limit; only the first is wanted.
+    Pillow warns above its limit and raises only above twice the limit, so the limit is halved and the warning ignored.
     """
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about broken metadata, once for each line of Pillow
+    # Warnings about broken metadata.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode_image(data: bytes, rule: Input, max_pixels: int) -> Pixels:
     """Decode, orient, flatten, resize and crop one image.
 
     Shapes: (H, W, 3), C-contiguous.
-    Raises: NotAnImage, MalformedImage, TooManyPixels. Nothing else, whatever the bytes.
+    Raises: NotAnImage, MalformedImage, TooManyPixels. No other exception, for any input.
     """
     try:
         return _decode(data, rule, max_pixels)
@@ -68,13 +71,14 @@ def decode_image(data: bytes, rule: Input, max_pixels: int) -> Pixels:
     except Image.DecompressionBombError as error:
         raise TooManyPixels(f"The image has more than {max_pixels} pixels.", max_pixels=max_pixels) from error
     except UnidentifiedImageError as error:
-        if _begins_like_an_image(data):
-            raise MalformedImage("The header of the image is broken or cut off.") from error
-        detail = "The bytes are not an image in a format that is read here."
+        if _has_known_signature(data):
+            raise MalformedImage("The image header is corrupt or truncated.") from error
+        detail = "Not an image in a supported format."
         raise NotAnImage(detail, accepted=list(FORMATS)) from error
-    except Exception as error:  # a dozen kinds of it, by format and by what is broken
-        logger.debug("refused an image: %r", error)
-        raise MalformedImage("The image is cut off or broken.") from error
+    except Exception as error:
+        # Pillow raises many types, by format and defect.
+        logger.debug("refused image: %r", error)
+        raise MalformedImage("The image is corrupt or truncated.") from error
 
 
 def _decode(data: bytes, rule: Input, max_pixels: int) -> Pixels:
@@ -82,78 +86,80 @@ def _decode(data: bytes, rule: Input, max_pixels: int) -> Pixels:
         _require_size(image.width, image.height, rule, max_pixels)
         if isinstance(image, JpegImagePlugin.JpegImageFile):
             _require_few_scans(image, data)
-            least = rule.jpeg_draft_scale * rule.resize_shorter_side
-            image.draft(None, (least, least))
+            min_side = rule.jpeg_draft_scale * rule.resize_shorter_side
+            image.draft(None, (min_side, min_side))
         image.load()
         return _crop(_resize(_flatten(_orient(image), rule.alpha_background), rule), rule)
 
 
-def _begins_like_an_image(data: bytes) -> bool:
+def _has_known_signature(data: bytes) -> bool:
     accepts: list[Callable[[bytes], bool | str] | None] = [Image.OPEN[name][1] for name in FORMATS]
     return any(accept is not None and accept(data[:16]) is True for accept in accepts)
 
 
 def _require_size(width: int, height: int, rule: Input, max_pixels: int) -> None:
-    """Refuse by the header, before any pixel is decoded; a strip of 1 x 5000 is small, but not once it is resized."""
+    """Check the size in the header, before decoding, and the size after resizing: a 1 x 5000 strip becomes large."""
     if width < 1 or height < 1:
         raise MalformedImage("The image has no pixels.", width=width, height=height)
     sizes = {"has": (width, height), "would be resized to": resized_size(width, height, rule.resize_shorter_side)}
     for verb, (w, h) in sizes.items():
         if w * h > max_pixels:
-            detail = f"The image {verb} {w} x {h} pixels, more than {max_pixels}."
+            detail = f"The image {verb} {w} x {h} pixels; the limit is {max_pixels}."
             raise TooManyPixels(detail, width=width, height=height, max_pixels=max_pixels)
 
 
 def _require_few_scans(image: Image.Image, data: bytes) -> None:
-    """Refuse a progressive JPEG that goes on for ever: each 69 bytes of it can cost a pass over all its pixels."""
+    """Refuse a progressive JPEG with too many scans: 69 bytes of it can cost a pass over all pixels."""
     if image.info.get("progressive") and data.count(START_OF_SCAN) > MAX_SCANS:
         raise MalformedImage(f"The JPEG has more than {MAX_SCANS} scans.", max_scans=MAX_SCANS)
 
 
 def resized_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Scale so that the shorter side fits; the other is rounded half up, in whole numbers."""
+    """Scale to the shorter side; round the longer one half up, in integer arithmetic."""
     shorter, longer = min(width, height), max(width, height)
     other = (2 * longer * shorter_side + shorter) // (2 * shorter)
     return (shorter_side, other) if width <= height else (other, shorter_side)
 
 
 def _orient(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; EXIF that cannot be read is ignored. TIFF files were turned while loading."""
+    """Apply the EXIF orientation; ignore invalid EXIF. Pillow has already rotated TIFF files while loading."""
     try:
         transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception as error:  # noqa: BLE001 (as many kinds as there are ways to break it)
-        logger.debug("ignored broken EXIF: %r", error)
+    except Exception as error:  # noqa: BLE001 (Pillow raises many types)
+        logger.debug("ignored invalid EXIF: %r", error)
         return image
     return image if transposition is None else image.transpose(transposition)
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Turn any mode into RGB, alpha composited over the background."""
+    """Convert any mode to RGB; composite alpha over the background."""
     if image.mode.startswith("I;16"):
         image = _take_high_byte(image)
     if image.mode in UNDEFINED_RANGE:
-        raise NotAnImage(f"The pixels are {UNDEFINED_RANGE[image.mode]}, of which no one says what is white.")
+        raise NotAnImage(f"Unsupported pixel type ({UNDEFINED_RANGE[image.mode]}): its value range is undefined.")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if not image.has_transparency_data:
         return _as_mode(image, "RGB")
     image = _as_mode(image, "RGBA")
-    ground = Image.new("RGB", image.size, background)
-    ground.paste(image, mask=image)  # to the bit what alpha_composite gives, in half the memory
-    return ground
+    composite = Image.new("RGB", image.size, background)
+    # Bit-identical to alpha_composite, in half the memory.
+    composite.paste(image, mask=image)
+    return composite
 
 
 def _as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert without the copy that Pillow makes of what is in the mode already."""
+    """Convert; return the image itself if it has the mode, where Pillow would copy it."""
     return image if image.mode == mode else image.convert(mode)
 
 
 def _take_high_byte(image: Image.Image) -> Image.Image:
-    """Make 8 bits of 16-bit grey; Pillow's own conversion would turn all above 255 to white."""
+    """Convert 16-bit grey to 8 bits; Pillow's conversion would clip values above 255 to white."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # one of the 65,536 greys stands for nothing
+    # One of the 65,536 grey levels may stand for transparency.
+    if isinstance(transparent, int):
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
 

@@ -1,4 +1,4 @@
-"""Selection: the query's words become the variants of one model that may answer. Pure functions."""
+"""Selection: from query parameters to the variants that may serve a request. Pure functions."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from app.store.catalogue import Catalogue, ServedModel, ServedVariant
 
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?([eE][+-]?[0-9]{1,2})?|\.[0-9]{1,12}")
-TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 SELECTORS = ("r", "max_gmacs", "min_accuracy", "deadline_ms")
 DEFAULT_TOP_K = 5
 MAX_DEADLINE_MS = 3_600_000
@@ -28,55 +28,54 @@ MAX_DEADLINE_MS = 3_600_000
 
 Text = Annotated[str | None, WithJsonSchema({"type": "string"})]
 WholeNumber = Annotated[str | None, WithJsonSchema({"type": "integer", "minimum": 0})]
-Cost = Annotated[str | None, WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
-Share = Annotated[str | None, WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
+Gmacs = Annotated[str | None, WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
+Fraction = Annotated[str | None, WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
 Milliseconds = Annotated[
     str | None, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_DEADLINE_MS})
 ]
-Truth = Annotated[str | None, WithJsonSchema({"type": "boolean"})]
+Boolean = Annotated[str | None, WithJsonSchema({"type": "boolean"})]
 
 
 class Query(BaseModel):
-    """What a request asks for, in its own words; None where it says nothing."""
+    """The query parameters as sent; None if absent."""
 
-    model: Text = Field(default=None, description="which model; default: see `/models`")
-    version: Text = Field(default=None, description="which version of it; default: the highest")
-    policy: Text = Field(default=None, description="how tokens are merged; default: the model's")
+    model: Text = Field(default=None, description="model; default: see `/models`")
+    version: Text = Field(default=None, description="model version; default: the highest")
+    policy: Text = Field(default=None, description="merging policy; default: the model's")
     r: WholeNumber = Field(
         default=None,
-        description="exactly this reduction rate; a policy that adapts to the image has none. "
-        f"At most one of {', '.join(f'`{name}`' for name in SELECTORS)}; none of them: the model's default rate, "
-        "or the policy's least",
+        description="reduction rate; adaptive policies have none. "
+        f"At most one of {', '.join(f'`{name}`' for name in SELECTORS)}; without them, the model's default rate, "
+        "or else the policy's lowest",
     )
-    max_gmacs: Cost = Field(
+    max_gmacs: Gmacs = Field(
         default=None,
-        description="the most accurate variant within this cost, in GMACs; of a policy that adapts to the image "
-        "the cost that 95 % of images stay within",
+        description="select the most accurate variant within this cost, in GMACs; the cost of an adaptive policy is "
+        "its 95th percentile",
     )
-    min_accuracy: Share = Field(
-        default=None, description="the cheapest variant whose measured top-1, from 0 to 1, is at least this"
+    min_accuracy: Fraction = Field(
+        default=None, description="select the cheapest variant with at least this measured top-1, from 0 to 1"
     )
     deadline_ms: Milliseconds = Field(
         default=None,
-        description="the most accurate variant expected to answer in time at the present load; counted from the "
-        "arrival of the request's head",
+        description="select the most accurate variant expected to answer in time at the current load; counted from "
+        "the request's headers",
     )
-    allow_degrade: Truth = Field(
+    allow_degrade: Boolean = Field(
         default=None,
-        description="whether a higher rate may be used under load, rather than to wait or to be refused; "
-        "`deadline_ms` implies it",
+        description="opt in to a higher rate under load, instead of waiting or being refused; implied by `deadline_ms`",
     )
     max_r: WholeNumber = Field(
-        default=None, description="consent to be degraded, but to no higher rate than this; bounds `deadline_ms` too"
+        default=None, description="opt in to rates up to this one under load; also bounds `deadline_ms`"
     )
     top_k: WholeNumber = Field(
-        default=None, description=f"how many classes; default: {DEFAULT_TOP_K}, or all if they are fewer"
+        default=None, description=f"number of classes; default: {DEFAULT_TOP_K}, or all if fewer"
     )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """ladder: the variants that may answer, the preferred first, then ever cheaper ones. Units: seconds."""
+    """ladder: the variants that may run, the preferred one first, then by falling cost. Units: seconds."""
 
     model: ServedModel
     policy: str
@@ -86,12 +85,12 @@ class Selection:
 
     @property
     def variant(self) -> ServedVariant:
-        """The one that is preferred."""
+        """The preferred variant."""
         return self.ladder[0]
 
 
 def select(catalogue: Catalogue, query: Query) -> Selection:
-    """Find what the query asks for.
+    """Select a model and the variants that may run.
 
     Raises: UnknownModel, UnknownVersion, UnknownPolicy, RateNotExported, BudgetNotMet, ConflictingParameters,
     InvalidParameter.
@@ -109,12 +108,12 @@ def select(catalogue: Catalogue, query: Query) -> Selection:
 def require_one_selector(query: Query) -> None:
     given = [name for name in SELECTORS if getattr(query, name) is not None]
     if len(given) > 1:
-        detail = f"{' and '.join(given)} exclude each other; at most one of {', '.join(SELECTORS)} can be given."
+        detail = f"{' and '.join(given)} are mutually exclusive; accepted: at most one of {', '.join(SELECTORS)}."
         raise ConflictingParameters(detail, fields=given, accepted=list(SELECTORS))
 
 
 def by_cost(model: ServedModel, policy: str) -> list[ServedVariant]:
-    """List the variants of a policy, the dearest first."""
+    """List the variants of a policy, the most expensive first."""
     variants = [variant for key, variant in model.variants.items() if key.policy == policy]
     return sorted(variants, key=lambda variant: -variant.spec.gmacs)
 
@@ -129,7 +128,7 @@ def choose_policy(model: ServedModel, policy: str | None) -> str:
 
 
 def choose_ladder(model: ServedModel, policy: str, query: Query) -> tuple[ServedVariant, ...]:
-    """Return what is asked for and, with the caller's consent, the higher rates of the policy."""
+    """Return the selected variant and, if the request opted in, those of higher rates."""
     chosen = choose_variant(model, policy, query)
     max_r = choose_max_r(policy, chosen, query)
     higher = [r for r in model.rates(policy) if chosen.spec.r is not None and chosen.spec.r < r <= max_r]
@@ -138,33 +137,34 @@ def choose_ladder(model: ServedModel, policy: str, query: Query) -> tuple[Served
 
 def choose_variant(model: ServedModel, policy: str, query: Query) -> ServedVariant:
     if query.max_gmacs is not None:
-        return most_accurate_within(by_cost(model, policy), read_cost(query.max_gmacs))
+        return most_accurate_within(by_cost(model, policy), read_gmacs(query.max_gmacs))
     if query.min_accuracy is not None:
-        return cheapest_as_accurate_as(by_cost(model, policy), read_share(query.min_accuracy))
+        return cheapest_as_accurate_as(by_cost(model, policy), read_fraction(query.min_accuracy))
     return model.variant(policy, choose_rate(model, policy, query.r))
 
 
 def choose_max_r(policy: str, chosen: ServedVariant, query: Query) -> float:
-    """Return up to which rate the caller consents to be degraded; -1 without consent."""
-    allowed = read_truth("allow_degrade", query.allow_degrade)
+    """Return the highest rate that the request opted in to; -1 if it did not opt in."""
+    allowed = read_boolean("allow_degrade", query.allow_degrade)
     if query.max_r is None:
         return math.inf if allowed else -1
     max_r = read_max_r(query.max_r)
     if allowed is False:
-        detail = "max_r is consent to be degraded, and allow_degrade=false refuses it."
+        detail = "max_r opts in to higher rates, but allow_degrade=false opts out."
         raise ConflictingParameters(detail, fields=["max_r", "allow_degrade"])
     if chosen.spec.r is None:
-        detail = f"max_r={max_r} cannot be asked for: policy {policy!r} has no rates, it adapts to each image."
+        detail = f"max_r={max_r} is not accepted: policy {policy!r} is adaptive and has no rates."
         raise InvalidParameter(detail, field="max_r", value=max_r, policy=policy, accepted=[])
     if max_r < chosen.spec.r:
-        detail = f"max_r={max_r} is below r={chosen.spec.r}, with which the request would begin."
+        detail = f"max_r={max_r} is below the selected rate, r={chosen.spec.r}."
         raise InvalidParameter(detail, field="max_r", value=max_r, minimum=chosen.spec.r)
     return max_r
 
 
 def choose_deadline_ladder(candidates: Sequence[ServedVariant], query: Query) -> tuple[ServedVariant, ...]:
-    """Return the variants worth choosing by the time that is left: each more accurate than all that are cheaper."""
-    read_truth("allow_degrade", query.allow_degrade)  # whatever it says: to name a deadline is to let the load choose
+    """Return the Pareto front: variants that are more accurate than every cheaper one."""
+    # Validated but ignored: a deadline implies it.
+    read_boolean("allow_degrade", query.allow_degrade)
     if query.max_r is not None:
         candidates = within_max_r(candidates, read_max_r(query.max_r))
     front: list[ServedVariant] = []
@@ -178,24 +178,24 @@ def within_max_r(candidates: Sequence[ServedVariant], max_r: int) -> Sequence[Se
     rates = sorted(variant.spec.r for variant in candidates if variant.spec.r is not None)
     within = [variant for variant in candidates if variant.spec.r is not None and variant.spec.r <= max_r]
     if not within:
-        detail = f"There is no graph with a rate up to max_r={max_r} for policy {candidates[0].spec.policy!r}."
+        detail = f"Policy {candidates[0].spec.policy!r} has no rate up to max_r={max_r}."
         raise InvalidParameter(detail, field="max_r", value=max_r, accepted=rates)
     return within
 
 
 def accuracy_rank(variant: ServedVariant) -> tuple[float, float]:
-    """Order variants by measured top-1; one that was not measured counts by its GMACs, below all that were."""
+    """Rank by measured top-1. Unmeasured variants rank below all measured ones, by GMACs."""
     accuracy = variant.spec.accuracy
     return (-1.0, variant.spec.gmacs) if accuracy is None else (accuracy.top1, 0.0)
 
 
 def most_accurate_within(candidates: Sequence[ServedVariant], max_gmacs: float) -> ServedVariant:
-    """Among the equally accurate the cheapest."""
+    """Return the most accurate variant within the cost; among equals, the cheapest."""
     within = [variant for variant in candidates if reliable_gmacs(variant) <= max_gmacs]
     if not within:
-        least = min(candidates, key=reliable_gmacs)
-        detail = f"No variant of policy {least.spec.policy!r} costs at most {max_gmacs} GMACs."
-        raise BudgetNotMet(detail, **_refused("max_gmacs", max_gmacs, least), minimum=reliable_gmacs(least))
+        cheapest = min(candidates, key=reliable_gmacs)
+        detail = f"No variant of policy {cheapest.spec.policy!r} costs at most {max_gmacs} GMACs."
+        raise BudgetNotMet(detail, **_refused("max_gmacs", max_gmacs, cheapest), minimum=reliable_gmacs(cheapest))
     return max(reversed(within), key=accuracy_rank)
 
 
@@ -211,7 +211,7 @@ def cheapest_as_accurate_as(candidates: Sequence[ServedVariant], min_accuracy: f
 
 
 def reliable_gmacs(variant: ServedVariant) -> float:
-    """Return what an image costs, or where that depends on the image, what 95 % of images stay within."""
+    """Return the cost of an image; for adaptive policies, the 95th percentile."""
     spread = variant.spec.gmacs_spread
     return variant.spec.gmacs if spread is None else spread.p95
 
@@ -222,22 +222,22 @@ def _refused(field: str, value: float, nearest: ServedVariant) -> dict[str, Any]
 
 
 def choose_rate(model: ServedModel, policy: str, r: str | None) -> int | None:
-    """Return the rate asked for; without one the model's default rate, or where the policy lacks it, its least.
+    """Return the requested rate; by default the model's default rate, or the policy's lowest if it lacks that.
 
-    None where the policy adapts to the image; then no rate can be asked for.
+    None for adaptive policies.
     """
     rates = model.rates(policy)
     if r is None and not rates:
         return None
     if r is not None and not rates:
-        detail = f"r={echo(r)} cannot be asked for: policy {policy!r} has no rates, it adapts to each image."
+        detail = f"r={echo(r)} is not accepted: policy {policy!r} is adaptive and has no rates."
         raise InvalidParameter(detail, field="r", value=echo(r), policy=policy, accepted=[])
     if r is None:
         return model.manifest.default.r if model.manifest.default.r in rates else rates[0]
     if not WHOLE_NUMBER.fullmatch(r):
         raise InvalidParameter(f"r={echo(r)} is not a whole number.", field="r", value=echo(r), accepted=rates)
     if int(r) not in rates:
-        detail = f"There is no graph with r={r} for policy {policy!r}, only with r in {rates}."
+        detail = f"Policy {policy!r} has no graph for r={r}; accepted: {', '.join(map(str, rates))}."
         raise RateNotExported(detail, field="r", value=int(r), policy=policy, accepted=rates)
     return int(r)
 
@@ -258,11 +258,11 @@ def read_max_r(text: str) -> int:
     return int(text)
 
 
-def read_cost(text: str) -> float:
+def read_gmacs(text: str) -> float:
     return _read_number("max_gmacs", text, lambda value: value > 0, "a number above 0, in GMACs")
 
 
-def read_share(text: str) -> float:
+def read_fraction(text: str) -> float:
     return _read_number("min_accuracy", text, lambda value: value <= 1, "a number from 0 to 1")
 
 
@@ -270,7 +270,7 @@ def read_deadline(text: str | None) -> float | None:
     """Units: ms."""
     if text is None:
         return None
-    wanted = f"a number of milliseconds above 0, up to {MAX_DEADLINE_MS}"
+    wanted = f"a number of milliseconds above 0 and up to {MAX_DEADLINE_MS}"
     return _read_number("deadline_ms", text, lambda value: 0 < value <= MAX_DEADLINE_MS, wanted)
 
 
@@ -281,8 +281,8 @@ def _read_number(field: str, text: str, accepts: Callable[[float], bool], wanted
     return value
 
 
-def read_truth(field: str, text: str | None) -> bool | None:
-    if text is not None and text.lower() not in TRUTHS:
+def read_boolean(field: str, text: str | None) -> bool | None:
+    if text is not None and text.lower() not in BOOLEANS:
         detail = f"{field}={echo(text)} is neither true nor false."
         raise InvalidParameter(detail, field=field, value=echo(text), accepted=["true", "false"])
-    return None if text is None else TRUTHS[text.lower()]
+    return None if text is None else BOOLEANS[text.lower()]

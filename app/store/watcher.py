@@ -1,4 +1,4 @@
-"""Watcher: serves new version folders of the store, and drops those that are gone, while requests go on."""
+"""Watcher: load new model versions and drop removed ones while the service runs."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
-# Until requests in flight have released a dropped version.
+# Time for requests in flight to release a dropped version.
 RELEASE_SECONDS = 1.0
 
 # Model name and version number.
@@ -27,7 +27,7 @@ ReloadResult = Literal["loaded", "refused", "dropped"]
 
 @dataclass(frozen=True)
 class Changes:
-    """What the store asks for. altered: served versions whose files have changed; they are served as verified."""
+    """Differences between the store and the catalogue. altered: served versions whose files changed; not reloaded."""
 
     load: list[Version]
     drop: list[Version]
@@ -37,7 +37,7 @@ class Changes:
 def compare(
     found: Mapping[Version, Signature], served: Mapping[Version, Signature], refused: Mapping[Version, Signature]
 ) -> Changes:
-    """Compare the versions found in the store with those that are served, and with those refused in the same state."""
+    """Compare the versions in the store with those served. A refused version is loaded only if its files changed."""
     return Changes(
         load=sorted(v for v, signature in found.items() if v not in served and refused.get(v) != signature),
         drop=sorted(v for v in served if v not in found),
@@ -46,24 +46,23 @@ def compare(
 
 
 def keep_last(served: Collection[Version], gone: Collection[Version], default_model: str) -> Version | None:
-    """Return the highest version of the default model if all of its versions are gone: it stays served."""
+    """Return the highest version of the default model if all its versions are gone, to keep serving it."""
     ours = [version for version in served if version[0] == default_model]
     return max(ours) if all(version in gone for version in ours) else None
 
 
-def arrange(models: Iterable[ServedModel], configured_default: str | None) -> Catalogue:
-    """Make a catalogue with the same default as at start-up."""
-    arranged: dict[str, dict[int, ServedModel]] = {}
+def make_catalogue(models: Iterable[ServedModel], configured_default: str | None) -> Catalogue:
+    """Make a catalogue; its default model follows the same rule as at start-up."""
+    versions: dict[str, dict[int, ServedModel]] = {}
     for model in models:
-        arranged.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
-    return Catalogue(arranged, choose_default(arranged, configured_default))
+        versions.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
+    return Catalogue(versions, choose_default(versions, configured_default))
 
 
 def scan(store: Path) -> dict[Version, Signature]:
     """List the finished versions without opening a file.
 
-    Raises: StoreError if the store cannot be read; FileNotFoundError if it changes meanwhile, and then nothing is
-    known, not even which versions are gone.
+    Raises: StoreError if the store cannot be read; FileNotFoundError if it changes during the scan.
     """
     return {(folder.parent.name, int(folder.name)): _sign(folder) for folder in find_finished(store)}
 
@@ -74,7 +73,7 @@ def _sign(folder: Path) -> Signature:
 
 
 class Watcher:
-    """One thread that scans the store, loads one version at a time, and publishes a whole catalogue after each."""
+    """A thread that scans the store, loads one version at a time, and publishes a new catalogue after each."""
 
     def __init__(
         self,
@@ -91,14 +90,14 @@ class Watcher:
         self._served: dict[Version, Signature] = {}
         self._refused: dict[Version, Signature] = {}
         self._kept: Version | None = None
-        self._trouble = ""
+        self._last_error = ""
         self._has_dropped = False
         self._wake, self._is_stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
     @property
     def catalogue(self) -> Catalogue:
-        return arrange(self._models.values(), self._configured_default)
+        return make_catalogue(self._models.values(), self._configured_default)
 
     def start(self) -> None:
         """Scan now, and then every `reload_seconds`; if that is 0, only after `scan_soon`."""
@@ -109,7 +108,7 @@ class Watcher:
         self._wake.set()
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End after the version that is being loaded. Returns whether that was within the timeout."""
+        """Stop after the version being loaded. Returns whether the thread ended within the timeout."""
         self._is_stopping.set()
         self._wake.set()
         if self._thread.ident is not None:
@@ -125,7 +124,7 @@ class Watcher:
             try:
                 self.update()
             except Exception:
-                logger.exception("scanning the model store failed; the served versions stay")
+                logger.exception("model store scan failed; still serving the loaded versions")
             if self._has_dropped:
                 self._is_stopping.wait(RELEASE_SECONDS)
                 return_freed_memory()
@@ -141,7 +140,7 @@ class Watcher:
         changes = compare(found, served, self._refused)
         for name, number in changes.altered:
             logger.warning(
-                "the files of %s version %d have changed; ignored, because a version is immutable: publish a new one",
+                "ignored changed files of %s version %d: versions are immutable, publish a new one",
                 name,
                 number,
             )
@@ -149,26 +148,26 @@ class Watcher:
         for version in changes.load:
             if self._is_stopping.is_set():
                 return
-            self._take(version, found[version])
+            self._load_and_publish(version, found[version])
         self._drop(changes.drop)
 
     def _scan(self) -> dict[Version, Signature] | None:
         try:
             found = scan(self._store)
         except FileNotFoundError:
-            # The store is changing; try again at once.
+            # The store changed during the scan; retry at once.
             self.scan_soon()
             return None
         except (OSError, StoreError) as error:
-            if str(error) != self._trouble:
-                logger.error("the model store cannot be read; the served versions stay: %s", error)
-            self._trouble = str(error)
+            if str(error) != self._last_error:
+                logger.error("cannot read the model store; still serving the loaded versions: %s", error)
+            self._last_error = str(error)
             return None
-        self._trouble = ""
+        self._last_error = ""
         return found
 
-    def _take(self, version: Version, signature: Signature) -> None:
-        """Load and publish a version. A refused one is not tried again until its files change."""
+    def _load_and_publish(self, version: Version, signature: Signature) -> None:
+        """Load and publish a version. A refused version is retried once its files change."""
         name, number = version
         try:
             self._models[version] = self._load(self._store / name / str(number))
@@ -188,7 +187,9 @@ class Watcher:
         default = choose_default({name for name, _ in self._models}, self._configured_default)
         kept = keep_last(self._models, gone, default)
         if kept is not None and kept != self._kept:
-            logger.warning("%s version %d is gone but stays served: it is the last of the default model", *kept)
+            logger.warning(
+                "still serving %s version %d, whose folder is gone: it is the last of the default model", *kept
+            )
         self._kept = kept
         dropped = [version for version in gone if version != kept]
         for version in dropped:

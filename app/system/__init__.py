@@ -1,1 +1,1 @@
-"""System: limits and memory of the process, as Linux and its C library have them."""
+"""System: resource limits and memory of the process."""

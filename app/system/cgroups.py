@@ -1,28 +1,31 @@
-"""Control groups: what the container that we are in may use of its machine, by either version of Linux's interface."""
+"""Control groups: the CPU and memory limits of this container, by version 1 or 2 of the Linux interface."""
 
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path("/")  # where `proc` and `sys` are
+# Parent folder of `proc` and `sys`.
+ROOT = Path("/")
 
 
 def count_cpus(root: Path = ROOT) -> int:
-    """Count the CPUs of our affinity, or fewer where a quota allows no more: threads beyond it are all stopped for the
-    rest of each period.
+    """Return the number of CPUs that affinity and quota allow.
+
+    More threads than the quota would use it up early, and all of them would stop for the rest of each period.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = []
     for group in _find_groups(root, "cpu"):
         words = _read(group / "cpu.max") or _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")
-        if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):  # no bound is `max`, or -1
+        # Unlimited is `max` or -1.
+        if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):
             quotas.append(math.ceil(int(words[0]) / int(words[1])))
     return min([affinity, *quotas])
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int:
-    """Return the memory that we may use; without a limit, the machine's."""
+    """Return the memory limit, or the machine's memory without one."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for group in _find_groups(root, "memory"):
         words = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
@@ -31,13 +34,15 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
 
 
 def _find_groups(root: Path, controller: str) -> Iterator[Path]:
-    """List the folders of our group and of those around it; inside a container some of them cannot be seen."""
+    """List the folders of our group and its ancestors. In a container, some of them may not exist."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
+    except OSError:
+        # Not Linux.
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)  # version 2 has one hierarchy for all controllers, without a name
+        # Version 2 has one hierarchy for all controllers, and leaves the name empty.
+        _, controllers, path = line.split(":", 2)
         if controller in controllers.split(",") or not controllers:
             group = Path(path.lstrip("/"))
             yield from (root / "sys/fs/cgroup" / controllers / folder for folder in (group, *group.parents))

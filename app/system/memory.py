@@ -1,26 +1,27 @@
-"""Memory: what glibc would keep of what was freed. Another C library has no such habit, and then this does nothing."""
+"""Memory: return freed memory to the system. glibc would keep it; with another C library this does nothing."""
 
 import contextlib
 import ctypes
 import gc
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+# From malloc.h.
+M_MMAP_THRESHOLD = -3
 LARGE_BLOCK_BYTES = 1 << 20
 
 
 def return_large_blocks() -> None:
-    """Let freed pictures go back to the system from now on.
+    """Return large blocks, such as images, to the system as soon as they are freed.
 
-    glibc raises its threshold with every large block that is freed, and then keeps them: 1 GB after a few of 50 Mpx.
+    By default glibc raises its threshold with each large block that is freed, and keeps 1 GB after a few of 50 Mpx.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def return_freed_memory() -> None:
-    """Give back what is free now: a model version that was dropped leaves hundreds of MB in small pieces.
+    """Return all free memory now: a dropped model version leaves hundreds of MB in small blocks.
 
-    The collector comes first: a traceback is enough to hold a version in a cycle, and it seldom looks at what is old.
+    Collect garbage first: a traceback can keep a version in a reference cycle, and old objects are rarely collected.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

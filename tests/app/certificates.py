@@ -1,4 +1,4 @@
-"""Certificates, as an operator would make them."""
+"""Self-signed certificates for tests."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ ALGORITHMS = {"ec": ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"], "rsa": ["rsa:
 
 
 def make_certificate(folder: Path, name: str = "server", algorithm: str = "ec") -> tuple[Path, Path]:
-    """Make a self-signed certificate for 127.0.0.1. Returns its file and its key's."""
+    """Make a self-signed certificate for 127.0.0.1. Returns the files of certificate and key."""
     certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
     run_openssl(
         *["req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"],

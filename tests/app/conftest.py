@@ -15,14 +15,15 @@ from app.store.catalogue import Catalogue
 from app.store.loader import StoreOptions, load_catalogue
 from tests.app.tiny_store import write_store
 
-SECONDS = 30  # more than any condition takes; a test that reaches it has failed
+# Timeout; a test that reaches it has failed.
+SECONDS = 30
 OPTIONS = BackendOptions("cpu", 1, share_weights=False)
 ONNX = StoreOptions("onnx", "float32", None)
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny model, to be read only."""
+    """A store with the tiny model; read-only."""
     root = tmp_path_factory.mktemp("store")
     write_store(root)
     return root
@@ -38,7 +39,7 @@ ClientFactory = Callable[..., TestClient]
 
 @pytest.fixture
 def make_client(catalogue: Catalogue) -> Iterator[ClientFactory]:
-    """Make clients of services with settings of their own; the service is `client.service`."""
+    """Make clients, each of a new service with the given settings; the service is `client.service`."""
     clients: list[TestClient] = []
 
     def make(served: Catalogue | None = catalogue, **settings: object) -> TestClient:

@@ -1,4 +1,4 @@
-"""Images that real callers send and few tests do: odd modes, orientations, and hostile bytes."""
+"""Unusual images: rare modes, orientations, and hostile bytes."""
 
 import io
 import struct
@@ -24,14 +24,14 @@ def encode_frames(image_format: str, **options: Any) -> bytes:
 
 
 def make_photo(width: int = 61, height: int = 43, seed: int = 0) -> Image.Image:
-    """Make a smooth RGB picture in which no two corners are alike."""
+    """Make a smooth RGB image with four different corners."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def make_png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *chunks: bytes) -> bytes:
-    """Make a PNG by hand; rows are filter bytes and samples, as the format wants them."""
+    """Make a PNG from raw rows of filter bytes and samples."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     body = b"".join([png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", zlib.compress(rows))])
     return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
@@ -48,7 +48,7 @@ def exif_bytes(orientation: int) -> bytes:
 
 
 def ordinary_images() -> dict[str, bytes]:
-    """Return images of every kind that is read, by a name that says what is odd about them."""
+    """Return images of every supported kind, by a name that describes them."""
     photo = make_photo()
     alpha = Image.fromarray(np.linspace(0, 255, 61 * 43).reshape(43, 61).astype(np.uint8))
     translucent = photo.copy()
@@ -85,7 +85,7 @@ def ordinary_images() -> dict[str, bytes]:
 
 
 def refused_images() -> dict[str, tuple[bytes, int]]:
-    """Return bytes that get no result, each with its status."""
+    """Return images that are refused, each with its status."""
     photo = make_photo()
     jpeg, png = encode(photo, "JPEG"), encode(photo, "PNG")
     progressive = encode(photo, "JPEG", progressive=True)
@@ -129,14 +129,14 @@ def refused_images() -> dict[str, tuple[bytes, int]]:
 
 
 def webp_header(width: int, height: int) -> bytes:
-    """Make the beginning of an extended WebP file whose canvas is large."""
+    """Make the header of an extended WebP file with a large canvas."""
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + canvas
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def truncated_images() -> Iterator[tuple[str, bytes]]:
-    """Yield images of several formats, cut off at many places."""
+    """Yield images of several formats, truncated at several places."""
     encoders: dict[str, Callable[[], bytes]] = {
         "jpg": lambda: encode(make_photo(), "JPEG"),
         "png": lambda: encode(make_photo(), "PNG"),

@@ -1,4 +1,4 @@
-"""Results of images that nothing has run."""
+"""Image results made without running a graph."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from tests.app.tiny_store import make_variant
 
 class NoRunner:
     def run(self, pixels: Any) -> Any:
-        raise AssertionError("nothing runs here")
+        raise AssertionError("this runner must not run")
 
 
 def make_result(policy: str, r: int, gmacs: float = 0.3, gmacs_saved: float = 0.3, **given: Any) -> ImageResult:
-    """Make a result of model `vit`. given: any field of ImageResult."""
+    """Make a result of model `vit`. given: other fields of ImageResult."""
     spec = Variant.model_validate(make_variant(policy, r, "onnx"), strict=False)
     variant = ServedVariant(spec, NoRunner(), unmerged_gmacs=gmacs + gmacs_saved)
     fields: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A device and its callers on a virtual clock, around the real scheduler: a thread and a graph, without either."""
+"""A simulated device on a virtual clock, driven by the real scheduler, without threads or graphs."""
 
 import heapq
 import itertools
@@ -24,11 +24,11 @@ NO_PIXELS: Pixels = np.empty((0, 0, 3), np.uint8)
 
 class NoRunner:
     def run(self, pixels: Pixels) -> Outputs:
-        raise AssertionError("nothing runs in a simulation")
+        raise AssertionError("this runner must not run")
 
 
 def make_served(r: int, seconds: dict[int, float], top1: float = 0.9) -> ServedVariant:
-    """Make a variant whose runs are expected to take so long, by batch size."""
+    """Make a variant with the given expected run times by batch size."""
     accuracy: dict[str, Any] = {"dataset": "tiny", "split": "test", "n_images": 100, "date": "2026-11-20"}
     written = {**make_variant("tome", 0, "onnx"), "r": r, "id": f"tome-r{r}", "gmacs": 10 - r / 10}
     written["accuracy"] = {**accuracy, "top1": top1, "ci95": [top1, top1]}
@@ -43,19 +43,20 @@ class Event:
 
 
 class Simulation:
-    """What became of each entry: "done", "late", "expired", "refused" or "withdrawn"; only ever one of them.
+    """Records one outcome per entry: "done", "late", "expired", "refused" or "withdrawn".
 
-    true_seconds: what a run of n images of a variant really takes, by itself; runs that overlap share the device.
+    true_seconds: actual run time of n images of a variant on an idle device; concurrent runs share the device.
     """
 
     def __init__(self, limits: SchedulerLimits, true_seconds: Callable[[ServedVariant, int], float]) -> None:
         self.scheduler, self._true_seconds = Scheduler(limits), true_seconds
         self.now = 0.0
-        self.fates: dict[Entry, str] = {}
+        self.outcomes: dict[Entry, str] = {}
         self.ran_as: dict[Entry, ServedVariant] = {}
         self.finished_at: dict[Entry, float] = {}
         self.batches: list[Batch] = []
-        self._left: list[tuple[Batch, float]] = []  # what runs, and the seconds that it still needs by itself
+        # Running batches, and the device time that each still needs.
+        self._running: list[tuple[Batch, float]] = []
         self._events: list[Event] = []
         self._serials = itertools.count()
 
@@ -68,18 +69,18 @@ class Simulation:
             try:
                 self.scheduler.submit(entries, self.now)
             except ServiceError:
-                self._settle(entries, "refused")
+                self._record(entries, "refused")
             else:
-                self._turn()
+                self._start_batches()
 
         self.at(time, act)
 
     def withdraw_at(self, time: float, entries: Sequence[Entry]) -> None:
-        self.at(time, lambda: self._settle(self.scheduler.withdraw(entries), "withdrawn"))
+        self.at(time, lambda: self._record(self.scheduler.withdraw(entries), "withdrawn"))
 
     def run(self) -> None:
-        """Let time pass until nothing is left to happen."""
-        while self._events or self._left:
+        """Advance the clock until no event or batch is left."""
+        while self._events or self._running:
             ends_at, batch = self._next_end()
             if self._events and self._events[0].time <= ends_at:
                 event = heapq.heappop(self._events)
@@ -90,38 +91,40 @@ class Simulation:
                 self._finish(batch)
 
     def _next_end(self) -> tuple[float, Batch | None]:
-        if not self._left:
+        if not self._running:
             return math.inf, None
-        batch, seconds = min(self._left, key=lambda item: item[1])
-        return self.now + seconds * len(self._left), batch
+        batch, seconds = min(self._running, key=lambda item: item[1])
+        return self.now + seconds * len(self._running), batch
 
     def _advance(self, now: float) -> None:
-        part = (now - self.now) / max(1, len(self._left))
-        self._left = [(batch, max(0.0, seconds - part)) for batch, seconds in self._left]
+        part = (now - self.now) / max(1, len(self._running))
+        self._running = [(batch, max(0.0, seconds - part)) for batch, seconds in self._running]
         self.now = now
 
-    def _turn(self) -> None:
-        """Do what the free lanes do, until one finds nothing to begin."""
-        while len(self._left) < self.scheduler.limits.max_concurrent_batches:
+    def _start_batches(self) -> None:
+        """Do what the free workers do, until one has nothing to start."""
+        while len(self._running) < self.scheduler.limits.max_concurrent_batches:
             decision = self.scheduler.decide(self.now)
-            self._settle(decision.expired, "expired")
+            self._record(decision.expired, "expired")
             if decision.batch is None:
                 if decision.wake_at is not None:
-                    self.at(decision.wake_at, self._turn)
+                    self.at(decision.wake_at, self._start_batches)
                 return
             self.batches.append(decision.batch)
-            self._left.append((decision.batch, self._true_seconds(decision.batch.variant, len(decision.batch.entries))))
+            self._running.append(
+                (decision.batch, self._true_seconds(decision.batch.variant, len(decision.batch.entries)))
+            )
 
     def _finish(self, batch: Batch) -> None:
-        self._left = [(other, seconds) for other, seconds in self._left if other is not batch]
+        self._running = [(other, seconds) for other, seconds in self._running if other is not batch]
         self.scheduler.finish(batch, self.now)
         for entry in batch.entries:
             self.ran_as[entry], self.finished_at[entry] = batch.variant, self.now
             in_time = entry.deadline is None or self.now <= entry.deadline
-            self._settle([entry], "done" if in_time else "late")
-        self._turn()
+            self._record([entry], "done" if in_time else "late")
+        self._start_batches()
 
-    def _settle(self, entries: Iterable[Entry], fate: str) -> None:
+    def _record(self, entries: Iterable[Entry], outcome: str) -> None:
         for entry in entries:
-            assert entry not in self.fates, f"{self.fates[entry]} and then {fate}"
-            self.fates[entry] = fate
+            assert entry not in self.outcomes, f"{self.outcomes[entry]} and then {outcome}"
+            self.outcomes[entry] = outcome

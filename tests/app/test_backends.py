@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("engine", SUFFIXES)
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_runner_computes_the_graph_for_any_batch(folder: Path, engine: str, batch: int) -> None:
+def test_runner_computes_the_graph_for_any_batch_size(folder: Path, engine: str, batch: int) -> None:
     runner = open_backend(engine, OPTIONS).load(folder / f"tome-r8.{SUFFIXES[engine]}", "pixels", LOGITS)
     pixels = np.random.default_rng(batch).integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)
     pixels.flags.writeable = False
@@ -33,7 +33,7 @@ def test_runner_computes_the_graph_for_any_batch(folder: Path, engine: str, batc
     np.testing.assert_allclose(logits, expected_logits(pixels, 8), atol=1e-5)
 
 
-def test_onnx_with_shared_weights_computes_the_same(folder: Path) -> None:
+def test_onnx_computes_the_same_with_shared_weights(folder: Path) -> None:
     pixels = np.full((1, SIDE, SIDE, 3), 77, np.uint8)
     options = BackendOptions("cpu", 2, share_weights=True)
     runner = open_backend("onnxruntime", options).load(folder / "tome-r8.onnx", "pixels", LOGITS)
@@ -63,7 +63,7 @@ def test_onnx_load_refuses_a_graph_with_other_names(folder: Path, names: tuple[s
 
 
 @pytest.mark.parametrize("engine", SUFFIXES)
-def test_runner_says_what_each_image_kept_and_cost(folder: Path, engine: str) -> None:
+def test_runner_returns_tokens_and_gmacs_of_each_image(folder: Path, engine: str) -> None:
     runner = open_backend(engine, OPTIONS).load(folder / f"atm.{SUFFIXES[engine]}", "pixels", ALL)
     pixels = np.random.default_rng(1).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
     pixels[0] //= 8
@@ -77,12 +77,12 @@ def test_runner_says_what_each_image_kept_and_cost(folder: Path, engine: str) ->
 
 def test_torchscript_refuses_another_number_of_outputs(folder: Path) -> None:
     runner = open_backend("torchscript", OPTIONS).load(folder / "tome-r8.pt", "pixels", ALL)
-    with pytest.raises(BackendError, match="1 outputs instead of 3"):
+    with pytest.raises(BackendError, match="the graph has 1 outputs, expected 3"):
         runner.run(np.zeros((1, SIDE, SIDE, 3), np.uint8))
 
 
 @pytest.mark.parametrize("engine", SUFFIXES)
-def test_open_backend_refuses_a_device_that_is_not_there(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_backend_refuses_a_missing_device(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -106,14 +106,14 @@ def test_open_backend_names_an_engine_that_is_not_installed(
         open_backend(engine, OPTIONS)
 
 
-class Counting(torch.nn.Module):
+class AddRowNumbers(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels + torch.arange(pixels.shape[0], device=pixels.device).unsqueeze(1)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
-def test_torchscript_moves_what_a_graph_makes_itself() -> None:
-    traced = torch.jit.trace(Counting(), torch.zeros(2, 3))  # type: ignore[no-untyped-call]
+def test_torchscript_moves_device_constants() -> None:
+    traced = torch.jit.trace(AddRowNumbers(), torch.zeros(2, 3))  # type: ignore[no-untyped-call]
     move_constants(traced, torch.device("cuda:1"))
     assert 'Device = prim::Constant[value="cuda:1"]' in str(traced.graph)
     assert '"cpu"' not in str(traced.graph)

@@ -12,16 +12,25 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"DTEM_{name.upper()}", raising=False)
 
 
-def test_read_settings_takes_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_settings_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTEM_PORT", "9000")
     monkeypatch.setenv("DTEM_MODEL_STORE", "/models")
     settings = read_settings()
     assert (settings.port, settings.model_store, settings.host) == (9000, Path("/models"), "127.0.0.1")
 
 
-def test_read_settings_takes_an_empty_value_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_settings_treats_an_empty_value_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTEM_PORT", "")
     assert read_settings().port == 8000
+
+
+def test_read_settings_reads_its_argument_and_not_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTEM_PORT", "9000")
+    monkeypatch.setenv("DTEM_HOST", "0.0.0.0")
+    monkeypatch.setenv("DTEM_UNKNOWN", "1")
+    settings = read_settings({"DTEM_PORT": "7000", "dtem_max_files": "3", "PATH": "/bin"})
+    assert (settings.port, settings.host, settings.max_files) == (7000, "127.0.0.1", 3)
+    assert read_settings({}) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def test_read_settings_takes_an_empty_value_for_none(monkeypatch: pytest.MonkeyP
         ({"DTEM_RELOAD_SECONDS": "-1"}, ["DTEM_RELOAD_SECONDS=-1"]),
     ],
 )
-def test_read_settings_refuses_with_one_clear_line(
+def test_read_settings_refuses_with_one_line(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
 ) -> None:
     for name, value in environment.items():
@@ -69,7 +78,7 @@ def test_read_settings_refuses_with_one_clear_line(
         {"DTEM_TRACE_ENDPOINT": "http://me:hunter2@collector:4318/v1/traces"},
     ],
 )
-def test_read_settings_never_says_a_secret(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+def test_read_settings_never_reveals_a_secret(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:

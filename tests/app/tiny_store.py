@@ -1,7 +1,7 @@
-"""A model store that is built in milliseconds: linear graphs whose logits numpy can check, in both formats.
+"""A model store built in milliseconds: linear graphs in both formats, whose logits numpy can check.
 
-The graph of rate r is `mean over pixels -> (3,) -> matrix`, plus a bias that tells the rates apart. The graph of policy
-atm has the bias of rate `ATM_BIAS`, and merges the more the brighter an image is.
+The graph of rate r is `mean over pixels -> (3,) -> matrix`, plus a bias that differs by rate. The graph of policy atm
+has the bias of rate `ATM_BIAS`, and merges more tokens in brighter images.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ WEIGHT = np.array([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]], np.float3
 WEIGHTS_FILE = "weights.safetensors"
 DEPTH, N_TOKENS = 2, 65
 ATM_BIAS = 4
-PROMISE = "alone or together, the same"
+PROMISE = "batch-invariant"
 
 
 def expected_logits(pixels: NDArray[np.uint8], r: int) -> NDArray[np.float32]:
@@ -32,7 +32,7 @@ def expected_logits(pixels: NDArray[np.uint8], r: int) -> NDArray[np.float32]:
 
 
 def expected_costs(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return tokens and GMACs of policy atm. Shapes: (B, H, W, 3) -> (B, DEPTH + 1), (B,)."""
+    """Return the tokens and GMACs of policy atm. Shapes: (B, H, W, 3) -> (B, DEPTH + 1), (B,)."""
     merged = (pixels.astype(np.float32).mean(axis=(1, 2, 3)) / np.float32(255) * np.float32(30)).astype(np.int64)
     tokens = N_TOKENS - merged[:, None] * np.arange(DEPTH + 1)
     return tokens, tokens.sum(axis=1).astype(np.float32) / np.float32(N_TOKENS * (DEPTH + 1))
@@ -63,7 +63,7 @@ def write_store(root: Path, name: str = "tiny", version: str = "1", formats: tup
 
 
 def make_graph(r: int) -> onnx.ModelProto:
-    """Make the ONNX graph of a rate; its matrix lies in the weights file."""
+    """Make the ONNX graph of a rate; its matrix is in the weights file."""
     weight = numpy_helper.from_array(WEIGHT, "weight")
     external = {"location": WEIGHTS_FILE, "offset": "0", "length": str(WEIGHT.nbytes)}
     weight.ClearField("raw_data")
@@ -87,7 +87,7 @@ def make_graph(r: int) -> onnx.ModelProto:
 
 
 def make_adaptive_graph() -> onnx.ModelProto:
-    """Make the graph of policy atm: that of a rate, and what each image kept and cost."""
+    """Make the graph of policy atm: that of a rate, with token counts and GMACs as further outputs."""
     model = make_graph(ATM_BIAS)
     constants: dict[str, NDArray[Any]] = {
         "most": np.array(30, np.float32),
@@ -126,7 +126,7 @@ def write_golden(folder: Path, error: float = 0.0) -> None:
 
 
 def make_manifest(folder: Path, formats: tuple[str, ...] = ("onnx",)) -> dict[str, Any]:
-    """Describe a folder as it is."""
+    """Describe the files of a folder."""
     variants = [
         make_variant(policy, r, graph_format) for graph_format in formats for policy in RATES for r in RATES[policy]
     ]

@@ -1,4 +1,4 @@
-"""The TorchScript graphs of the tiny store; apart, because they need PyTorch."""
+"""The TorchScript graphs of the tiny store; a separate module, because it needs PyTorch."""
 
 import warnings
 from pathlib import Path

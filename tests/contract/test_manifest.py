@@ -25,7 +25,7 @@ def manifest(text: str) -> dict[str, Any]:
     return document
 
 
-def test_committed_schema_is_the_one_of_the_models() -> None:
+def test_committed_schema_is_up_to_date() -> None:
     assert SCHEMA.read_text(encoding="utf-8") == render_schema(), "run: python -m app.store.manifest > " + str(SCHEMA)
 
 
@@ -74,22 +74,34 @@ MODELS_REFUSE: dict[str, tuple[Change, str]] = {
         "own.safetensors is referenced",
     ),
     "unlisted weights": (lambda m: m["variants"][0].update(requires=["w.bin"]), "w.bin is referenced"),
-    "manifest in files": (lambda m: m["files"].update({"manifest.json": m["files"]["golden.npz"]}), "its own digest"),
-    "same variant twice": (lambda m: m["variants"].append({**m["variants"][0], "id": "x"}), "more than once"),
-    "same id twice": (lambda m: m["variants"][0].update(id=m["variants"][1]["id"]), "more than once"),
-    "default that is not there": (lambda m: m.update(default={"policy": "tome", "r": 4}), "no variant"),
+    "manifest in files": (
+        lambda m: m["files"].update({"manifest.json": m["files"]["golden.npz"]}),
+        "cannot contain its own digest",
+    ),
+    "same variant twice": (lambda m: m["variants"].append({**m["variants"][0], "id": "x"}), "is listed more than once"),
+    "same id twice": (lambda m: m["variants"][0].update(id=m["variants"][1]["id"]), "is listed more than once"),
+    "unknown default": (lambda m: m.update(default={"policy": "tome", "r": 4}), "no variant"),
     "short schedule": (lambda m: m["variants"][2].update(schedule=[8]), "2 blocks need 2 numbers"),
     "tokens off by one": (lambda m: m["variants"][2].update(tokens=[65, 57, 48]), "do not follow"),
-    "other first token count": (lambda m: m["variants"][2].update(tokens=[64, 56, 48]), "n_tokens"),
-    "rate of a policy that adapts": (lambda m: m["variants"][-1].update(r=4), "r is 4, and data_dependent True"),
-    "no rate of one that does not": (lambda m: m["variants"][2].update(r=None), "r is None, and data_dependent False"),
-    "no promise": (lambda m: m["variants"][-1].pop("promise"), "gmacs_spread and promise are needed"),
-    "no spread": (lambda m: m["variants"][-1].pop("gmacs_spread"), "gmacs_spread and promise are needed"),
-    "no output that says the cost": (lambda m: m["output"].pop("gmacs"), "needs tokens and gmacs"),
+    "other first token count": (
+        lambda m: m["variants"][2].update(tokens=[64, 56, 48]),
+        "tokens must start at n_tokens",
+    ),
+    "rate of an adaptive policy": (lambda m: m["variants"][-1].update(r=4), "r=4 contradicts data_dependent=True"),
+    "no rate of a fixed policy": (lambda m: m["variants"][2].update(r=None), "r=None contradicts data_dependent=False"),
+    "no promise": (lambda m: m["variants"][-1].pop("promise"), "data_dependent requires gmacs_spread and promise"),
+    "no spread": (lambda m: m["variants"][-1].pop("gmacs_spread"), "data_dependent requires gmacs_spread and promise"),
+    "no output of the cost": (lambda m: m["output"].pop("gmacs"), "requires tokens and gmacs"),
     "unlisted calibration": (lambda m: m["variants"][-1].update(calibration="t.json"), "t.json is referenced"),
-    "merging at zero": (lambda m: m["variants"][0].update(schedule=[1, 0], tokens=[65, 64, 64]), "r is 0"),
-    "interval the wrong way": (lambda m: m["variants"][1]["accuracy"].update(ci95=[0.98, 0.96]), "not ordered"),
-    "crop larger than the image": (lambda m: m["input"].update(height=9), "smaller than the crop"),
+    "merging at zero": (
+        lambda m: m["variants"][0].update(schedule=[1, 0], tokens=[65, 64, 64]),
+        "r is 0, but schedule merges tokens",
+    ),
+    "interval the wrong way": (
+        lambda m: m["variants"][1]["accuracy"].update(ci95=[0.98, 0.96]),
+        "not in ascending order",
+    ),
+    "crop larger than the image": (lambda m: m["input"].update(height=9), r"\(8\) is smaller than the crop \(9 x 8\)"),
     "date without zone": (lambda m: m.update(created="2026-11-20T12:00:00"), "timezone"),
 }
 
@@ -110,13 +122,13 @@ def test_models_refuse_contradictions(manifest: dict[str, Any], name: str) -> No
         Manifest.model_validate_json(json.dumps(manifest))
 
 
-def test_models_accept_expected_token_counts_that_depend_on_the_data(manifest: dict[str, Any]) -> None:
+def test_models_accept_mean_token_counts_of_adaptive_policies(manifest: dict[str, Any]) -> None:
     assert manifest["variants"][-1]["data_dependent"]
     manifest["variants"][-1].update(tokens=[65, 60, 50])
     Manifest.model_validate_json(json.dumps(manifest))
 
 
-def test_default_may_be_a_policy_that_adapts(manifest: dict[str, Any]) -> None:
+def test_default_may_be_an_adaptive_policy(manifest: dict[str, Any]) -> None:
     manifest.update(default={"policy": "atm", "r": None})
     VALIDATOR.validate(manifest)
     assert Manifest.model_validate_json(json.dumps(manifest)).default.r is None

@@ -1,4 +1,4 @@
-"""What dashboards and alerts ask for exists, and what the service measures is shown."""
+"""Dashboards and alerts query only existing metrics, and every metric is on the dashboard."""
 
 import re
 from collections.abc import Iterator
@@ -16,8 +16,10 @@ from tests.deploy.queries import alert_queries, dashboard_queries
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VARIANT = ("vit", "dtem", "16")
 ADDED_BY_PROMETHEUS = {"job", "instance"}
-MADE_BY_ADAPTER = "dtem_queue_wait_seconds"  # out of ours, for the autoscaler: tests/deploy/test_queue_wait.py
-NOT_SHOWN: set[str] = set()  # metrics of ours that no panel needs
+# Computed by the adapter for the autoscaler; see tests/deploy/test_queue_wait.py.
+MADE_BY_ADAPTER = "dtem_queue_wait_seconds"
+# Metrics that need no panel.
+NOT_SHOWN: set[str] = set()
 METRIC = re.compile(r"\b((?:dtem|process|python)_[a-z_]+)(?:{([^}]*)})?")
 LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
 GROUPING = re.compile(r"\bby \(([^)]*)\)")
@@ -32,7 +34,7 @@ class BusyEngine:
 
 
 def labels_by_series() -> dict[str, set[str]]:
-    """Map the name of every series that the service can have to its labels: all metrics, after one of every event."""
+    """Map the name of every possible series to its labels, by recording one of every event."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: True, BusyEngine(), lambda: 1)
     metrics.announce_models([("vit", "1")], "onnx", "cpu")
@@ -46,8 +48,8 @@ def labels_by_series() -> dict[str, set[str]]:
 SERIES = labels_by_series()
 
 
-def asked_for() -> list[tuple[str, str]]:
-    """List where something is asked for, and how."""
+def list_queries() -> list[tuple[str, str]]:
+    """List every query, with the place where it is."""
     queries = dashboard_queries() + alert_queries()
     found = [(query.title, query.expr) for query in queries]
     others = [path for kind in ("yml", "yaml") for path in (DEPLOY / "kubernetes").rglob(f"*.{kind}")]
@@ -55,8 +57,8 @@ def asked_for() -> list[tuple[str, str]]:
     return found + [(where, name) for where, name in names if name != MADE_BY_ADAPTER]
 
 
-@pytest.mark.parametrize(("where", "expr"), asked_for())
-def test_metrics_and_labels_that_are_asked_for_exist(where: str, expr: str) -> None:
+@pytest.mark.parametrize(("where", "expr"), list_queries())
+def test_queried_metrics_and_labels_exist(where: str, expr: str) -> None:
     for name, matchers in METRIC.findall(expr):
         assert name in SERIES, where
         labels = set(LABEL.findall(re.sub(r'"[^"]*"', "", matchers or "")))
@@ -66,7 +68,7 @@ def test_metrics_and_labels_that_are_asked_for_exist(where: str, expr: str) -> N
         assert set(re.findall(r"\w+", grouping)) <= known, where
 
 
-def test_every_metric_of_ours_is_on_the_dashboard() -> None:
+def test_every_metric_is_on_the_dashboard() -> None:
     shown = {name for query in dashboard_queries() for name, _ in METRIC.findall(query.expr)}
     families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in SERIES if name.startswith("dtem_")}
     shown_families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown}

@@ -1,4 +1,4 @@
-"""Both halves turn a file into the same pixels, to the bit."""
+"""Training and serving decode a file to bit-identical pixels."""
 
 import io
 import json
@@ -31,12 +31,12 @@ def assert_same_pixels(data: bytes, side: int) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", IMAGES)
-def test_both_halves_see_the_same_pixels(name: str, side: int) -> None:
+def test_both_halves_decode_the_same_pixels(name: str, side: int) -> None:
     assert_same_pixels(IMAGES[name], side)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 16), (31, 500), (1000, 33), (223, 225), (640, 481)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_both_halves_see_the_same_pixels_for_every_size(size: tuple[int, int], kind: str) -> None:
+def test_both_halves_decode_the_same_pixels_at_every_size(size: tuple[int, int], kind: str) -> None:
     for side in SIDES:
         assert_same_pixels(encode(make_photo(*size), kind), side)

@@ -1,4 +1,4 @@
-"""The reference model's manifest, and a server process of the repository's store."""
+"""The manifest of the reference model, and a server process with the repository's model store."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The model store of the repository, as tests find their way in it."""
+"""Paths in the model store of the repository."""
 
 from pathlib import Path
 

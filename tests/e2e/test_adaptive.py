@@ -1,4 +1,4 @@
-"""Policies that adapt to the image, on the model in the repository: a real server, plain and cluttered images."""
+"""Adaptive policies of the reference model: a server process, plain and cluttered images."""
 
 import io
 from typing import Any
@@ -29,7 +29,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix 
 
 @pytest.fixture(scope="module")
 def classifiers(manifest: dict[str, Any]) -> dict[str, AdaptiveClassifier]:
-    """Return eager PyTorch's models, made of the version's own files."""
+    """Return models in eager PyTorch, built from the files of the version."""
     architecture = manifest["architecture"]
     weights, embedding = FOLDER / "weights.safetensors", load_embedding(FOLDER / "embedding.safetensors").eval()
     vit = load_vit(architecture["timm_name"], weights=weights, **architecture["timm_arguments"]).eval()
@@ -40,18 +40,18 @@ def classifiers(manifest: dict[str, Any]) -> dict[str, AdaptiveClassifier]:
     }
 
 
-def picture(ground: Any) -> bytes:
+def encode_png(pixels: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.asarray(ground, np.uint8)).save(file, "PNG")
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def plain() -> bytes:
-    return picture(np.full((112, 112, 3), (200, 180, 90)))
+    return encode_png(np.full((112, 112, 3), (200, 180, 90)))
 
 
 def cluttered() -> bytes:
-    return picture(np.random.default_rng(3).integers(0, 256, (112, 112, 3)))
+    return encode_png(np.random.default_rng(3).integers(0, 256, (112, 112, 3)))
 
 
 def classify(client: httpx.Client, image: bytes, policy: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def probabilities(answer: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_plain_ground_costs_less_than_a_cluttered_one_and_company_changes_neither(
+def test_plain_image_costs_less_than_a_cluttered_one_and_results_are_batch_invariant(
     client: httpx.Client, policy: str
 ) -> None:
     images = {
@@ -82,26 +82,27 @@ def test_plain_ground_costs_less_than_a_cluttered_one_and_company_changes_neithe
     for answer in together:
         expected = alone[answer["filename"]]
         assert answer["batch_size"] == len(images)
-        assert (answer["gmacs"], answer["tokens"]) == (expected["gmacs"], expected["tokens"])
+        assert answer["tokens"] == expected["tokens"]
+        assert answer["gmacs"] == pytest.approx(expected["gmacs"], rel=1e-6)
         assert probabilities(answer) == pytest.approx(probabilities(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_service_answers_what_eager_pytorch_computes(
+def test_service_matches_eager_pytorch(
     client: httpx.Client, classifiers: dict[str, AdaptiveClassifier], policy: str
 ) -> None:
-    for ground in (plain(), cluttered()):
-        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(ground))))[None]
+    for image in (plain(), cluttered()):
+        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(image))))[None]
         with torch.no_grad():
             logits, tokens, gmacs = classifiers[policy](pixels)
-        answer = classify(client, ground, policy)
+        answer = classify(client, image, policy)
         assert answer["tokens"] == tokens[0].tolist()
         assert answer["gmacs"] == pytest.approx(float(gmacs), rel=1e-6)
         assert probabilities(answer) == pytest.approx(logits.softmax(1)[0].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_rate_can_be_asked_of_it_and_models_says_what_it_promises(client: httpx.Client, policy: str) -> None:
+def test_rate_is_refused_and_models_lists_the_promise(client: httpx.Client, policy: str) -> None:
     problem = client.post(f"/classify?policy={policy}&r=8", content=plain())
     assert (problem.status_code, problem.json()["field"]) == (422, "r")
     (variant,) = [
@@ -122,17 +123,18 @@ def test_metrics_have_a_histogram_of_kept_tokens(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_at_least_thirty_percent_fewer_gmacs_and_no_accuracy_lost_on_ten_thousand_images(policy: str) -> None:
+def test_published_gmacs_fall_by_thirty_percent_without_loss_of_accuracy(policy: str) -> None:
     measured = read_evaluation(FOLDER / "evaluation.json")
     (found,) = compare(measured, measured, "none", policy)
     assert found.n_images == 10_000
     assert found.gmacs_percent < -30
     assert found.ci95_points[0] > -0.3
-    assert found.ci95_points[1] >= 0  # nothing lost that the images can show
+    # No significant loss.
+    assert found.ci95_points[1] >= 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_published_costs_are_those_of_eager_pytorch(
+def test_published_costs_match_eager_pytorch(
     classifiers: dict[str, AdaptiveClassifier], manifest: dict[str, Any], policy: str
 ) -> None:
     (variant,) = [variant for variant in manifest["variants"] if variant["policy"] == policy]
@@ -140,7 +142,8 @@ def test_published_costs_are_those_of_eager_pytorch(
     with torch.inference_mode():
         logits, tokens, gmacs = classifiers[policy](pixels)
     exported = OnnxClassifier(FOLDER / variant["file"])(pixels)
-    assert float((exported[1] == tokens).all(1).double().mean()) > 0.95  # some are decided by a rounding
+    # Rounding decides a few of them.
+    assert float((exported[1] == tokens).all(1).double().mean()) > 0.95
     assert float((exported[0].argmax(1) == logits.argmax(1)).double().mean()) > 0.95
     unmerged = vit_macs(classifiers[policy].model.vit, [0] * manifest["architecture"]["depth"]) / 1e9
     assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), abs=5 * float(gmacs.std()) / 8)
@@ -149,9 +152,7 @@ def test_published_costs_are_those_of_eager_pytorch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_published_accuracy_and_cost_are_found_again_on_part_of_the_images(
-    manifest: dict[str, Any], policy: str
-) -> None:
+def test_published_accuracy_and_cost_are_reproduced_on_a_sample(manifest: dict[str, Any], policy: str) -> None:
     (variant,) = [variant for variant in manifest["variants"] if variant["policy"] == policy]
     result = measure(OnnxClassifier(FOLDER / variant["file"]), pixel_batches(DigitScenes("test", 1000), 50, 0))
     assert result.gmacs is not None

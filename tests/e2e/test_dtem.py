@@ -1,4 +1,4 @@
-"""A tiny model exported with an embedding, and served: each request chooses between dtem, tome and none."""
+"""A tiny model, exported with an embedding and served with policies dtem, tome and none."""
 
 import json
 import shutil
@@ -53,6 +53,13 @@ def classify(client: httpx.Client, query: str) -> dict[str, Any]:
     return answer
 
 
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Compare the classes exactly and the probabilities up to rounding."""
+    assert [one["index"] for one in found] == [one["index"] for one in expected]
+    probabilities = [one["probability"] for one in expected]
+    assert [one["probability"] for one in found] == pytest.approx(probabilities, abs=1e-6)
+
+
 def test_models_lists_dtem_as_the_default_policy(client: httpx.Client) -> None:
     (model,) = client.get("/models").json()["models"]
     assert model["default"] == {"policy": "dtem", "r": 8}
@@ -60,22 +67,23 @@ def test_models_lists_dtem_as_the_default_policy(client: httpx.Client) -> None:
     assert found == {("none", 0), ("tome", 0), ("tome", 8), ("dtem", 0), ("dtem", 8)}
 
 
-def test_each_policy_answers_and_dtem_merges_other_tokens_than_tome(client: httpx.Client) -> None:
+def test_dtem_and_tome_merge_different_tokens(client: httpx.Client) -> None:
     answers = {policy: classify(client, f"policy={policy}&r=8&top_k=10") for policy in ("dtem", "tome")}
     assert {policy: (answer["policy"], answer["r"]) for policy, answer in answers.items()} == {
         "dtem": ("dtem", 8),
         "tome": ("tome", 8),
     }
     assert answers["dtem"]["predictions"] != answers["tome"]["predictions"]
-    assert classify(client, "top_k=10")["predictions"] == answers["dtem"]["predictions"]
+    assert_close(classify(client, "top_k=10")["predictions"], answers["dtem"]["predictions"])
 
 
-def test_every_policy_answers_alike_where_nothing_merges(client: httpx.Client) -> None:
+def test_policies_agree_at_rate_0(client: httpx.Client) -> None:
     answers = [classify(client, f"policy={policy}&r=0")["predictions"] for policy in ("none", "tome", "dtem")]
-    assert answers[0] == answers[1] == answers[2]
+    assert_close(answers[1], answers[0])
+    assert_close(answers[2], answers[0])
 
 
-def test_cost_of_the_embedding_is_measured_on_any_version_that_has_one(store: Path, tmp_path: Path) -> None:
+def test_benchmark_measures_the_cost_of_the_embedding(store: Path, tmp_path: Path) -> None:
     options = ["--rates", "8", "--batches", "1", "--rounds", "6", "--out", str(tmp_path / "cost")]
     assert benchmark.main(["--published", str(store / "tiny" / "1"), *options]) == 0
     content = json.loads((tmp_path / "cost.json").read_text())
@@ -86,9 +94,7 @@ def test_cost_of_the_embedding_is_measured_on_any_version_that_has_one(store: Pa
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
-def test_cost_of_an_embedding_is_refused_where_there_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmark_refuses_a_version_without_an_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert benchmark.main(["--published", str(tmp_path), "--out", str(tmp_path / "cost")]) == 2
     assert "has no embedding" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The model in the repository, as its users meet it: a real server process, the example images, every rate."""
+"""The reference model: a server process, the example images, every rate."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix 
 
 
 def fixed(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the variants with a rate; those that adapt are tested in test_adaptive.py."""
+    """Return the variants with a rate; test_adaptive.py covers the adaptive ones."""
     return [variant for variant in manifest["variants"] if not variant["data_dependent"]]
 
 
@@ -45,30 +45,30 @@ def digit(image: Path) -> str:
     return image.stem.rsplit("-", 1)[1]
 
 
-def test_there_are_a_dozen_examples_of_both_formats() -> None:
+def test_examples_have_both_formats() -> None:
     assert len(EXAMPLES) == 12
     assert {path.suffix for path in EXAMPLES} == {".jpg", ".png"}
 
 
 @pytest.mark.parametrize("r", [0, 8, 16])
-def test_most_examples_are_named_rightly_at_every_rate(client: httpx.Client, r: int) -> None:
-    # The first dozen of the test split, not the best: at the published 89 % and more, fewer than 8 right are 1 in 200.
+def test_most_examples_are_classified_correctly_at_every_rate(client: httpx.Client, r: int) -> None:
+    # The first dozen of the test split: at an accuracy of 89 %, fewer than 8 correct have a probability of 1 in 200.
     found = [classify(client, image, f"r={r}")["predictions"][0]["label"] for image in EXAMPLES]
     assert sum(label == digit(image) for label, image in zip(found, EXAMPLES, strict=True)) >= 8
 
 
-def test_the_curl_of_the_readme_gives_the_right_digit(client: httpx.Client) -> None:
+def test_curl_command_of_the_readme_returns_the_digit(client: httpx.Client) -> None:
     for r in (0, 8, 16):
         answer = classify(client, EXAMPLES[0], f"r={r}")
         assert answer["predictions"][0]["label"] == digit(EXAMPLES[0])
         assert answer["r"] == r
     port = client.base_url.port
     command = ["curl", "-sS", "--data-binary", f"@{EXAMPLES[0]}", f"http://127.0.0.1:{port}/classify?r=16"]
-    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert said["predictions"][0]["label"] == digit(EXAMPLES[0])
+    answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert answer["predictions"][0]["label"] == digit(EXAMPLES[0])
 
 
-def test_answer_says_what_ran_and_what_it_cost(client: httpx.Client, manifest: dict[str, Any]) -> None:
+def test_response_describes_the_variant_and_its_cost(client: httpx.Client, manifest: dict[str, Any]) -> None:
     for variant in fixed(manifest):
         answer = classify(client, EXAMPLES[1], f"r={variant['r']}&policy={variant['policy']}")
         assert (answer["policy"], answer["r"]) == (variant["policy"], variant["r"])
@@ -77,14 +77,14 @@ def test_answer_says_what_ran_and_what_it_cost(client: httpx.Client, manifest: d
         assert answer["tokens"] == variant["tokens"]
 
 
-def test_rate_that_was_not_exported_is_refused_with_those_there_are(client: httpx.Client) -> None:
+def test_unexported_rate_is_refused_with_those_accepted(client: httpx.Client) -> None:
     response = client.post("/classify?r=3", content=EXAMPLES[0].read_bytes())
     assert response.status_code == 422
     assert response.headers["content-type"] == "application/problem+json"
     assert response.json()["accepted"] == RATES
 
 
-def test_service_answers_what_eager_pytorch_computes(client: httpx.Client, manifest: dict[str, Any]) -> None:
+def test_service_matches_eager_pytorch(client: httpx.Client, manifest: dict[str, Any]) -> None:
     architecture = manifest["architecture"]
     weights = FOLDER / "weights.safetensors"
     vit = load_vit(architecture["timm_name"], weights=weights, **architecture["timm_arguments"])
@@ -101,7 +101,7 @@ def test_service_answers_what_eager_pytorch_computes(client: httpx.Client, manif
                 assert prediction["probability"] == pytest.approx(float(expected[prediction["index"]]), abs=1e-3)
 
 
-def test_published_gmacs_and_tokens_are_those_of_the_formula(manifest: dict[str, Any]) -> None:
+def test_published_gmacs_and_tokens_match_the_formula(manifest: dict[str, Any]) -> None:
     architecture = manifest["architecture"]
     vit = load_vit(architecture["timm_name"], **architecture["timm_arguments"])
     for variant in fixed(manifest):
@@ -112,7 +112,7 @@ def test_published_gmacs_and_tokens_are_those_of_the_formula(manifest: dict[str,
     assert (architecture["n_tokens"], last[0], last[8], last[16]) == (197, 197, 101, 11)
 
 
-def test_every_rate_is_there_and_accuracy_was_measured_on_ten_thousand(manifest: dict[str, Any]) -> None:
+def test_every_rate_is_published_with_an_accuracy_on_ten_thousand_images(manifest: dict[str, Any]) -> None:
     merging = {"tome", "dtem"} if "embedding" in manifest else {"tome"}
     assert {v["policy"] for v in fixed(manifest)} == {"none"} | merging
     for policy in merging:
@@ -122,7 +122,7 @@ def test_every_rate_is_there_and_accuracy_was_measured_on_ten_thousand(manifest:
     assert all(v["accuracy"]["n_images"] == 10_000 for v in manifest["variants"])
 
 
-def test_dtem_is_above_tome_at_every_rate_from_8_and_by_more_than_a_point_at_16() -> None:
+def test_dtem_beats_tome_from_rate_8_and_by_more_than_a_point_at_16() -> None:
     measured = read_evaluation(FOLDER / "evaluation.json")
     for found in compare(measured, measured, "tome", "dtem"):
         if (found.other.r or 0) >= 8:
@@ -134,8 +134,8 @@ def test_dtem_is_above_tome_at_every_rate_from_8_and_by_more_than_a_point_at_16(
 
 
 @pytest.mark.slow
-def test_dtem_is_found_above_tome_again_on_images_that_were_not_measured() -> None:
-    """Validation images, by the very graphs: others than those that the published figures are of."""
+def test_dtem_beats_tome_on_unseen_images() -> None:
+    """The published graphs on validation images; the published figures are from the test split."""
     images = list(pixel_batches(DigitScenes("validation", 500), 50, 0))
     right = {name: measure(OnnxClassifier(FOLDER / f"{name}-r16.onnx"), images).is_right for name in ("tome", "dtem")}
     assert count_pairs(right["tome"], right["dtem"]).interval()[0] > 0
@@ -143,7 +143,7 @@ def test_dtem_is_found_above_tome_again_on_images_that_were_not_measured() -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("r", [0, 16])
-def test_published_accuracy_is_found_again_on_part_of_the_images(manifest: dict[str, Any], r: int) -> None:
+def test_published_accuracy_is_reproduced_on_a_sample(manifest: dict[str, Any], r: int) -> None:
     default = manifest["default"]["policy"]
     (variant,) = [v for v in manifest["variants"] if (v["policy"], v["r"]) == (default, r)]
     result = measure(OnnxClassifier(FOLDER / variant["file"]), pixel_batches(DigitScenes("test", 1000), 50, 0))
@@ -157,6 +157,6 @@ def test_store_stays_small_in_git() -> None:
     assert sum((ROOT / name).stat().st_size for name in names.stdout.split()) < 40_000_000
 
 
-def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
+def test_files_match_the_manifest(manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == entry["sha256"]

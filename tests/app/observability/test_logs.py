@@ -16,7 +16,7 @@ FORMATTERS = [JsonFormatter(), TextFormatter()]
 
 
 @pytest.fixture(autouse=True)
-def _forget_the_request() -> object:
+def _reset_request_id() -> object:
     token = REQUEST_ID.set(None)
     yield
     REQUEST_ID.reset(token)
@@ -49,12 +49,12 @@ def test_json_has_time_level_logger_message_and_fields() -> None:
     }
 
 
-def test_json_names_the_request_of_its_context() -> None:
+def test_json_has_the_request_id_of_its_context() -> None:
     REQUEST_ID.set("abc")
     assert json.loads(JsonFormatter().format(make_record("x")))["request_id"] == "abc"
 
 
-def test_fields_never_replace_what_every_line_has() -> None:
+def test_fields_never_replace_standard_keys() -> None:
     REQUEST_ID.set("abc")
     document = json.loads(JsonFormatter().format(make_record("x", level="FAKE", request_id="FAKE", mine=1)))
     assert (document["level"], document["request_id"], document["mine"]) == ("WARNING", "abc", 1)
@@ -69,10 +69,11 @@ def test_json_has_the_traceback_in_one_string() -> None:
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS)
-def test_a_record_is_one_line_whatever_is_in_it(formatter: logging.Formatter) -> None:
+def test_record_is_one_line_despite_hostile_content(formatter: logging.Formatter) -> None:
     line = formatter.format(make_record("path %s", HOSTILE, path=HOSTILE))
     assert len(line.splitlines()) == 1
-    line.encode("utf-8")  # a lone surrogate could not be written
+    # An unpaired surrogate could not be encoded.
+    line.encode("utf-8")
     assert "\x1b" not in line
 
 
@@ -82,7 +83,7 @@ def test_text_is_readable() -> None:
     assert line == "2023-11-14T22:13:20.123Z WARNING app.thing [abc]: took 3 status=200"
 
 
-def test_text_indents_tracebacks_so_that_no_line_of_them_looks_like_a_record() -> None:
+def test_text_indents_tracebacks() -> None:
     first, *others = TextFormatter().format(make_record("x", error=raised(HOSTILE))).splitlines()
     assert first.endswith("app.thing: x")
     assert others[0] == "    Traceback (most recent call last):"
@@ -90,18 +91,18 @@ def test_text_indents_tracebacks_so_that_no_line_of_them_looks_like_a_record() -
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS)
-def test_a_record_with_what_json_cannot_hold_is_written_all_the_same(formatter: logging.Formatter) -> None:
+def test_record_with_a_value_that_json_cannot_encode_is_written(formatter: logging.Formatter) -> None:
     assert "float" in formatter.format(make_record("x", kind=float))
 
 
 @pytest.mark.parametrize("given", [b"a", b"A-1.b_c:d", b"x" * 128])
-def test_name_request_takes_a_sane_id(given: bytes) -> None:
+def test_name_request_takes_a_valid_id(given: bytes) -> None:
     assert name_request({"headers": [(b"host", b"x"), (b"x-request-id", given)]}) == given.decode()
     assert REQUEST_ID.get() == given.decode()
 
 
 @pytest.mark.parametrize("given", [b"", b"x" * 129, b"a b", b"a\nb", b"a\n", b"a\xc3\xa9", b'a"b', b"<b>", b"a,b"])
-def test_name_request_makes_one_where_the_callers_is_not_sane(given: bytes) -> None:
+def test_name_request_replaces_an_invalid_id(given: bytes) -> None:
     scope = {"headers": [(b"x-request-id", given)]}
     first, second = name_request(scope), name_request(scope)
     assert len(first) == len(second) == 32
@@ -112,8 +113,8 @@ PROGRAM = """
 import logging, threading, warnings
 from app.observability.logs import configure_logs
 configure_logs("info", "json")
-logging.getLogger("PIL").error("what the caller sent")
-logging.getLogger("x").debug("too little")
+logging.getLogger("PIL").error("what the client sent")
+logging.getLogger("x").debug("below the level")
 warnings.warn("a warning")
 thread = threading.Thread(target=lambda: 1 / 0, name="engine")
 thread.start()
@@ -122,13 +123,14 @@ raise ValueError("the end")
 """
 
 
-def test_configure_logs_makes_a_line_of_whatever_is_said_in_the_process() -> None:
+def test_configure_logs_formats_logs_warnings_and_uncaught_exceptions() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, check=False, capture_output=True, cwd=ROOT, env=environment, timeout=60, text=True)
     assert done.returncode == 1
     warning, crash, end = (json.loads(line) for line in done.stderr.splitlines())
     assert (warning["level"], "a warning" in warning["message"]) == ("WARNING", True)
-    assert (crash["level"], crash["message"]) == ("CRITICAL", "thread engine crashed")
+    assert (crash["level"], crash["message"]) == ("CRITICAL", "uncaught exception in thread engine")
     assert "ZeroDivisionError" in crash["exception"]
+    assert end["message"] == "uncaught exception"
     assert "the end" in end["exception"]

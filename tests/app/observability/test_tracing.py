@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class ListExporter(SpanExporter):
-    """Keeps the spans, or refuses them."""
+    """Stores the spans; fails if `is_failing`."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.spans: list[ReadableSpan] = []
@@ -39,9 +39,9 @@ class ListExporter(SpanExporter):
 def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[ListExporter]:
     exporter = ListExporter()
     monkeypatch.setattr(tracing, "OTLPSpanExporter", lambda *_, **__: exporter)
-    rate_floors = {name: logging.getLogger(name).level for name in ("opentelemetry", "urllib3")}
+    levels = {name: logging.getLogger(name).level for name in ("opentelemetry", "urllib3")}
     yield exporter
-    for name, level in rate_floors.items():
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 
 
@@ -53,8 +53,8 @@ def scope(path: str = "/classify", *headers: tuple[bytes, bytes], method: str = 
 def record(exporter: ListExporter, ratio: float = 1.0, status: int = 200, **arguments: Any) -> list[ReadableSpan]:
     traces = Tracing("http://collector", ratio)
     record = arguments.pop("record", RequestRecord(request_id="abc"))
-    asked = arguments.pop("scope", scope())
-    traces.record(asked, record, status, record.started_at + 0.1)
+    request = arguments.pop("scope", scope())
+    traces.record(request, record, status, record.started_at + 0.1)
     traces.close()
     return exporter.spans
 
@@ -86,7 +86,7 @@ def finished_record() -> RequestRecord:
     )
 
 
-def test_a_request_becomes_a_span_and_its_stages_with_their_times(exporter: ListExporter) -> None:
+def test_request_becomes_a_span_with_a_timed_child_per_stage(exporter: ListExporter) -> None:
     *stages, server = record(exporter, record=finished_record())
     assert (server.name, server.parent) == ("POST /classify", None)
     assert server.start_time is not None
@@ -100,7 +100,7 @@ def test_a_request_becomes_a_span_and_its_stages_with_their_times(exporter: List
     assert {s.parent.span_id for s in stages if s.parent} == {server.context.span_id if server.context else 0}
 
 
-def test_the_span_says_what_ran() -> None:
+def test_span_attributes_describe_the_run() -> None:
     attributes = span_attributes(scope(), finished_record(), 200)
     assert attributes == {
         "http.request.method": "POST",
@@ -119,7 +119,7 @@ def test_the_span_says_what_ran() -> None:
     }
 
 
-def test_only_our_own_failures_are_errors(exporter: ListExporter) -> None:
+def test_only_server_failures_set_the_error_status(exporter: ListExporter) -> None:
     refused = RequestRecord(refusals=["rate_not_exported"])
     failed = RequestRecord(refusals=["inference_failed"])
     assert record(exporter, status=422, record=refused)[-1].status.is_unset
@@ -129,13 +129,13 @@ def test_only_our_own_failures_are_errors(exporter: ListExporter) -> None:
     assert span.attributes["error.type"] == "inference_failed"
 
 
-def test_a_span_is_named_by_route_and_known_methods() -> None:
+def test_span_is_named_by_route_and_known_methods() -> None:
     assert span_name(scope("/classify")) == "POST /classify"
     assert span_name({"method": "GET", "path": "/x"}) == "GET"
     assert span_name({"method": "BREW", "path": "/x"}) == "HTTP"
 
 
-def test_the_callers_trace_is_continued(exporter: ListExporter) -> None:
+def test_trace_of_the_client_is_continued(exporter: ListExporter) -> None:
     parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     (span,) = record(exporter, scope=scope("/classify", (b"traceparent", parent), (b"tracestate", b"a=b")))
     assert span.context is not None
@@ -146,12 +146,12 @@ def test_the_callers_trace_is_continued(exporter: ListExporter) -> None:
 
 
 @pytest.mark.parametrize("parent", [b"", b"x", b"00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-01", b"\xff" * 55])
-def test_a_traceparent_that_is_none_begins_a_trace(exporter: ListExporter, parent: bytes) -> None:
+def test_invalid_traceparent_starts_a_new_trace(exporter: ListExporter, parent: bytes) -> None:
     (span,) = record(exporter, scope=scope("/classify", (b"traceparent", parent)))
     assert span.parent is None
 
 
-def test_the_caller_decides_what_is_sampled_and_else_the_ratio(exporter: ListExporter) -> None:
+def test_client_decides_sampling_else_the_ratio(exporter: ListExporter) -> None:
     parent = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"
     assert record(exporter, 0.0) == []
     assert record(exporter, 1.0, scope=scope("/classify", (b"traceparent", parent + b"0"))) == []
@@ -159,27 +159,23 @@ def test_the_caller_decides_what_is_sampled_and_else_the_ratio(exporter: ListExp
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/v2/health/ready", "/metrics"])
-def test_probes_and_scrapes_have_no_spans(exporter: ListExporter, path: str) -> None:
+def test_probes_and_scrapes_are_not_traced(exporter: ListExporter, path: str) -> None:
     assert record(exporter, scope=scope(path, method="GET")) == []
 
 
-def test_a_lost_collector_is_said_once_and_its_return_once(
+def test_export_failure_and_recovery_are_logged_once_each(
     exporter: ListExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     watched = WatchedExporter(exporter, "http://collector")
     for is_failing in (False, True, True, True, False, False, True):
         exporter.is_failing = is_failing
         watched.export([])
-    said = [record.getMessage() for record in caplog.records if record.name == "app.observability.tracing"]
-    assert [words.split(":")[0].split(" at ")[0] for words in said] == [
-        "traces are lost",
-        "traces arrive again",
-        "traces are lost",
-    ]
-    assert all("http://collector" in words for words in said)
+    messages = [record.getMessage() for record in caplog.records if record.name == "app.observability.tracing"]
+    failing = "trace export failing, spans are lost: http://collector (reason at debug level)"
+    assert messages == [failing, "trace export recovered: http://collector", failing]
 
 
-def test_close_ends_in_time_though_the_collector_does_not_answer(
+def test_close_returns_in_time_if_the_collector_does_not_respond(
     exporter: ListExporter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
@@ -190,11 +186,11 @@ def test_close_ends_in_time_though_the_collector_does_not_answer(
     started_at = time.monotonic()
     traces.close()
     assert time.monotonic() - started_at < 30
-    assert "not sent" in caplog.text
+    assert "spans lost at shutdown: the collector did not respond in time" in caplog.text
     released.set()
 
 
-def test_without_an_endpoint_nothing_of_it_is_imported() -> None:
+def test_tracing_is_not_imported_without_an_endpoint() -> None:
     program = (
         "import sys; from prometheus_client import CollectorRegistry; from app.main import create_app;"
         "from app.observability.metrics import Metrics; from app.serving.service import Service;"

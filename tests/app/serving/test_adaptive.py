@@ -1,4 +1,4 @@
-"""A policy that adapts to the image: each answer says what that image kept and cost."""
+"""Adaptive policies: each response has the token counts and the GMACs of its image."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def pixels(level: int) -> Any:
 
 
 @pytest.mark.parametrize(("image", "level"), [(DARK, 10), (BRIGHT, 240)])
-def test_answer_says_what_this_image_took(client: TestClient, image: bytes, level: int) -> None:
+def test_response_has_the_costs_of_its_image(client: TestClient, image: bytes, level: int) -> None:
     answer = client.post("/classify?policy=atm", content=image).json()
     tokens, gmacs = expected_costs(pixels(level))
     assert (answer["policy"], answer["r"], answer["tokens"]) == ("atm", None, tokens[0].tolist())
@@ -33,20 +33,23 @@ def test_answer_says_what_this_image_took(client: TestClient, image: bytes, leve
     np.testing.assert_allclose([found[i] for i in range(3)], np.exp(logits) / np.exp(logits).sum(), atol=1e-5)
 
 
-def test_images_of_a_batch_are_answered_as_they_would_be_alone(client: TestClient) -> None:
+def test_results_are_batch_invariant(client: TestClient) -> None:
     files = [("file", DARK), ("file", b"text"), ("file", BRIGHT), ("file", DARK)]
     results = client.post("/classify?policy=atm", files=files).json()["results"]
     assert results[1]["code"] == "not_an_image"
     for result, image in ((results[0], DARK), (results[2], BRIGHT), (results[3], DARK)):
         alone = client.post("/classify?policy=atm", content=image).json()
         assert result["batch_size"] == 3
-        assert [result[key] for key in ("predictions", "tokens", "gmacs")] == [
-            alone[key] for key in ("predictions", "tokens", "gmacs")
-        ]
+        assert result["tokens"] == alone["tokens"]
+        assert result["gmacs"] == pytest.approx(alone["gmacs"], rel=1e-6)
+        assert [item["index"] for item in result["predictions"]] == [item["index"] for item in alone["predictions"]]
+        assert [item["probability"] for item in result["predictions"]] == pytest.approx(
+            [item["probability"] for item in alone["predictions"]], abs=1e-6
+        )
     assert results[0]["gmacs"] > results[2]["gmacs"]
 
 
-def test_costs_of_more_images_than_a_batch_holds_are_in_their_order(make_client: ClientFactory) -> None:
+def test_costs_over_several_batches_keep_the_order_of_the_images(make_client: ClientFactory) -> None:
     client = make_client(max_batch_images=2)
     files = [("file", image) for image in (DARK, BRIGHT, BRIGHT, DARK, BRIGHT)]
     results = client.post("/classify?policy=atm", files=files).json()["results"]
@@ -57,10 +60,10 @@ def test_costs_of_more_images_than_a_batch_holds_are_in_their_order(make_client:
 def test_rate_is_refused(client: TestClient) -> None:
     problem = client.post("/classify?policy=atm&r=8", content=DARK)
     assert (problem.status_code, problem.json()["code"], problem.json()["field"]) == (422, "invalid_parameter", "r")
-    assert "adapts to each image" in problem.json()["detail"]
+    assert problem.json()["detail"] == "r=8 is not accepted: policy 'atm' is adaptive and has no rates."
 
 
-def test_models_states_spread_and_promise(client: TestClient) -> None:
+def test_models_lists_spread_and_promise(client: TestClient) -> None:
     variants = {variant["id"]: variant for variant in client.get("/models/tiny").json()["variants"]}
     atm, fixed = variants["atm-float32-onnx"], variants["tome-r8-float32-onnx"]
     assert (atm["r"], atm["data_dependent"], atm["gmacs_spread"]) == (None, True, {"p5": 0.5, "p95": 0.9})
@@ -82,9 +85,7 @@ def test_metrics_have_a_histogram_of_kept_tokens(make_client: ClientFactory) -> 
     assert sample(client, 'dtem_kept_tokens_sum{model="tiny",policy="tome",r="16"}') == 33
 
 
-def test_costs_that_are_not_finite_or_too_few_fail_the_request(
-    make_client: ClientFactory, catalogue: Catalogue
-) -> None:
+def test_non_finite_or_missing_costs_fail_the_request(make_client: ClientFactory, catalogue: Catalogue) -> None:
     class Broken:
         gmacs = np.array([np.nan], np.float32)
 

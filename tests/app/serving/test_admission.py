@@ -8,7 +8,7 @@ def make_admission(max_images: int) -> Admission:
     return Admission(max_images, lambda: 7)
 
 
-def test_admit_refuses_what_does_not_fit_and_takes_it_once_there_is_room() -> None:
+def test_admit_refuses_images_above_the_limit_until_others_leave() -> None:
     admission = make_admission(3)
     with admission.admit(2):
         with pytest.raises(QueueFull), admission.admit(2):
@@ -20,14 +20,14 @@ def test_admit_refuses_what_does_not_fit_and_takes_it_once_there_is_room() -> No
         assert admission.n_images == 3
 
 
-def test_admit_frees_the_room_of_what_failed() -> None:
+def test_admit_releases_images_after_a_failure() -> None:
     admission = make_admission(1)
     with pytest.raises(RuntimeError), admission.admit(1):
         raise RuntimeError
     assert admission.n_images == 0
 
 
-def test_queue_full_says_when_to_come_back() -> None:
+def test_queue_full_has_a_retry_after() -> None:
     admission = make_admission(10)
     with admission.admit(10), pytest.raises(QueueFull) as caught, admission.admit(1):
         pass

@@ -1,26 +1,26 @@
 import pytest
 
-from app.store.costs import FIRST_GUESS_SECONDS, MAX_SURPRISE, CostTable, Pace, batch_buckets
+from app.store.costs import DEFAULT_SECONDS, MAX_OUTLIER_RATIO, CostTable, Pace, batch_buckets
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
-def test_batch_buckets_double_up_to_the_largest(most: int, sizes: list[int]) -> None:
-    assert batch_buckets(most) == sizes
+@pytest.mark.parametrize(("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_batch_buckets_double_up_to_the_maximum(max_batch: int, sizes: list[int]) -> None:
+    assert batch_buckets(max_batch) == sizes
 
 
-def test_table_is_linear_between_what_was_measured_and_proportional_beyond() -> None:
+def test_table_is_linear_between_measurements_and_proportional_above() -> None:
     table = CostTable({1: 0.010, 4: 0.028, 8: 0.060})
     assert [table.seconds(n) for n in (1, 2, 3, 4, 6, 8, 16)] == pytest.approx(
         [0.010, 0.016, 0.022, 0.028, 0.044, 0.060, 0.120]
     )
 
 
-def test_table_without_measurements_guesses() -> None:
-    assert CostTable().seconds(3) == pytest.approx(3 * FIRST_GUESS_SECONDS)
+def test_table_without_measurements_uses_the_default_cost() -> None:
+    assert CostTable().seconds(3) == pytest.approx(3 * DEFAULT_SECONDS)
 
 
 @pytest.mark.parametrize("n_images", [1, 3, 4, 6, 12])
-def test_table_learns_what_runs_take(n_images: int) -> None:
+def test_table_converges_to_the_duration_of_runs(n_images: int) -> None:
     table = CostTable({1: 0.010, 4: 0.028, 8: 0.060})
     for _ in range(200):
         table.learn(n_images, 0.1)
@@ -28,17 +28,17 @@ def test_table_learns_what_runs_take(n_images: int) -> None:
     assert all(table.seconds(n) > 0 for n in range(1, 20))
 
 
-def test_table_never_falls_to_nothing() -> None:
+def test_table_stays_positive() -> None:
     table = CostTable({1: 0.010, 8: 0.060})
     for _ in range(500):
         table.learn(4, 1e-9)
     assert all(table.seconds(n) > 0 for n in (1, 4, 8))
 
 
-def test_pace_follows_the_host_but_no_single_run() -> None:
+def test_pace_follows_the_host_but_limits_outliers() -> None:
     pace = Pace()
     pace.learn(1000.0, 0.01)
-    assert pace.factor <= 1 + 0.1 * (MAX_SURPRISE - 1) + 1e-12
+    assert pace.factor <= 1 + 0.1 * (MAX_OUTLIER_RATIO - 1) + 1e-12
     for _ in range(100):
         pace.learn(0.02, 0.01)
     assert pace.factor == pytest.approx(2, rel=0.01)

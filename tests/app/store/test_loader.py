@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 
 from app.backends import ENGINES, open_backend
 from app.errors import StoreError
 from app.store.catalogue import Catalogue
 from app.store.loader import StoreOptions, load_catalogue
+from app.store.manifest import Manifest
 from tests.app.conftest import ONNX, OPTIONS
 from tests.app.tiny_store import (
     ATM_BIAS,
     WEIGHTS_FILE,
+    bias_of,
     digest,
     expected_logits,
     read_manifest,
@@ -49,7 +53,7 @@ def test_load_catalogue_serves_the_configured_format(tmp_path: Path, graph_forma
         assert variant.latency.summary_ms() is not None
 
 
-def test_load_catalogue_shares_the_graph_of_variants_with_one_file(catalogue: Catalogue) -> None:
+def test_load_catalogue_shares_a_graph_file_between_variants(catalogue: Catalogue) -> None:
     model = catalogue.find(None, None)
     assert model.variant("none", 0).runner is model.variant("tome", 0).runner
     assert model.variant("none", 0).latency is not model.variant("tome", 0).latency
@@ -73,7 +77,7 @@ def test_load_catalogue_ignores_unfinished_and_temporary_folders(
     (tmp_path / "manifest.schema.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         assert list(load(tmp_path).models["tiny"]) == [1]
-    assert len([record for record in caplog.records if "ignored" in record.message]) == 3
+    assert len([record for record in caplog.records if "ignored folder, not a finished version" in record.message]) == 3
 
 
 def test_load_catalogue_serves_several_models(tmp_path: Path) -> None:
@@ -81,7 +85,7 @@ def test_load_catalogue_serves_several_models(tmp_path: Path) -> None:
     write_store(tmp_path, name="a")
     assert load(tmp_path).default_model == "a"
     assert load(tmp_path, StoreOptions("onnx", "float32", "b")).default_model == "b"
-    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c"):
+    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c: no such model; accepted: a, b"):
         load(tmp_path, StoreOptions("onnx", "float32", "c"))
 
 
@@ -146,7 +150,7 @@ def drop_tokens(folder: Path) -> None:
     renew_digests(folder)
 
 
-def take_the_graph_of_a_rate(folder: Path) -> None:
+def replace_adaptive_graph(folder: Path) -> None:
     (folder / "atm.onnx").write_bytes((folder / "tome-r8.onnx").read_bytes())
     renew_digests(folder)
 
@@ -199,7 +203,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing file": (lambda folder: (folder / "tome-r8.onnx").unlink(), "tome-r8.onnx", "No such file"),
     "changed byte": (change_byte, "tome-r8.onnx", "SHA-256"),
-    "appended byte": (append_byte, WEIGHTS_FILE, "bytes instead of"),
+    "appended byte": (append_byte, WEIGHTS_FILE, "37 bytes, expected 36"),
     "unlisted file": (lambda folder: (folder / "extra.bin").touch(), "extra.bin", "not listed"),
     "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json", "JSON"),
     "empty manifest": (lambda folder: (folder / "manifest.json").write_bytes(b""), "manifest.json", "JSON"),
@@ -207,23 +211,23 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing key": (edit(lambda m: m.pop("labels")), "manifest.json", "labels: Field required"),
     "schema version": (edit(lambda m: m.update(schema_version=2)), "manifest.json", "schema_version"),
     "unknown key": (edit(lambda m: m.update(colour="red")), "manifest.json", "colour"),
-    "other name": (edit(lambda m: m.update(name="other")), "manifest.json", "other/1"),
-    "other version": (edit(lambda m: m.update(version="7")), "manifest.json", "tiny/7"),
+    "other name": (edit(lambda m: m.update(name="other")), "manifest.json", "declares other/1"),
+    "other version": (edit(lambda m: m.update(version="7")), "manifest.json", "declares tiny/7"),
     "fewer labels": (edit(lambda m: m.update(labels=["one"])), "golden.npz", "(4, 1)"),
     "input name": (edit(lambda m: m["input"].update(name="image")), ".onnx", "no input 'image'"),
-    "wrong golden": (falsify_golden, ".onnx", "differ by 0.5"),
-    "golden of NaN": (falsify_golden_with_nan, ".onnx", "differ by nan"),
+    "wrong golden": (falsify_golden, ".onnx", "golden logits differ by 0.5"),
+    "golden of NaN": (falsify_golden_with_nan, ".onnx", "golden logits differ by nan"),
     "broken golden": (break_golden, "golden.npz", "cannot be read"),
-    "golden without a rate": (drop_golden_rate, "golden.npz", "logits/tome-r16"),
-    "other tokens than golden": (falsify_tokens, "atm.onnx", "keep other tokens"),
-    "other GMACs than golden": (falsify_gmacs, "atm.onnx", "cost other GMACs"),
-    "golden without tokens": (drop_tokens, "golden.npz", "tokens/atm"),
-    "graph that does not say what it kept": (take_the_graph_of_a_rate, "atm.onnx", "no output 'tokens'"),
+    "golden without a rate": (drop_golden_rate, "golden.npz", "missing array: logits/tome-r16"),
+    "other tokens than golden": (falsify_tokens, "atm.onnx", "golden token counts differ from the export"),
+    "other GMACs than golden": (falsify_gmacs, "atm.onnx", "golden GMACs differ from the export"),
+    "golden without tokens": (drop_tokens, "golden.npz", "missing array: tokens/atm"),
+    "graph without token counts": (replace_adaptive_graph, "atm.onnx", "no output 'tokens'"),
     "pickled golden": (pickle_golden, "golden.npz", "cannot be read"),
-    "golden of other size": (resize_golden, "golden.npz", "pixels is uint8 (2, 9, 8, 3)"),
+    "golden of other size": (resize_golden, "golden.npz", "pixels is uint8 (2, 9, 8, 3), expected uint8 (2, 8, 8, 3)"),
     "golden without images": (empty_golden, "golden.npz", "pixels is"),
-    "broken graph": (break_graph, "tome-r16.onnx", "cannot load"),
-    "link outside": (link_outside, "tome-r8.onnx", "to outside its folder"),
+    "broken graph": (break_graph, "tome-r16.onnx", "ONNX Runtime cannot load the graph"),
+    "link outside": (link_outside, "tome-r8.onnx", "is a symlink to a file outside its folder"),
     "folder for a file": (replace_file_by_folder, "tome-r8.onnx", "directory"),
 }
 
@@ -239,14 +243,59 @@ def test_load_catalogue_refuses_a_broken_store_naming_file_and_reason(tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_load_catalogue_refuses_a_default_that_the_format_lacks(tmp_path: Path) -> None:
+def test_load_catalogue_refuses_a_default_missing_in_the_format(tmp_path: Path) -> None:
     write_store(tmp_path)
-    with pytest.raises(StoreError, match=r"manifest\.json: the default .* torchscript"):
+    with pytest.raises(
+        StoreError,
+        match=r"manifest\.json: the default variant \(policy tome, r 8\) is not exported as float32 torchscript; "
+        r"available: float32 onnx$",
+    ):
         load(tmp_path, StoreOptions("torchscript", "float32", None))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_load_catalogue_refuses_a_file_that_it_may_not_read(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_load_catalogue_refuses_an_unreadable_file(tmp_path: Path) -> None:
     (write_store(tmp_path) / "tome-r8.onnx").chmod(0)
     with pytest.raises(StoreError, match="Permission denied"):
         load(tmp_path)
+
+
+INT8_ERROR = np.float32(0.25)
+
+
+@pytest.fixture
+def mixed_store(tmp_path: Path) -> Path:
+    """A store whose version has every fixed variant in float32 and, with other graphs and golden logits, in int8."""
+    folder = write_store(tmp_path)
+    manifest = read_manifest(folder)
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] for key in archive}
+    for spec in [spec for spec in manifest["variants"] if spec["r"] is not None]:
+        key, file = f"{spec['policy']}-r{spec['r']}", f"int8-r{spec['r']}.onnx"
+        graph = onnx.load_model(folder / spec["file"], load_external_data=False)
+        (bias,) = [tensor for tensor in graph.graph.initializer if tensor.name == "bias"]
+        bias.CopyFrom(onnx.numpy_helper.from_array(bias_of(spec["r"]) + INT8_ERROR, "bias"))
+        (folder / file).write_bytes(graph.SerializeToString())
+        arrays[f"logits/{key}-int8"] = arrays[f"logits/{key}"] + INT8_ERROR
+        manifest["variants"].append({**spec, "id": f"{key}-int8-onnx", "precision": "int8", "file": file})
+    np.savez(folder / "golden.npz", **arrays)
+    write_manifest(folder, manifest)
+    renew_digests(folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 0.0), ("int8", INT8_ERROR)])
+def test_load_catalogue_serves_the_configured_precision(mixed_store: Path, precision: str, error: float) -> None:
+    model = load(mixed_store, StoreOptions("onnx", precision, None)).find(None, None)
+    assert {key.precision for key in model.variants} == {precision}
+    assert model.rates("tome") == [0, 8, 16]
+    variant = model.variant("tome", 8)
+    assert variant.spec.precision == precision
+    pixels = np.full((2, 8, 8, 3), 9, np.uint8)
+    np.testing.assert_allclose(variant.runner.run(pixels)["logits"], expected_logits(pixels, 8) + error, atol=1e-5)
+
+
+def test_precisions_of_one_rate_have_different_golden_keys(mixed_store: Path) -> None:
+    specs = Manifest.model_validate_json((mixed_store / "tiny" / "1" / "manifest.json").read_bytes()).variants
+    keys = {str(spec.key): spec.precision for spec in specs if (spec.policy, spec.r) == ("tome", 8)}
+    assert keys == {"tome-r8": "float32", "tome-r8-int8": "int8"}

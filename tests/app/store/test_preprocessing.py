@@ -17,7 +17,7 @@ from tests.app.odd_images import encode, exif_bytes, make_photo, make_png, png_c
 from tests.app.tiny_store import make_input
 
 MAX_PIXELS = 50_000_000
-# What Pillow warns of is metadata that we do not read; `limit_pillow` says the same to the running service.
+# Pillow warns about metadata that is not read here; `limit_pillow` sets the same filters in the service.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
 
@@ -29,7 +29,7 @@ RULE = make_rule()
 
 
 def reference(image: Image.Image) -> np.ndarray:
-    """Resize and crop an upright RGB image by the rule, in other words than the service's."""
+    """Resize and crop an upright RGB image by the rule, implemented independently of the service."""
     width, height = image.size
     shorter = min(width, height)
     size = (int(width * 16 / shorter + 0.5), int(height * 16 / shorter + 0.5))
@@ -39,7 +39,7 @@ def reference(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "data"), odd_images.ordinary_images().items(), ids=lambda value: str(value)[:40])
-def test_decode_image_gives_contiguous_uint8_for_every_kind(name: str, data: bytes) -> None:
+def test_decode_image_returns_contiguous_uint8_for_every_kind(name: str, data: bytes) -> None:
     pixels = decode_image(data, RULE, MAX_PIXELS)
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
@@ -142,7 +142,8 @@ def test_decode_image_shrinks_large_jpeg_while_decoding_but_never_below_the_draf
 
     monkeypatch.setattr(Image.Image, "resize", record)
     decode_image(encode(make_photo(1600, 400), "JPEG"), RULE, MAX_PIXELS)
-    assert sizes[-1] == (200, 50)  # 1/8; the least was 2 x 16
+    # 1/8; the minimum is 2 x 16.
+    assert sizes[-1] == (200, 50)
     decode_image(encode(make_photo(1600, 255), "JPEG"), RULE, MAX_PIXELS)
     assert sizes[-1] == (400, 64)
 
@@ -171,7 +172,7 @@ def test_decode_image_checks_pixels_before_decoding(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("max_pixels", [16 * 16, 16 * 16 - 1])
-def test_decode_image_accepts_exactly_the_cap(max_pixels: int) -> None:
+def test_decode_image_accepts_up_to_the_limit(max_pixels: int) -> None:
     data = encode(make_photo(16, 16), "PNG")
     if max_pixels == 256:
         assert decode_image(data, RULE, max_pixels).shape == (16, 16, 3)
@@ -180,7 +181,7 @@ def test_decode_image_accepts_exactly_the_cap(max_pixels: int) -> None:
             decode_image(data, RULE, max_pixels)
 
 
-def test_limit_pillow_moves_its_own_limit_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_pillow_sets_its_limit_to_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -200,7 +201,7 @@ def test_resized_size_rounds_half_up(size: tuple[int, int], expected: tuple[int,
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(FORMATS), st.integers(0, 2**32 - 1))
-def test_decode_image_survives_any_damage(noise: bytes, kind: str, seed: int) -> None:
+def test_decode_image_handles_any_corruption(noise: bytes, kind: str, seed: int) -> None:
     data = bytearray(encode(make_photo(20, 20), kind))
     rng = np.random.default_rng(seed)
     for byte in noise[:8]:
@@ -213,7 +214,7 @@ def test_decode_image_survives_any_damage(noise: bytes, kind: str, seed: int) ->
         assert pixels.shape == (16, 16, 3)
 
 
-def test_decode_image_reads_every_listed_format_and_no_other() -> None:
+def test_decode_image_reads_exactly_the_listed_formats() -> None:
     for kind in FORMATS:
         assert Image.open(io.BytesIO(encode(make_photo(), kind))).format == kind
     with pytest.raises(NotAnImage) as caught:

@@ -20,13 +20,13 @@ from tests.app.simulation import make_served
 Variants = dict[VariantKey, ServedVariant]
 
 
-def chosen(catalogue: Catalogue, **words: str) -> tuple[str, int | None]:
-    entry = select(catalogue, Query(**words)).variant.spec
-    return entry.policy, entry.r
+def chosen(catalogue: Catalogue, **parameters: str) -> tuple[str, int | None]:
+    spec = select(catalogue, Query(**parameters)).variant.spec
+    return spec.policy, spec.r
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("parameters", "expected"),
     [
         ({}, ("tome", 8)),
         ({"r": "16"}, ("tome", 16)),
@@ -38,15 +38,16 @@ def chosen(catalogue: Catalogue, **words: str) -> tuple[str, int | None]:
         ({"policy": "atm"}, ("atm", None)),
     ],
 )
-def test_select_finds_exactly_what_is_asked(
-    catalogue: Catalogue, words: dict[str, str], expected: tuple[str, int | None]
+def test_select_returns_the_requested_variant(
+    catalogue: Catalogue, parameters: dict[str, str], expected: tuple[str, int | None]
 ) -> None:
-    assert chosen(catalogue, **words) == expected
+    assert chosen(catalogue, **parameters) == expected
 
 
-def test_select_lists_the_rates_of_the_policy_when_one_is_missing(catalogue: Catalogue) -> None:
+def test_select_lists_the_rates_of_the_policy_for_an_unknown_rate(catalogue: Catalogue) -> None:
     with pytest.raises(RateNotExported) as caught:
         select(catalogue, Query(r="3"))
+    assert caught.value.detail == "Policy 'tome' has no graph for r=3; accepted: 0, 8, 16."
     assert caught.value.members == {"field": "r", "value": 3, "policy": "tome", "accepted": [0, 8, 16]}
     with pytest.raises(RateNotExported) as caught:
         select(catalogue, Query(r="8", policy="none"))
@@ -64,7 +65,7 @@ def test_select_refuses_rates_that_are_not_whole_numbers(catalogue: Catalogue, r
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("parameters", "error"),
     [
         ({"model": "nope"}, UnknownModel),
         ({"model": ""}, UnknownModel),
@@ -76,32 +77,32 @@ def test_select_refuses_rates_that_are_not_whole_numbers(catalogue: Catalogue, r
         ({"top_k": "all"}, InvalidParameter),
     ],
 )
-def test_select_refuses_what_there_is_not(
-    catalogue: Catalogue, words: dict[str, str], error: type[ServiceError]
+def test_select_refuses_unknown_values(
+    catalogue: Catalogue, parameters: dict[str, str], error: type[ServiceError]
 ) -> None:
     with pytest.raises(error):
-        select(catalogue, Query(**words))
+        select(catalogue, Query(**parameters))
 
 
-def test_select_top_k_defaults_to_all_classes_when_they_are_few(catalogue: Catalogue) -> None:
+def test_select_top_k_defaults_to_all_classes_of_a_small_model(catalogue: Catalogue) -> None:
     assert select(catalogue, Query()).top_k == 3
     assert select(catalogue, Query(top_k="1")).top_k == 1
 
 
 @pytest.mark.parametrize("r", ["0", "8", "many"])
-def test_select_refuses_a_rate_for_a_policy_that_adapts(catalogue: Catalogue, r: str) -> None:
-    with pytest.raises(InvalidParameter, match="'atm' has no rates, it adapts to each image") as caught:
+def test_select_refuses_a_rate_for_an_adaptive_policy(catalogue: Catalogue, r: str) -> None:
+    with pytest.raises(InvalidParameter, match="policy 'atm' is adaptive and has no rates") as caught:
         select(catalogue, Query(policy="atm", r=r))
     assert caught.value.members == {"field": "r", "value": r, "policy": "atm", "accepted": []}
 
 
-# As of the reference model: from some rate on accuracy falls, and a low rate can be more accurate than none at all.
+# As of the reference model: accuracy falls at high rates, but a low rate can be more accurate than rate 0.
 TOP1 = {0: 0.9675, 4: 0.9674, 8: 0.9676, 12: 0.9668, 16: 0.9661}
 
 
 @pytest.fixture
 def measured(catalogue: Catalogue) -> Catalogue:
-    """Rates of policy tome that cost 10 - r / 10 GMACs."""
+    """A catalogue whose policy tome costs 10 - r / 10 GMACs."""
     model = catalogue.find(None, None)
     served = [make_served(r, {1: 0.01}, top1) for r, top1 in TOP1.items()]
     variants: Variants = {variant.spec.key: variant for variant in served}
@@ -109,12 +110,12 @@ def measured(catalogue: Catalogue) -> Catalogue:
     return Catalogue({"tiny": {1: ServedModel(model.manifest, {**variants, **adaptive})}}, "tiny")
 
 
-def ladder(catalogue: Catalogue, **words: str) -> list[int | None]:
-    return [variant.spec.r for variant in select(catalogue, Query(**words)).ladder]
+def ladder(catalogue: Catalogue, **parameters: str) -> list[int | None]:
+    return [variant.spec.r for variant in select(catalogue, Query(**parameters)).ladder]
 
 
 @pytest.mark.parametrize(
-    ("words", "rates"),
+    ("parameters", "rates"),
     [
         ({"r": "0"}, [0]),
         ({"r": "0", "allow_degrade": "false"}, [0]),
@@ -146,10 +147,8 @@ def ladder(catalogue: Catalogue, **words: str) -> list[int | None]:
         ({"policy": "atm", "max_gmacs": "0.9"}, [None]),
     ],
 )
-def test_select_gives_the_variants_that_may_answer(
-    measured: Catalogue, words: dict[str, str], rates: list[int | None]
-) -> None:
-    assert ladder(measured, **words) == rates
+def test_select_returns_the_ladder(measured: Catalogue, parameters: dict[str, str], rates: list[int | None]) -> None:
+    assert ladder(measured, **parameters) == rates
 
 
 def test_select_reads_the_deadline(measured: Catalogue) -> None:
@@ -158,7 +157,7 @@ def test_select_reads_the_deadline(measured: Catalogue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "field"),
+    ("parameters", "field"),
     [
         ({"max_gmacs": "0"}, "max_gmacs"),
         ({"max_gmacs": "-1"}, "max_gmacs"),
@@ -184,15 +183,15 @@ def test_select_reads_the_deadline(measured: Catalogue) -> None:
         ({"policy": "atm", "deadline_ms": "40", "max_r": "4"}, "max_r"),
     ],
 )
-def test_select_refuses_values_naming_the_field(measured: Catalogue, words: dict[str, str], field: str) -> None:
+def test_select_names_the_field_of_a_refused_value(measured: Catalogue, parameters: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidParameter) as caught:
-        select(measured, Query(**words))
+        select(measured, Query(**parameters))
     assert caught.value.members["field"] == field
     assert len(caught.value.detail) < 300
 
 
 @pytest.mark.parametrize(
-    "words",
+    "parameters",
     [
         {"r": "8", "max_gmacs": "9"},
         {"r": "8", "deadline_ms": "40"},
@@ -201,27 +200,29 @@ def test_select_refuses_values_naming_the_field(measured: Catalogue, words: dict
         {"r": "8", "max_r": "16", "allow_degrade": "false"},
     ],
 )
-def test_select_refuses_wishes_that_exclude_each_other(measured: Catalogue, words: dict[str, str]) -> None:
+def test_select_refuses_mutually_exclusive_parameters(measured: Catalogue, parameters: dict[str, str]) -> None:
     with pytest.raises(ConflictingParameters) as caught:
-        select(measured, Query(**words))
-    assert set(caught.value.members["fields"]) <= set(words)
+        select(measured, Query(**parameters))
+    assert set(caught.value.members["fields"]) <= set(parameters)
     assert len(caught.value.members["fields"]) >= 2
 
 
-def test_select_says_how_near_a_budget_can_be_met(measured: Catalogue) -> None:
+def test_select_states_the_nearest_budget_that_can_be_met(measured: Catalogue) -> None:
     with pytest.raises(BudgetNotMet, match=r"costs at most 8\.3 GMACs") as caught:
         select(measured, Query(max_gmacs="8.3"))
     assert caught.value.members["minimum"] == pytest.approx(8.4)
     with pytest.raises(BudgetNotMet, match=r"at least 0\.97") as caught:
         select(measured, Query(min_accuracy="0.97"))
     assert caught.value.members["maximum"] == pytest.approx(0.9676)
-    with pytest.raises(BudgetNotMet):  # the mean is 0.7, but 5 % of images cost more than 0.9
+    # The mean is 0.7, but the 95th percentile is 0.9.
+    with pytest.raises(BudgetNotMet):
         select(measured, Query(policy="atm", max_gmacs="0.8"))
-    with pytest.raises(BudgetNotMet):  # it was never measured
+    # Its accuracy was not measured.
+    with pytest.raises(BudgetNotMet):
         select(measured, Query(policy="atm", min_accuracy="0.1"))
 
 
-def test_variants_that_were_not_measured_count_by_their_cost(catalogue: Catalogue) -> None:
+def test_unmeasured_variants_rank_by_their_cost(catalogue: Catalogue) -> None:
     model = catalogue.find(None, None)
     variants: Variants = {}
     for r in (0, 8):

@@ -29,8 +29,8 @@ SECONDS = 30
 SHARING = BackendOptions("cpu", 1, share_weights=True)
 
 
-class Stage:
-    """A store, a service that serves it, and the watcher between them; it looks when it is told to."""
+class Deployment:
+    """A store, the service that serves it, and the watcher between them, which scans only on demand."""
 
     def __init__(self, root: Path, make_client: ClientFactory, **settings: object) -> None:
         self.root = root
@@ -58,20 +58,20 @@ class Stage:
     def counted(self, result: str) -> float:
         return sample(self.client, f'dtem_reloads_total{{result="{result}"}}')
 
-    def answer(self, query: str = "") -> str:
-        """Return the model and version that answer."""
+    def serving_version(self, query: str = "") -> str:
+        """Classify an image; return the model and version of the response."""
         model = self.client.post(f"/classify{query}", content=PNG).json()["model"]
         return f"{model['name']}/{model['version']}"
 
 
 @pytest.fixture
-def stage(tmp_path: Path, make_client: ClientFactory) -> Stage:
+def deployment(tmp_path: Path, make_client: ClientFactory) -> Deployment:
     write_store(tmp_path)
-    return Stage(tmp_path, make_client)
+    return Deployment(tmp_path, make_client)
 
 
 def publish(root: Path, name: str = "tiny", version: str = "2", spoil: Callable[[Path], object] = bool) -> Path:
-    """Write a version elsewhere and rename it to its place, as exports do."""
+    """Write a version under a temporary name and rename it, as exports do."""
     written = write_store(root / ".writing", name, version)
     spoil(written)
     folder = root / name / version
@@ -79,175 +79,199 @@ def publish(root: Path, name: str = "tiny", version: str = "2", spoil: Callable[
     return written.rename(folder)
 
 
-def test_a_new_version_takes_over(stage: Stage) -> None:
-    publish(stage.root)
-    stage.watcher.update()
-    assert stage.served == ["tiny/1", "tiny/2"]
-    assert (stage.answer(), stage.answer("?version=1")) == ("tiny/2", "tiny/1")
-    assert sample(stage.client, 'dtem_model_info{device="cpu",format="onnx",model="tiny",version="2"}') == 1
-    assert (stage.counted("loaded"), stage.counted("refused"), stage.counted("dropped")) == (1, 0, 0)
-    stage.watcher.update()
-    assert stage.n_loads == 1
+def test_new_version_becomes_the_default(deployment: Deployment) -> None:
+    publish(deployment.root)
+    deployment.watcher.update()
+    assert deployment.served == ["tiny/1", "tiny/2"]
+    assert (deployment.serving_version(), deployment.serving_version("?version=1")) == ("tiny/2", "tiny/1")
+    assert sample(deployment.client, 'dtem_model_info{device="cpu",format="onnx",model="tiny",version="2"}') == 1
+    assert (deployment.counted("loaded"), deployment.counted("refused"), deployment.counted("dropped")) == (1, 0, 0)
+    deployment.watcher.update()
+    assert deployment.n_loads == 1
 
 
-def test_a_bad_version_is_refused_once_and_the_old_one_serves(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    publish(stage.root, spoil=change_byte)
+def test_corrupt_version_is_refused_once_and_the_old_one_still_served(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(deployment.root, spoil=change_byte)
     for _ in range(3):
-        stage.watcher.update()
+        deployment.watcher.update()
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     for word in ("refused tiny version 2", "tome-r8.onnx", "SHA-256"):
         assert word in record.getMessage()
-    assert (stage.n_loads, stage.counted("refused"), stage.served) == (1, 1, ["tiny/1"])
-    assert stage.answer() == "tiny/1"
+    assert (deployment.n_loads, deployment.counted("refused"), deployment.served) == (1, 1, ["tiny/1"])
+    assert deployment.serving_version() == "tiny/1"
 
 
-def test_a_repaired_version_is_tried_again(stage: Stage) -> None:
-    folder = publish(stage.root, spoil=change_byte)
-    stage.watcher.update()
-    change_byte(folder)  # the same bit, back
-    os.utime(folder / "tome-r8.onnx", ns=(1, 1))  # however coarse the clock of the file system
-    stage.watcher.update()
-    assert (stage.served, stage.answer()) == (["tiny/1", "tiny/2"], "tiny/2")
+def test_repaired_version_is_retried(deployment: Deployment) -> None:
+    folder = publish(deployment.root, spoil=change_byte)
+    deployment.watcher.update()
+    # Flips the same bit back.
+    change_byte(folder)
+    # Independent of the resolution of file times.
+    os.utime(folder / "tome-r8.onnx", ns=(1, 1))
+    deployment.watcher.update()
+    assert (deployment.served, deployment.serving_version()) == (["tiny/1", "tiny/2"], "tiny/2")
 
 
-def test_a_version_refused_and_published_anew_is_tried_again(stage: Stage) -> None:
-    folder = publish(stage.root, spoil=change_byte)
-    stage.watcher.update()
+def test_refused_version_is_retried_when_published_again(deployment: Deployment) -> None:
+    folder = publish(deployment.root, spoil=change_byte)
+    deployment.watcher.update()
     shutil.rmtree(folder)
-    stage.watcher.update()
-    publish(stage.root)
-    stage.watcher.update()
-    assert stage.served == ["tiny/1", "tiny/2"]
+    deployment.watcher.update()
+    publish(deployment.root)
+    deployment.watcher.update()
+    assert deployment.served == ["tiny/1", "tiny/2"]
 
 
-def test_an_unforeseen_failure_refuses_the_version_only(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_failure_refuses_only_that_version(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
     def fail(folder: Path) -> ServedModel:
         raise MemoryError("no room")
 
-    stage.watcher._load = fail
-    publish(stage.root)
-    publish(stage.root, version="3")
-    stage.watcher.update()
-    assert (stage.counted("refused"), stage.served) == (2, ["tiny/1"])
+    deployment.watcher._load = fail
+    publish(deployment.root)
+    publish(deployment.root, version="3")
+    deployment.watcher.update()
+    assert (deployment.counted("refused"), deployment.served) == (2, ["tiny/1"])
     assert "Traceback" in caplog.text
 
 
-def test_a_version_that_disappears_is_dropped(stage: Stage) -> None:
-    folder = publish(stage.root)
-    stage.watcher.update()
+def test_removed_version_is_dropped(deployment: Deployment) -> None:
+    folder = publish(deployment.root)
+    deployment.watcher.update()
     shutil.rmtree(folder)
-    stage.watcher.update()
-    assert (stage.served, stage.answer()) == (["tiny/1"], "tiny/1")
-    assert stage.client.post("/classify?version=2", content=PNG).status_code == 404
-    assert stage.counted("dropped") == 1
-    assert 'model="tiny",version="2"' not in stage.client.get("/metrics").text
-    publish(stage.root)
-    stage.watcher.update()
-    assert stage.answer() == "tiny/2"
+    deployment.watcher.update()
+    assert (deployment.served, deployment.serving_version()) == (["tiny/1"], "tiny/1")
+    assert deployment.client.post("/classify?version=2", content=PNG).status_code == 404
+    assert deployment.counted("dropped") == 1
+    assert 'model="tiny",version="2"' not in deployment.client.get("/metrics").text
+    publish(deployment.root)
+    deployment.watcher.update()
+    assert deployment.serving_version() == "tiny/2"
 
 
-def test_the_last_version_of_the_default_model_is_kept(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.rmtree(stage.root / "tiny" / "1")
+def test_last_version_of_the_default_model_is_kept(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(deployment.root / "tiny" / "1")
     for _ in range(3):
-        stage.watcher.update()
-    assert (stage.served, stage.answer(), stage.counted("dropped")) == (["tiny/1"], "tiny/1", 0)
-    assert len([record for record in caplog.records if "stays served" in record.message]) == 1
-    publish(stage.root)
-    stage.watcher.update()
-    assert (stage.served, stage.counted("dropped")) == (["tiny/2"], 1)
+        deployment.watcher.update()
+    assert (deployment.served, deployment.serving_version(), deployment.counted("dropped")) == (["tiny/1"], "tiny/1", 0)
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "still serving tiny version 1, whose folder is gone" in record.message
+            ]
+        )
+        == 1
+    )
+    publish(deployment.root)
+    deployment.watcher.update()
+    assert (deployment.served, deployment.counted("dropped")) == (["tiny/2"], 1)
 
 
-def test_a_version_replaced_by_a_bad_one_is_kept(stage: Stage) -> None:
-    shutil.rmtree(stage.root / "tiny" / "1")
-    publish(stage.root, spoil=change_byte)
-    stage.watcher.update()
-    assert (stage.served, stage.counted("refused")) == (["tiny/1"], 1)
+def test_version_replaced_by_a_corrupt_one_is_kept(deployment: Deployment) -> None:
+    shutil.rmtree(deployment.root / "tiny" / "1")
+    publish(deployment.root, spoil=change_byte)
+    deployment.watcher.update()
+    assert (deployment.served, deployment.counted("refused")) == (["tiny/1"], 1)
 
 
-def test_files_that_change_under_a_served_version_are_ignored_with_one_warning(
-    stage: Stage, caplog: pytest.LogCaptureFixture
+def test_changed_files_of_a_served_version_are_ignored_with_one_warning(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change_byte(stage.root / "tiny" / "1")
-    os.utime(stage.root / "tiny" / "1" / "tome-r8.onnx", ns=(1, 1))
+    change_byte(deployment.root / "tiny" / "1")
+    os.utime(deployment.root / "tiny" / "1" / "tome-r8.onnx", ns=(1, 1))
     for _ in range(3):
-        stage.watcher.update()
-    assert len([record for record in caplog.records if "immutable" in record.message]) == 1
-    assert (stage.n_loads, stage.answer()) == (0, "tiny/1")
+        deployment.watcher.update()
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "ignored changed files of tiny version 1: versions are immutable" in record.message
+            ]
+        )
+        == 1
+    )
+    assert (deployment.n_loads, deployment.serving_version()) == (0, "tiny/1")
 
 
-def test_other_models_come_and_go(stage: Stage) -> None:
-    publish(stage.root, name="alpha", version="7")
-    stage.watcher.update()
-    assert (stage.served, stage.answer()) == (["alpha/7", "tiny/1"], "alpha/7")  # the first by name
-    publish(stage.root, name="zeta", version="1")
-    shutil.rmtree(stage.root / "tiny")
-    stage.watcher.update()
-    assert stage.served == ["alpha/7", "zeta/1"]
+def test_other_models_are_added_and_removed(deployment: Deployment) -> None:
+    publish(deployment.root, name="alpha", version="7")
+    deployment.watcher.update()
+    assert (deployment.served, deployment.serving_version()) == (["alpha/7", "tiny/1"], "alpha/7")
+    publish(deployment.root, name="zeta", version="1")
+    shutil.rmtree(deployment.root / "tiny")
+    deployment.watcher.update()
+    assert deployment.served == ["alpha/7", "zeta/1"]
 
 
-def test_the_configured_default_model_stays_the_default(tmp_path: Path, make_client: ClientFactory) -> None:
+def test_configured_default_model_stays_the_default(tmp_path: Path, make_client: ClientFactory) -> None:
     write_store(tmp_path)
-    stage = Stage(tmp_path, make_client, default_model="tiny")
+    deployment = Deployment(tmp_path, make_client, default_model="tiny")
     publish(tmp_path, name="alpha")
-    stage.watcher.update()
-    assert (stage.served, stage.answer()) == (["alpha/2", "tiny/1"], "tiny/1")
+    deployment.watcher.update()
+    assert (deployment.served, deployment.serving_version()) == (["alpha/2", "tiny/1"], "tiny/1")
     shutil.rmtree(tmp_path / "tiny")
-    stage.watcher.update()
-    assert stage.served == ["alpha/2", "tiny/1"]
+    deployment.watcher.update()
+    assert deployment.served == ["alpha/2", "tiny/1"]
 
 
-def test_a_store_that_cannot_be_read_drops_nothing(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    publish(stage.root)
-    stage.watcher.update()
-    away = stage.root.rename(stage.root.with_name("away"))
+def test_unreadable_store_drops_nothing(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    publish(deployment.root)
+    deployment.watcher.update()
+    away = deployment.root.rename(deployment.root.with_name("away"))
     for _ in range(3):
-        stage.watcher.update()
-    assert stage.served == ["tiny/1", "tiny/2"]
-    assert len([record for record in caplog.records if "cannot be read" in record.message]) == 1
-    away.rename(stage.root)
-    shutil.rmtree(stage.root / "tiny" / "2")
-    stage.watcher.update()
-    assert stage.served == ["tiny/1"]
+        deployment.watcher.update()
+    assert deployment.served == ["tiny/1", "tiny/2"]
+    assert len([record for record in caplog.records if "cannot read the model store" in record.message]) == 1
+    away.rename(deployment.root)
+    shutil.rmtree(deployment.root / "tiny" / "2")
+    deployment.watcher.update()
+    assert deployment.served == ["tiny/1"]
 
 
-def test_a_dropped_version_leaves_nothing_behind(stage: Stage) -> None:
-    folder = publish(stage.root)
-    stage.watcher.update()
-    assert stage.answer() == "tiny/2"
-    assert str(folder) in Path("/proc/self/maps").read_text(encoding="utf-8")  # its weights are mapped
-    model = stage.client.service.require_ready().find("tiny", "2")
+def test_dropped_version_is_freed(deployment: Deployment) -> None:
+    folder = publish(deployment.root)
+    deployment.watcher.update()
+    assert deployment.serving_version() == "tiny/2"
+    # Its weights are memory-mapped.
+    assert str(folder) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    model = deployment.client.service.require_ready().find("tiny", "2")
     variant = model.variant("tome", 8)
     references = [weakref.ref(variant), weakref.ref(variant.runner), weakref.ref(model)]
     del model, variant
     shutil.rmtree(folder)
-    stage.watcher.update()
-    assert stage.answer() == "tiny/1"  # the engine has let go of the run before
+    deployment.watcher.update()
+    # The engine drops its references to the previous run.
+    assert deployment.serving_version() == "tiny/1"
     gc.collect()
     assert [reference() for reference in references] == [None, None, None]
     assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
-def test_requests_inside_keep_the_variant_they_have(stage: Stage) -> None:
-    folder = publish(stage.root)
-    stage.watcher.update()
-    service = stage.client.service
+def test_requests_in_flight_keep_their_variant(deployment: Deployment) -> None:
+    folder = publish(deployment.root)
+    deployment.watcher.update()
+    service = deployment.client.service
     chosen = select(service.require_ready(), Query(version="2"))
     shutil.rmtree(folder)
-    stage.watcher.update()
-    assert stage.client.portal is not None
-    (found,) = stage.client.portal.call(service.infer, chosen, [np.zeros((8, 8, 3), np.uint8)], RequestRecord())
+    deployment.watcher.update()
+    assert deployment.client.portal is not None
+    (found,) = deployment.client.portal.call(service.infer, chosen, [np.zeros((8, 8, 3), np.uint8)], RequestRecord())
     assert found.outputs["logits"].shape == (3,)
 
 
 @pytest.fixture
-def running(stage: Stage) -> Iterator[Stage]:
-    stage.watcher._seconds = 0.01
-    stage.watcher.start()
-    yield stage
-    assert stage.watcher.stop(SECONDS)
+def running(deployment: Deployment) -> Iterator[Deployment]:
+    deployment.watcher._seconds = 0.01
+    deployment.watcher.start()
+    yield deployment
+    assert deployment.watcher.stop(SECONDS)
 
 
-def test_no_request_fails_while_versions_come_and_go(running: Stage) -> None:
+def test_no_request_fails_while_versions_change(running: Deployment) -> None:
     failures: list[str] = []
     answers: set[str] = set()
     done = threading.Event()
@@ -279,7 +303,7 @@ def test_no_request_fails_while_versions_come_and_go(running: Stage) -> None:
     assert running.served == ["tiny/1"]
 
 
-def test_a_look_that_fails_is_not_the_last(running: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scans_continue_after_a_failed_one(running: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = threading.Event()
     real = running.watcher._scan
 
@@ -287,7 +311,7 @@ def test_a_look_that_fails_is_not_the_last(running: Stage, monkeypatch: pytest.M
         if failed.is_set():
             return real()
         failed.set()
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(running.watcher, "_scan", fail_once)
     assert failed.wait(SECONDS)
@@ -295,26 +319,28 @@ def test_a_look_that_fails_is_not_the_last(running: Stage, monkeypatch: pytest.M
     wait_until(lambda: running.served == ["tiny/1", "tiny/2"])
 
 
-def test_without_an_interval_it_looks_when_it_is_told_to(stage: Stage) -> None:
-    looks: list[None] = []
-    looked = threading.Event()
-    real = stage.watcher.update
+def test_watcher_without_an_interval_scans_on_demand(deployment: Deployment) -> None:
+    n_scans = 0
+    scanned = threading.Event()
+    real = deployment.watcher.update
 
-    def look() -> None:
+    def update() -> None:
+        nonlocal n_scans
         real()
-        looks.append(None)
-        looked.set()
+        n_scans += 1
+        scanned.set()
 
-    stage.watcher.update = look  # type: ignore[method-assign]
-    stage.watcher.start()
-    assert looked.wait(SECONDS)  # once at the start: something may have come while the store was loaded
-    looked.clear()
-    publish(stage.root)
-    stage.watcher.scan_soon()
-    assert looked.wait(SECONDS)
-    assert (stage.served, len(looks)) == (["tiny/1", "tiny/2"], 2)
-    assert stage.watcher.stop(SECONDS)
+    deployment.watcher.update = update  # type: ignore[method-assign]
+    deployment.watcher.start()
+    # At the start, because the store may have changed during loading.
+    assert scanned.wait(SECONDS)
+    scanned.clear()
+    publish(deployment.root)
+    deployment.watcher.scan_soon()
+    assert scanned.wait(SECONDS)
+    assert (deployment.served, n_scans) == (["tiny/1", "tiny/2"], 2)
+    assert deployment.watcher.stop(SECONDS)
 
 
-def test_stop_before_start_is_no_mistake(stage: Stage) -> None:
-    assert stage.watcher.stop(SECONDS)
+def test_stop_before_start_is_allowed(deployment: Deployment) -> None:
+    assert deployment.watcher.stop(SECONDS)

@@ -15,7 +15,7 @@ states = st.dictionaries(versions, signatures)
 
 
 @given(states, states, states)
-def test_decide_loads_what_lies_there_unserved_and_was_not_refused_as_it_is(
+def test_compare_loads_new_versions_unless_refused_in_the_same_state(
     found: dict[Version, Signature], served: dict[Version, Signature], refused: dict[Version, Signature]
 ) -> None:
     changes = compare(found, served, refused)
@@ -28,7 +28,7 @@ def test_decide_loads_what_lies_there_unserved_and_was_not_refused_as_it_is(
 
 
 @given(states, states, states)
-def test_decide_asks_nothing_more_once_it_was_obeyed(
+def test_compare_is_idempotent(
     found: dict[Version, Signature], served: dict[Version, Signature], refused: dict[Version, Signature]
 ) -> None:
     first = compare(found, served, refused)
@@ -39,7 +39,7 @@ def test_decide_asks_nothing_more_once_it_was_obeyed(
 
 
 @given(st.sets(versions, min_size=1), st.sets(versions))
-def test_the_default_model_always_has_a_version(served: set[Version], gone: set[Version]) -> None:
+def test_default_model_always_keeps_a_version(served: set[Version], gone: set[Version]) -> None:
     default = choose_default({name for name, _ in served}, None)
     kept = keep_last(served, gone, default)
     left = (served - gone) | ({kept} if kept else set())
@@ -49,12 +49,12 @@ def test_the_default_model_always_has_a_version(served: set[Version], gone: set[
         assert kept in gone
 
 
-def test_choose_default_takes_the_configured_model_or_the_first_by_name() -> None:
+def test_choose_default_returns_the_configured_model_or_the_first_by_name() -> None:
     assert choose_default(["b", "a"], None) == "a"
     assert choose_default(["b", "a"], "b") == "b"
 
 
-def test_scan_ignores_what_is_being_written_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scan_ignores_unfinished_folders_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_store(tmp_path)
     write_store(tmp_path, version="2").rename(tmp_path / "tiny" / ".2.tmp")
     write_store(tmp_path, name="other").parent.rename(tmp_path / ".other")
@@ -64,7 +64,7 @@ def test_scan_ignores_what_is_being_written_without_a_word(tmp_path: Path, caplo
     assert caplog.records == []
 
 
-def test_scan_sees_a_file_that_changes(tmp_path: Path) -> None:
+def test_scan_detects_a_changed_file(tmp_path: Path) -> None:
     folder = write_store(tmp_path)
     before = scan(tmp_path)
     assert scan(tmp_path) == before

@@ -27,21 +27,21 @@ def write_cgroup(root: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("quota", "n_cpus"), [("max", 8), ("50000", 1), ("150000", 2), ("200000", 2), ("1600000", 8)])
-def test_count_cpus_keeps_to_a_quota_of_version_2(tmp_path: Path, quota: str, n_cpus: int) -> None:
+def test_count_cpus_respects_a_quota_of_version_2(tmp_path: Path, quota: str, n_cpus: int) -> None:
     write_membership(tmp_path, IN_V2)
     write_cgroup(tmp_path, "cpu.max", f"{quota} 100000\n")
     assert count_cpus(tmp_path) == n_cpus
 
 
 @pytest.mark.parametrize(("quota", "n_cpus"), [(-1, 8), (50_000, 1), (250_000, 3)])
-def test_count_cpus_keeps_to_a_quota_of_version_1(tmp_path: Path, quota: int, n_cpus: int) -> None:
+def test_count_cpus_respects_a_quota_of_version_1(tmp_path: Path, quota: int, n_cpus: int) -> None:
     write_membership(tmp_path, IN_V1)
     write_cgroup(tmp_path, "cpu,cpuacct/cpu.cfs_quota_us", f"{quota}\n")
     write_cgroup(tmp_path, "cpu,cpuacct/cpu.cfs_period_us", "100000\n")
     assert count_cpus(tmp_path) == n_cpus
 
 
-def test_count_cpus_takes_the_least_of_the_groups_above(tmp_path: Path) -> None:
+def test_count_cpus_takes_the_minimum_over_ancestor_groups(tmp_path: Path) -> None:
     write_membership(tmp_path, "0::/system.slice/dtem.service\n")
     write_cgroup(tmp_path, "system.slice/cpu.max", "200000 100000\n")
     write_cgroup(tmp_path, "system.slice/dtem.service/cpu.max", "400000 100000\n")
@@ -57,7 +57,7 @@ def test_count_cpus_falls_back_to_the_affinity(tmp_path: Path, text: str) -> Non
     assert count_cpus(tmp_path) == 8
 
 
-def test_the_memory_limit_is_the_least_of_the_groups_above(tmp_path: Path) -> None:
+def test_memory_limit_is_the_minimum_over_ancestor_groups(tmp_path: Path) -> None:
     write_membership(tmp_path, "0::/system.slice/dtem.service\n")
     write_cgroup(tmp_path, "system.slice/dtem.service/memory.max", "max\n")
     assert memory_limit_bytes(tmp_path) == MACHINE
@@ -67,7 +67,7 @@ def test_the_memory_limit_is_the_least_of_the_groups_above(tmp_path: Path) -> No
     assert memory_limit_bytes(tmp_path) == 500_000
 
 
-def test_the_memory_limit_of_a_container_of_version_1_is_its_own(tmp_path: Path) -> None:
+def test_memory_limit_of_a_version_1_container_is_its_own(tmp_path: Path) -> None:
     write_membership(tmp_path, IN_V1)
     write_cgroup(tmp_path, "memory/memory.limit_in_bytes", "9223372036854771712\n")
     assert memory_limit_bytes(tmp_path) == MACHINE
@@ -75,6 +75,6 @@ def test_the_memory_limit_of_a_container_of_version_1_is_its_own(tmp_path: Path)
     assert memory_limit_bytes(tmp_path) == 2_000_000
 
 
-def test_without_groups_the_memory_limit_is_the_machines(tmp_path: Path) -> None:
+def test_memory_limit_without_groups_is_that_of_the_machine(tmp_path: Path) -> None:
     assert MACHINE > 100e6
     assert memory_limit_bytes(tmp_path) == MACHINE

@@ -182,7 +182,7 @@ def test_bad_image_is_named_and_counted_once(make_client: ClientFactory) -> None
 
 def test_pixel_limit_applies_to_image_files(make_client: ClientFactory) -> None:
     client = make_client(max_pixels=10)
-    assert_error(client.post(PATH, content=PNG, headers={LENGTH_HEADER: "0"}), 413, "Image 0: ", "more than 10")
+    assert_error(client.post(PATH, content=PNG, headers={LENGTH_HEADER: "0"}), 413, "Image 0: ", "the limit is 10")
 
 
 def test_infer_is_counted_and_logged(make_client: ClientFactory, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,8 +305,8 @@ def test_infer_selects_the_same_variant_as_classify(client: TestClient, paramete
     ("parameters", "status", "words"),
     [
         ({"max_gmacs": 0.1}, 422, ["at most 0.1 GMACs", "Minimum: 0.6"]),
-        ({"r": 8, "max_gmacs": 1}, 422, ["r and max_gmacs exclude each other"]),
-        ({"r": 8, "timeout": 5}, 422, ["r and deadline_ms exclude each other"]),
+        ({"r": 8, "max_gmacs": 1}, 422, ["r and max_gmacs are mutually exclusive"]),
+        ({"r": 8, "timeout": 5}, 422, ["r and deadline_ms are mutually exclusive"]),
         ({"min_accuracy": 7}, 422, ["min_accuracy=7 is not"]),
         ({"deadline_ms": "soon"}, 422, ["deadline_ms=soon is not"]),
         ({"allow_degrade": "perhaps"}, 422, ["neither true nor false"]),
