@@ -189,7 +189,7 @@ def test_keys_as_the_readme_has_them(image: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
-    key = {"X-API-Key": (tmp_path / "secrets/caller.key").read_text().strip()}
+    key = {"X-API-Key": (tmp_path / "secrets/client.key").read_text().strip()}
     files, store = ["docker-compose.override.yml"], ROOT / "model_store"
     with Composed("dtem-keys", ["api", "prometheus"], files, tmp_path, MODEL_STORE=store) as stack:
         assert stack.ask("api", "GET", "/models")[0] == 401
