@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     from ray.serve.schema import ServeDeploySchema
 
     from deploy.ray.application import Arguments, build
-    from deploy.ray.replica import refuse_meaningless
+    from deploy.ray.replica import refuse_unsupported
 
 
 def deployment(**arguments: Any) -> Any:
@@ -61,7 +61,7 @@ def test_invalid_arguments_are_refused_before_anything_starts(
 
 def test_replica_refuses_tls_settings() -> None:
     with pytest.raises(SettingsError, match="DTEM_TLS_CERTIFICATE"):
-        refuse_meaningless(Settings(tls_certificate=Path("a.crt"), tls_key=Path("a.key")))
+        refuse_unsupported(Settings(tls_certificate=Path("a.crt"), tls_key=Path("a.key")))
 
 
 def test_ray_reads_the_config_file() -> None:
