@@ -120,7 +120,7 @@ def throughput() -> Sequence[Panel]:
         timeseries(
             "Throughput by variant",
             "Images classified per second, stacked by the policy and r that ran. Compare the sum with "
-            "docs/results/serve.md.",
+            "docs/results/overhead.md.",
             "suffix:images/s",
             Query(name_adaptive(per_second("dtem_images_total", BY_VARIANT)), VARIANT_LEGEND),
             is_stacked=True,
