@@ -1,7 +1,10 @@
-# The service in a container, for the CPU (the default) or, with `--target gpu`, for CUDA 13:
+# The service's image, for the CPU by default, or for CUDA 13 with `--target gpu`:
 #   docker build -t dtem-serve:cpu .
-#   docker run --rm --read-only --cap-drop ALL --stop-timeout 30 -p 127.0.0.1:8000:8000 dtem-serve:cpu  (:gpu with --gpus all)
-# Stages stand in an order in which a builder that builds all stages above its target builds no CUDA for the CPU.
+#   docker run --rm --read-only --cap-drop ALL --stop-timeout 30 -p 127.0.0.1:8000:8000 dtem-serve:cpu
+# For the GPU image, add `--gpus all` to `docker run`.
+#
+# The GPU stages come after the CPU stages: a builder that builds every stage above its target downloads no CUDA for
+# the CPU image.
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
@@ -16,14 +19,15 @@ FROM ${PYTHON} AS content
 COPY deploy/docker/healthcheck.py /app/
 COPY model_store /app/model_store
 COPY app /app/app
-# Readable to the service's user, whatever the umask of the clone was.
+# Readable by the service's user, whatever the umask of the checkout was.
 RUN chmod -R a+rX /app && python -m compileall -q --invalidation-mode checked-hash /app/app
 
 FROM ${PYTHON} AS runtime
+# The version is `__version__` in app/__init__.py; deploy/README.md has the command that passes both.
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="dtem-serve" \
-      org.opencontainers.image.description="Vision Transformer inference where each request chooses its compute" \
+      org.opencontainers.image.description="Vision Transformer inference with a token merging rate per request" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 RUN groupadd --gid 10001 dtem && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin dtem
@@ -31,7 +35,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 DTEM_HOST=0.0.0.0
 WORKDIR /app
 USER 10001:10001
 EXPOSE 8000
-# Drains within DTEM_DRAIN_SECONDS (20): give `docker stop` more than its usual 10 seconds.
+# Drains for up to DTEM_DRAIN_SECONDS (20): `docker stop` needs a longer timeout than its default of 10 seconds.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/app/healthcheck.py"]
 ENTRYPOINT ["python", "-m", "app"]

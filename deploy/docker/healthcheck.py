@@ -1,6 +1,6 @@
-"""What Docker asks every few seconds: exit status 0 if the service in this container is ready.
+"""Docker's health check: exits with 0 if the service in this container is ready.
 
-A process of its own each time, so it imports little, and reads the few settings that it needs by itself.
+Runs as a new process every few seconds, so it imports little and reads its few settings itself.
 """
 
 import http.client
@@ -9,14 +9,16 @@ import ssl
 import sys
 
 TIMEOUT_SECONDS = 4
-ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+# Addresses to listen on, and the addresses to reach them.
+LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def is_ready() -> bool:
     host, port = os.environ.get("DTEM_HOST", ""), int(os.environ.get("DTEM_PORT") or 8000)
-    host = ANY.get(host, host)
+    host = LOOPBACK.get(host, host)
     if os.environ.get("DTEM_TLS_CERTIFICATE"):
-        context = ssl._create_unverified_context()  # it asks itself
+        # The connection stays in the container, and the certificate names the public host.
+        context = ssl._create_unverified_context()
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
             host, port, timeout=TIMEOUT_SECONDS, context=context
         )

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Entrypoint of the grafana service: start.sh [COMMAND], the image's own /run.sh if none is given. There is no default
-# password and no default key: on first use random ones are made, kept in Grafana's own volume, and never printed.
-# GF_SECURITY_ADMIN_PASSWORD and GF_SECURITY_SECRET_KEY, or their …__FILE, set others. The user is admin.
+# Entrypoint of the grafana service: start.sh [COMMAND]; the default is the image's /run.sh.
+# There is no default password or key. The first start generates both at random, keeps them in Grafana's volume and
+# never prints them. GF_SECURITY_ADMIN_PASSWORD and GF_SECURITY_SECRET_KEY, or their __FILE variants, override them.
 set -eu
 
 data="${GF_PATHS_DATA:-/var/lib/grafana}"

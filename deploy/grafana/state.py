@@ -1,7 +1,6 @@
-"""Panels about the service's own state: its queue, what it refuses, its process and its GPU."""
+"""State: panels of the queue, refusals, the process and the GPU."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
@@ -9,138 +8,128 @@ from deploy.grafana.expressions import (
     SERVICE,
     STAGE,
     VARIANT,
-    VARIANT_NAME,
+    VARIANT_LEGEND,
     mean,
-    named,
+    name_adaptive,
     or_none,
     or_zero_of_images,
     per_second,
     quantile,
 )
-from deploy.grafana.panels import ORANGE, RED, Query, buckets, figure, graph
+from deploy.grafana.panels import ORANGE, RED, Panel, Query, heatmap, stat, timeseries
 
-NO_ROOM = "queue_full|deadline_unmeetable"  # 429
-FAULTS = "inference_failed|internal_error|engine_stalled|not_ready"  # 500, or 503 without a drain
-OUR_REASONS = f"{NO_ROOM}|{FAULTS}|deadline_passed|shutting_down"
+# Answered with 429.
+OVERLOAD = "queue_full|deadline_unmeetable"
+# Answered with 500, or with 503 outside a drain.
+FAULTS = "inference_failed|internal_error|engine_stalled|not_ready"
+SERVICE_REASONS = f"{OVERLOAD}|{FAULTS}|deadline_passed|shutting_down"
 
 
-def queueing() -> Sequence[Any]:
+def queueing() -> Sequence[Panel]:
+    depth = f"sum by ({BY_VARIANT}) (dtem_queue_depth_images{{{VARIANT}}})"
     return [
-        buckets(
-            "How large are the batches?",
-            "Images that ran together: the darker, the more runs. All at 1: no load. All at DTEM_MAX_BATCH_IMAGES: "
-            "the device is full.",
+        heatmap(
+            "Batch size distribution",
+            "Images per batch; darker means more batches. All at 1: low load. All at DTEM_MAX_BATCH_IMAGES: the device "
+            "is saturated.",
             "suffix:images",
             Query(f"sum by (le) (increase(dtem_batch_images_bucket{{{VARIANT}}}[$__rate_interval]))", "{{le}}"),
         ),
-        graph(
-            "Batch size, mean",
-            "Of each variant. Many variants at once make small batches: only images of one variant run together.",
+        timeseries(
+            "Mean batch size by variant",
+            "A batch holds images of one variant only, so many variants at once make small batches.",
             "suffix:images",
-            Query(named(mean("dtem_batch_images", BY_VARIANT)), VARIANT_NAME),
+            Query(name_adaptive(mean("dtem_batch_images", BY_VARIANT)), VARIANT_LEGEND),
         ),
-        graph(
-            "How many lanes are busy?",
-            "Seconds of running per second, stacked by variant. Up to DTEM_MAX_CONCURRENT_BATCHES (2) an instance; there all the "
-            "time: no room for more.",
-            "suffix:lanes",
-            Query(named(per_second("dtem_busy_seconds_total", BY_VARIANT)), VARIANT_NAME),
+        timeseries(
+            "Concurrent batches by variant",
+            "Mean number of batches running, stacked. The maximum is DTEM_MAX_CONCURRENT_BATCHES (2) per instance; "
+            "permanently there means saturated.",
+            "suffix:batches",
+            Query(name_adaptive(per_second("dtem_busy_seconds_total", BY_VARIANT)), VARIANT_LEGEND),
             is_stacked=True,
         ),
-        graph(
-            "How many images wait?",
-            "By the variant that they prefer, at the moment of a scrape. Short peaks are good: they make batches. "
-            "DTEM_MAX_QUEUE_IMAGES (64) of one variant: refusals begin.",
+        timeseries(
+            "Queue depth by variant",
+            "Images waiting for the device at each scrape, by preferred variant. Short peaks are good: they fill "
+            "batches. At DTEM_MAX_QUEUE_IMAGES (64) per variant requests are refused.",
             "suffix:images",
-            Query(
-                named(
-                    or_zero_of_images(
-                        f"sum by ({BY_VARIANT}) (dtem_queue_depth_images{{{VARIANT}}})", BY_VARIANT, VARIANT
-                    )
-                ),
-                VARIANT_NAME,
-            ),
+            Query(name_adaptive(or_zero_of_images(depth, BY_VARIANT, VARIANT)), VARIANT_LEGEND),
+            may_be_zero=True,
         ),
-        graph(
-            "How many images are inside?",
-            "Decoding, queued or running, of each instance. At DTEM_MAX_IN_FLIGHT_IMAGES (256) requests are refused.",
+        timeseries(
+            "Images in flight by instance",
+            "Images decoding, queued or running. At DTEM_MAX_IN_FLIGHT_IMAGES (256) requests are refused.",
             "suffix:images",
             Query("dtem_in_flight_images", "{{instance}}"),
-            steps=[(256, RED)],
+            thresholds=[(256, RED)],
         ),
-        graph(
-            "How long do images wait? p95",
-            "95 of 100 images waited at most this for the device. Above DTEM_TARGET_LATENCY_MS (250 ms) those who consent "
-            "are degraded.",
+        timeseries(
+            "Queue wait p95 by variant",
+            "95 % of the images waited less for the device. Above DTEM_TARGET_LATENCY_MS (250 ms) requests that opted "
+            "in are degraded.",
             "s",
-            Query(named(quantile(0.95, STAGE, BY_VARIANT, f'{VARIANT}, stage="queue"')), VARIANT_NAME),
-            steps=[(0.25, RED)],
+            Query(name_adaptive(quantile(0.95, STAGE, BY_VARIANT, f'{VARIANT}, stage="queue"')), VARIANT_LEGEND),
+            thresholds=[(0.25, RED)],
         ),
     ]
 
 
-def refusals() -> Sequence[Any]:
+def refusals() -> Sequence[Panel]:
     refused = "dtem_refusals_total"
+    degraded, images = (per_second(name, "policy") for name in ("dtem_degraded_total", "dtem_images_total"))
     return [
-        graph(
-            "What do we refuse, and why?",
-            "Requests and files refused for our reasons: load, deadlines, drain, failures. Good is nothing. "
-            "queue_full and "
-            "deadline_unmeetable: too much load; inference_failed and internal_error: read the log.",
+        timeseries(
+            "Service refusals by reason",
+            "Requests and files refused for overload, deadlines, a drain or a failure. Should be none. queue_full, "
+            "deadline_unmeetable: overload. inference_failed, internal_error: read the log.",
             "suffix:refusals/s",
-            Query(or_none(per_second(refused, "reason", f'reason=~"{OUR_REASONS}"'), "reason"), "{{reason}}"),
+            Query(or_none(per_second(refused, "reason", f'reason=~"{SERVICE_REASONS}"'), "reason"), "{{reason}}"),
             is_stacked=True,
             width=12,
         ),
-        graph(
-            "Which mistakes do callers make?",
-            "Requests and files refused for the callers' reasons. A new one after a release of theirs: tell them; "
-            "the answers say why.",
+        timeseries(
+            "Client errors by reason",
+            "Requests and files refused because they were invalid. A new reason after a client's release: tell its "
+            "developers. The answers contain the details.",
             "suffix:refusals/s",
             Query(
-                or_none(per_second(refused, "reason", f'reason!~"{OUR_REASONS}|client_gone"'), "reason"), "{{reason}}"
+                or_none(per_second(refused, "reason", f'reason!~"{SERVICE_REASONS}|client_gone"'), "reason"),
+                "{{reason}}",
             ),
             is_stacked=True,
             width=12,
         ),
-        graph(
-            "How many images run cheaper than asked?",
-            "Share of the images degraded with their callers' consent, by the policy that ran. Good is 0; above 10 % "
-            "for a quarter "
-            "of an hour an alert follows: add an instance.",
+        timeseries(
+            "Degraded images by policy",
+            "Share of images that ran at a higher r than preferred; their requests opted in. Should be 0. Above 10 % "
+            "for 15 minutes an alert fires: add an instance.",
             "percentunit",
-            Query(
-                f"({per_second('dtem_degraded_total', 'policy')} or 0 * {per_second('dtem_images_total', 'policy')})"
-                f" / ({per_second('dtem_images_total', 'policy')} > 0)",
-                "{{policy}}",
-            ),
-            steps=[(0.1, ORANGE)],
+            Query(f"({degraded} or 0 * {images}) / ({images} > 0)", "{{policy}}"),
+            thresholds=[(0.1, ORANGE)],
         ),
-        graph(
-            "Which deadlines are missed?",
-            "deadline_unmeetable: refused at once with 429, which costs nothing. deadline_passed: let in and "
-            "answered with 504; "
-            "if many, the estimates are wrong or the CPU is taken by others.",
+        timeseries(
+            "Missed deadlines by reason",
+            "deadline_unmeetable: refused at once with 429, at no cost. deadline_passed: admitted, then answered with "
+            "504; if frequent, the latency estimates are too low or other processes use the CPU.",
             "suffix:requests/s",
             Query(per_second("dtem_deadline_misses_total", "reason", ""), "{{reason}}"),
         ),
-        graph(
-            "How many callers leave?",
-            "Images whose caller left while they waited (costs nothing) or ran (work in vain). Many: the callers' "
-            "time limits are "
-            "shorter than the latency; let them send deadline_ms.",
+        timeseries(
+            "Cancelled images by state",
+            "Images whose client disconnected while they were waiting (no cost) or running (wasted work). If frequent, "
+            "client timeouts are shorter than the latency; clients should send deadline_ms.",
             "suffix:images/s",
             Query(per_second("dtem_cancelled_total", "reason", ""), "{{reason}}"),
         ),
     ]
 
 
-def process() -> Sequence[Any]:
+def process() -> Sequence[Panel]:
     return [
-        figure(
-            "Which models are served?",
-            "Model, version, format and device, and how many instances serve it. Two versions at once: both are "
-            "still published.",
+        stat(
+            "Model versions served",
+            "Instances per model, version, format and device. Two versions of a model: both are published.",
             "suffix:instances",
             Query(
                 f"sum by (model, version, format, device) (dtem_model_info{{{MODEL}}})",
@@ -149,50 +138,48 @@ def process() -> Sequence[Any]:
             width=8,
             shows_name=True,
         ),
-        figure(
-            "Versions since the start",
-            "Model versions taken, dropped and refused, by all instances since they started. Refused: the log says "
-            "which file, and why.",
+        stat(
+            "Model reloads by result",
+            "Versions loaded, dropped and refused since the start, over all instances. For refused versions the log "
+            "has the file and the reason.",
             "none",
             Query("sum by (result) (dtem_reloads_total)", "{{result}}"),
             width=8,
             shows_name=True,
+            may_be_zero=True,
         ),
-        figure(
-            "Time since the start",
-            "Of each instance. Short, and you have not deployed: it was restarted; see Restarting in the runbook.",
+        stat(
+            "Uptime by instance",
+            "If short without a deployment, the instance was restarted: see DtemServeRestarting in the runbook.",
             "dtdurations",
             Query(f"time() - process_start_time_seconds{{{SERVICE}}}", "{{instance}}"),
             width=8,
             shows_name=True,
         ),
-        graph(
-            "Memory",
-            "Resident memory of each instance; the figure above compares it with the limit. It grows with each version "
-            "served and settles; growth without end is a leak.",
+        timeseries(
+            "Resident memory by instance",
+            "Each new version adds a step. Continuous growth is a leak. The Overview compares it with the limit.",
             "bytes",
             Query(f"process_resident_memory_bytes{{{SERVICE}}}", "{{instance}}"),
             width=6,
         ),
-        graph(
-            "CPU",
-            "Cores that each instance uses. Near the cores that it has while few lanes are busy: decoding takes them.",
+        timeseries(
+            "CPU use by instance",
+            "Cores in use. Near the limit with few concurrent batches: decoding takes the CPU.",
             "suffix:cores",
             Query(f"rate(process_cpu_seconds_total{{{SERVICE}}}[$__rate_interval])", "{{instance}}"),
             width=6,
         ),
-        graph(
-            "Open files",
-            "Open file descriptors of each instance: about one a connection. Growth without end: callers who never "
-            "close.",
+        timeseries(
+            "Open file descriptors by instance",
+            "About one per connection. Continuous growth: clients that never close connections.",
             "none",
             Query(f"process_open_fds{{{SERVICE}}}", "{{instance}}"),
             width=6,
         ),
-        graph(
-            "Garbage collections",
-            "Python's, by generation. Generation 2 stops the process for milliseconds; more than one a second is "
-            "worth a look.",
+        timeseries(
+            "Garbage collections by generation",
+            "Python's. Generation 2 pauses the process for milliseconds; more than one per second is unusual.",
             "suffix:runs/s",
             Query(
                 f"sum by (generation) (rate(python_gc_collections_total{{{SERVICE}}}[$__rate_interval]))",
@@ -203,38 +190,38 @@ def process() -> Sequence[Any]:
     ]
 
 
-def gpu() -> Sequence[Any]:
+def gpu() -> Sequence[Panel]:
     name = "GPU {{gpu}}"
     return [
-        graph(
-            "GPU use",
-            "Share of the time in which something ran. Low with a long queue: batches are too small, or the CPU "
-            "decodes too slowly.",
+        timeseries(
+            "GPU utilization",
+            "Share of time with a kernel running. Low with a deep queue: batches are too small, or decoding on the CPU "
+            "is too slow.",
             "percent",
             Query("DCGM_FI_DEV_GPU_UTIL", name),
-            most=100,
+            axis_max=100,
             width=6,
         ),
-        graph(
-            "GPU memory",
-            "Used, of each GPU. It settles after the first batches of each size; graphs of more rates need more.",
+        timeseries(
+            "GPU memory used",
+            "Stable after the first batch of each size. Graphs for more rates need more.",
             "bytes",
             Query("DCGM_FI_DEV_FB_USED * 1048576", name),
             width=6,
         ),
-        graph(
+        timeseries(
             "GPU power",
-            "Drawn now. At its limit the clock falls.",
+            "At the power limit the clock frequency drops.",
             "watt",
             Query("DCGM_FI_DEV_POWER_USAGE", name),
             width=6,
         ),
-        graph(
+        timeseries(
             "GPU temperature",
-            "Above about 85 °C most GPUs slow down: look at the cooling.",
+            "Most GPUs throttle above about 85 °C: check the cooling.",
             "celsius",
             Query("DCGM_FI_DEV_GPU_TEMP", name),
-            steps=[(85, RED)],
+            thresholds=[(85, RED)],
             width=6,
         ),
     ]

@@ -1,7 +1,6 @@
-"""Panels about the traffic: what is asked for, what is answered, how fast, and at which rates."""
+"""Traffic: panels of requests, latency, throughput and merging."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from deploy.grafana.expressions import (
     BY_VARIANT,
@@ -10,126 +9,127 @@ from deploy.grafana.expressions import (
     SERVICE,
     STAGE,
     VARIANT,
-    VARIANT_NAME,
+    VARIANT_LEGEND,
     mean,
-    named,
+    name_adaptive,
     or_zero_of_images,
     per_second,
     quantile,
-    share,
+    ratio,
 )
-from deploy.grafana.panels import GREEN, ORANGE, RED, Query, figure, graph
+from deploy.grafana.panels import GREEN, ORANGE, RED, Panel, Query, stat, timeseries
+
+PERCENTILES = (50, 95, 99)
 
 
-def glance() -> Sequence[Any]:
+def overview() -> Sequence[Panel]:
     requests, all_requests = (per_second("dtem_requests_total", where=where) for where in (MODEL, ""))
     failed, refused = (per_second("dtem_requests_total", where=f'code=~"{codes}"') for codes in ("500|503", "429"))
-    saved, taken = per_second("dtem_gmacs_saved_total"), per_second("dtem_gmacs_total")
+    saved, used = per_second("dtem_gmacs_saved_total"), per_second("dtem_gmacs_total")
     memory = f"max(process_resident_memory_bytes{{{SERVICE}}} / dtem_memory_limit_bytes)"
     return [
-        figure(
-            "Ready?",
-            "Whether every instance takes requests. No: see NotReady and Down in the runbook.",
+        stat(
+            "Ready",
+            "Whether every instance is ready. If not, see DtemServeNotReady and DtemServeDown in the runbook.",
             "none",
             Query(f"min(dtem_ready or up{{{SERVICE}}}) or vector(0)", "ready"),
-            words={"0": ("no", RED), "1": ("yes", GREEN)},
+            value_texts={"0": ("no", RED), "1": ("yes", GREEN)},
         ),
-        figure(
+        stat(
             "Alerts firing",
-            "Good is 0. Otherwise Prometheus' page Alerts names them, and docs/runbook.md has a heading for each.",
+            "Should be 0. Prometheus lists them on its Alerts page; docs/runbook.md has a section for each.",
             "none",
             Query('count(ALERTS{alertstate="firing"}) or vector(0)', "alerts"),
-            steps=[(1, RED)],
+            thresholds=[(1, RED)],
+            may_be_zero=True,
         ),
-        figure(
-            "Requests",
-            "All requests to classify, whatever became of them. A sudden 0 is the callers' or the network's.",
+        stat(
+            "Request rate",
+            "Inference requests with any status. A sudden drop to 0 points to the clients or the network.",
             "reqps",
             Query(f"{requests} or vector(0)", "requests"),
         ),
-        figure(
-            "Latency, p99",
-            "99 of 100 answered requests were faster. Good is below what callers wait; beyond 1 s an alert follows. "
-            "See Latency.",
+        stat(
+            "Latency p99",
+            "99 % of the answered requests were faster. Above 1 s an alert fires. Details: row Latency.",
             "s",
             Query(quantile(0.99, STAGE, "", f'{VARIANT}, stage="total"'), "p99"),
-            steps=[(0.5, ORANGE), (1, RED)],
+            thresholds=[(0.5, ORANGE), (1, RED)],
         ),
-        figure(
-            "Failed",
-            "Answered with 500 or 503, of all requests, of all models. Good is 0. "
-            "Otherwise: read the log, and Failing in the runbook.",
+        stat(
+            "Failed requests",
+            "Share of requests answered with 500 or 503, over all models. Should be 0. Otherwise read the log, and "
+            "DtemServeFailing in the runbook.",
             "percentunit",
-            Query(f"{share(failed, all_requests)} or vector(0)", "failed"),
-            steps=[(0.001, ORANGE), (0.01, RED)],
+            Query(f"{ratio(failed, all_requests)} or vector(0)", "failed"),
+            thresholds=[(0.001, ORANGE), (0.01, RED)],
+            may_be_zero=True,
         ),
-        figure(
-            "Refused",
-            "Answered with 429, of all requests, of all models: no room, or no time. Above 5 % for long: add an "
-            "instance, or agree on a higher r.",
+        stat(
+            "Refused requests",
+            "Share of requests answered with 429, over all models: the queue is full or the deadline cannot be met. "
+            "If it stays above 5 %, add an instance or use a higher r.",
             "percentunit",
-            Query(f"{share(refused, all_requests)} or vector(0)", "429"),
-            steps=[(0.01, ORANGE), (0.05, RED)],
+            Query(f"{ratio(refused, all_requests)} or vector(0)", "429"),
+            thresholds=[(0.01, ORANGE), (0.05, RED)],
         ),
-        figure(
-            "GMACs saved",
-            "Share of the compute of the unmerged model that merging saved. The callers choose it, by r.",
+        stat(
+            "Compute saved",
+            "Share of the unmerged model's GMACs that token merging saved. Clients control it through r.",
             "percentunit",
-            Query(share(saved, f"({saved} + {taken})"), "saved"),
+            Query(ratio(saved, f"({saved} + {used})"), "saved"),
         ),
-        figure(
+        stat(
             "Memory used",
-            "The fullest instance's share of what its container (else the machine) may have. Above 90 % it may be "
-            "killed.",
+            "Highest share of the memory limit (container's, else machine's) over all instances. Above 90 % the kernel "
+            "may kill the process.",
             "percentunit",
             Query(memory, "memory"),
-            steps=[(0.75, ORANGE), (0.9, RED)],
+            thresholds=[(0.75, ORANGE), (0.9, RED)],
         ),
     ]
 
 
-def latency() -> Sequence[Any]:
+def latency() -> Sequence[Panel]:
     total = f'{VARIANT}, stage="total"'
     return [
-        graph(
-            f"How long does a request take, by rate? p{percent}",
-            f"{percent} of 100 answered requests took at most this, from the whole body to the answer. Higher r "
-            "should be faster; "
-            "if all rise together the queue is long (Batches and queue), if one does its graph is slow.",
+        timeseries(
+            f"Latency p{percent} by r",
+            f"{percent} % of the answered requests were faster, from the complete body to the answer. A higher "
+            "r should be faster. If all rates rise together, the queue is long (row Batches and queue); if one rises, "
+            "its graph is slow.",
             "s",
-            Query(named(quantile(percent / 100, STAGE, BY_VARIANT, total)), VARIANT_NAME),
-            steps=[(1, RED)] if percent == 99 else [],
+            Query(name_adaptive(quantile(percent / 100, STAGE, BY_VARIANT, total)), VARIANT_LEGEND),
+            thresholds=[(1, RED)] if percent == 99 else [],
         )
-        for percent in (50, 95, 99)
+        for percent in PERCENTILES
     ] + [
-        graph(
-            f"Where does the time go? p{percent}",
-            "Per image: decode (CPU), queue (waits for the device), inference (the run of its batch); total is the "
-            "whole request. "
-            "Queue above inference: too much load. Decode above inference: large images, or DTEM_N_DECODE_THREADS is "
-            "low.",
+        timeseries(
+            f"Latency p{percent} by stage",
+            "Per image: decode (CPU), queue (wait for the device), inference (its batch). Per request: total. Queue "
+            "above inference: overload. Decode above inference: large images, or too few DTEM_N_DECODE_THREADS.",
             "s",
             Query(quantile(percent / 100, STAGE, "stage"), "{{stage}}"),
         )
-        for percent in (50, 95, 99)
+        for percent in PERCENTILES
     ]
 
 
-def throughput() -> Sequence[Any]:
+def throughput() -> Sequence[Panel]:
     return [
-        graph(
-            "How many images, of which variant?",
-            "Images classified, stacked: policy and rate that ran. The top is the throughput; compare it with "
-            "docs/results/serve.md.",
+        timeseries(
+            "Throughput by variant",
+            "Images classified per second, stacked by the policy and r that ran. Compare the sum with "
+            "docs/results/overhead.md.",
             "suffix:images/s",
-            Query(named(per_second("dtem_images_total", BY_VARIANT)), VARIANT_NAME),
+            Query(name_adaptive(per_second("dtem_images_total", BY_VARIANT)), VARIANT_LEGEND),
             is_stacked=True,
             width=12,
         ),
-        graph(
-            "How were requests answered?",
-            "By HTTP status, stacked. 2xx is good; 4xx the callers' mistakes, but 429 means refused for load; 5xx: "
-            "see Refusals.",
+        timeseries(
+            "Requests by status code",
+            "Stacked. 2xx: answered. 429: refused for load. Other 4xx: client errors. 5xx: see row Refusals and "
+            "degradation.",
             "reqps",
             Query(per_second("dtem_requests_total", "code", MODEL), "{{code}}"),
             is_stacked=True,
@@ -139,56 +139,54 @@ def throughput() -> Sequence[Any]:
     ]
 
 
-def rates() -> Sequence[Any]:
+def merging() -> Sequence[Panel]:
     images = per_second("dtem_images_total", BY_VARIANT)
-    whole = per_second("dtem_images_total")
-    saved, taken = (per_second(name, "policy") for name in ("dtem_gmacs_saved_total", "dtem_gmacs_total"))
+    all_images = per_second("dtem_images_total")
+    saved, used = (per_second(name, "policy") for name in ("dtem_gmacs_saved_total", "dtem_gmacs_total"))
     return [
-        graph(
-            "Which rates are chosen?",
-            "Share of the images by policy and rate that ran, stacked to 100 %. More of the high rates at the same "
-            "callers: "
-            "the service degrades those who consent.",
+        timeseries(
+            "Share of images by variant",
+            "By the policy and r that ran, stacked to 100 %. If high rates grow with the same clients, the service is "
+            "degrading requests that opted in.",
             "percentunit",
-            Query(named(f"{images} / ignoring({BY_VARIANT}) group_left () ({whole} > 0)"), VARIANT_NAME),
+            Query(name_adaptive(f"{images} / ignoring({BY_VARIANT}) group_left () ({all_images} > 0)"), VARIANT_LEGEND),
             is_stacked=True,
-            most=1,
+            axis_max=1,
         ),
-        graph(
-            "How many tokens are left?",
-            "Mean number of tokens that an image has after the last block: the rate in effect, also of policies that "
-            "adapt. "
-            "Falls under load, as rates rise.",
+        timeseries(
+            "Mean tokens kept by variant",
+            "Tokens per image after the last block. For adaptive policies this is the effective rate. It falls under "
+            "load, when rates rise.",
             "suffix:tokens",
-            Query(named(mean("dtem_kept_tokens", BY_VARIANT)), VARIANT_NAME),
+            Query(name_adaptive(mean("dtem_kept_tokens", BY_VARIANT)), VARIANT_LEGEND),
         ),
-        graph(
-            "From which rate on does load push?",
-            "Least rate of requests that consent to be degraded. 0 is good: they run at the rate they prefer. "
-            "Up for long: add an instance.",
+        timeseries(
+            "Rate floor by policy",
+            "Minimum r of requests that opted in to degradation. 0: they run at their preferred r. If it stays up, add "
+            "an instance.",
             "none",
             Query(
                 or_zero_of_images(f"max by (policy) (dtem_rate_floor{{{POLICY}}})", "policy", POLICY),
                 "{{policy}}",
             ),
+            may_be_zero=True,
         ),
-        graph(
-            "How much compute is taken, and saved?",
-            "GMACs a second that images took, and that they would have taken besides, unmerged. Stacked: the top is "
-            "the unmerged cost.",
+        timeseries(
+            "Compute used and saved",
+            "GMACs per second, stacked. The sum is the cost of the unmerged model.",
             "si:GMAC/s",
-            Query(per_second("dtem_gmacs_total"), "taken"),
+            Query(per_second("dtem_gmacs_total"), "used"),
             Query(per_second("dtem_gmacs_saved_total"), "saved"),
             is_stacked=True,
             width=12,
         ),
-        graph(
-            "What share of the compute is saved?",
-            "By policy, of the unmerged model's GMACs. It should be what docs/results/policies.md says of the rates chosen; "
-            "the policies that adapt save more of easy images.",
+        timeseries(
+            "Compute saved by policy",
+            "Share of the unmerged model's GMACs. Expect the values of docs/results/policies.md for the rates in use; "
+            "adaptive policies save more on easy images.",
             "percentunit",
-            Query(f"{saved} / ({saved} + {taken} > 0)", "{{policy}}"),
-            most=1,
+            Query(f"{saved} / ({saved} + {used} > 0)", "{{policy}}"),
+            axis_max=1,
             width=12,
         ),
     ]

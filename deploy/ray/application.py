@@ -1,4 +1,4 @@
-"""Application: how many replicas of which size, for `serve run deploy.ray.application:build` or a config file."""
+"""Application: the number and size of the replicas, for `serve run deploy.ray.application:build` or a config file."""
 
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,25 @@ from app.settings import Settings, read_settings
 from deploy.ray.replica import Replica
 
 ROOT = Path(__file__).parents[2]
-HEALTH_SECONDS = 2  # how soon a dead or hung replica is noticed; asking costs it nothing
+# Interval of the health checks, which are cheap.
+HEALTH_SECONDS = 2
 
 
 class Arguments(BaseModel):
-    """What an operator chooses. Units: CPUs and GPUs of one replica."""
+    """An operator's choices. CPUs and GPUs are per replica."""
 
     model_config = ConfigDict(extra="forbid")
 
-    settings: dict[str, str] = Field(default={}, description="environment of the replicas: DTEM_…, OTEL_…")
-    num_cpus: int = Field(default=1, ge=1, description="CPUs of a replica, and the threads of one inference in it")
-    num_gpus: float = Field(default=0, ge=0, description="GPUs of a replica; needs DTEM_DEVICE=cuda")
+    settings: dict[str, str] = Field(default={}, description="environment of the replicas, DTEM_… and OTEL_…")
+    num_cpus: int = Field(default=1, ge=1, description="CPUs per replica, and threads per inference")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs per replica; needs DTEM_DEVICE=cuda")
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=4, ge=1)
-    autoscaling: dict[str, Any] = Field(default={}, description="more of Ray's AutoscalingConfig, or instead of ours")
+    autoscaling: dict[str, Any] = Field(default={}, description="fields of Ray's AutoscalingConfig; they override ours")
 
 
 def build(arguments: Arguments) -> Application:
-    """Make the application; the numbers of its queues follow from the service's settings.
+    """Build the application. Ray's queue sizes follow from the service's settings.
 
     Raises: SettingsError.
     """
@@ -51,14 +52,15 @@ def build(arguments: Arguments) -> Application:
         health_check_timeout_s=settings.stall_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=settings.drain_seconds,
-        logging_config={"enable_access_log": False},  # the service has its own
+        # The service logs requests itself.
+        logging_config={"enable_access_log": False},
     )
     application: Application = deployment(serve.ingress()(Replica)).bind()
     return application
 
 
 def plan_scaling(arguments: Arguments, settings: Settings) -> dict[str, Any]:
-    """A replica is full when each of its lanes has a whole batch; what comes on top waits, and is worth another one."""
+    """Scale when every worker thread of a replica has a full batch: further requests would queue."""
     return {
         "min_replicas": arguments.min_replicas,
         "max_replicas": arguments.max_replicas,

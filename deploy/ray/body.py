@@ -1,13 +1,15 @@
-"""Body: what a caller sends, held in the proxy until its answer begins, so that it can be sent again."""
+"""Body: a request body, kept in the proxy until the answer starts, so that the request can be retried."""
 
 import asyncio
 import contextlib
 
 from starlette.types import Message, Receive
 
-MAX_AHEAD_BYTES = 1_000_000  # a body up to this is read first, and travels with its request; a longer one streams
-MAX_KEPT_BYTES = 100_000_000  # a longer one is not kept, and its request not sent again
-GONE: Message = {"type": "http.disconnect"}
+# A body up to this size is read completely and sent with its request; a longer one is streamed.
+MAX_AHEAD_BYTES = 1_000_000
+# A request with a longer body is not retried.
+MAX_KEPT_BYTES = 100_000_000
+DISCONNECT: Message = {"type": "http.disconnect"}
 
 
 class Body:
@@ -15,51 +17,51 @@ class Body:
         self._receive = receive
         self._kept: list[Message] = []
         self._n_bytes = 0
-        self._is_kept, self._is_whole, self._is_released = True, False, False
-        self.has_left = False
+        self._is_kept, self._is_complete, self._is_released = True, False, False
+        self.is_disconnected = False
 
     @property
     def can_be_sent(self) -> bool:
-        return self._is_kept and not self.has_left
+        return self._is_kept and not self.is_disconnected
 
     @property
-    def whole(self) -> bytes | None:
-        """What has been read ahead, if that is all."""
-        return b"".join(message["body"] for message in self._kept) if self._is_whole else None
+    def complete(self) -> bytes | None:
+        """The body, if it has been read ahead completely."""
+        return b"".join(message["body"] for message in self._kept) if self._is_complete else None
 
     async def read_ahead(self) -> None:
-        """Read until the body is whole or long, or its caller leaves."""
-        while not self.has_left and self._n_bytes <= MAX_AHEAD_BYTES:
+        """Read until the body is complete or long, or the client disconnects."""
+        while not self.is_disconnected and self._n_bytes <= MAX_AHEAD_BYTES:
             if not (await self._read()).get("more_body", False):
-                self._is_whole = not self.has_left
+                self._is_complete = not self.is_disconnected
                 return
 
     def replay(self) -> Receive:
-        """Make a `receive` that begins with what was read, unless that travels with the request, and then reads on."""
-        kept = iter(() if self._is_whole else tuple(self._kept))
+        """Make a `receive` that repeats what was read and then reads on. A complete body is sent with its request."""
+        kept = iter(() if self._is_complete else tuple(self._kept))
 
         async def receive() -> Message:
-            if self._is_released and not self._is_whole:
-                return GONE
+            if self._is_released and not self._is_complete:
+                return DISCONNECT
             return next(kept, None) or await self._read()
 
         return receive
 
     def release(self) -> None:
-        """Keep it no longer, and read no more of it for a replica."""
+        """Drop the kept body, and read no more of it for a replica."""
         self._is_kept, self._is_released = False, True
         self._kept = []
 
-    async def swallow(self, seconds: float) -> None:
-        """Read what still comes, for a while: to close at once would reset the connection before its answer is read."""
+    async def discard(self, seconds: float) -> None:
+        """Read and discard the rest for a while: closing at once could reset the connection before the client reads."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self.has_left and (await self._read()).get("more_body", False):
+                while not self.is_disconnected and (await self._read()).get("more_body", False):
                     pass
 
     async def _read(self) -> Message:
         message = await self._receive()
-        self.has_left = self.has_left or message["type"] == "http.disconnect"
+        self.is_disconnected = self.is_disconnected or message["type"] == "http.disconnect"
         self._n_bytes += len(message.get("body", b""))
         if self._n_bytes > MAX_KEPT_BYTES:
             self._is_kept = False

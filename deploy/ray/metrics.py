@@ -1,4 +1,4 @@
-"""Metrics: one exposition of what each replica would show alone, told apart by the label `replica`."""
+"""Metrics: merge the expositions of all replicas into one, with a label `replica`."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 
 
 def merge(expositions: Mapping[str, bytes]) -> bytes:
-    """Shapes: replica's name -> its exposition."""
+    """Merge expositions by replica name."""
     families: dict[str, Metric] = {}
     for replica, text in sorted(expositions.items()):
         for family in text_string_to_metric_families(text.decode()):

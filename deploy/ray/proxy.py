@@ -1,6 +1,6 @@
-"""Proxy: what is done in Ray's HTTP proxies, so that a caller meets the service and not what is in front of it.
+"""Proxy: middleware in Ray's HTTP proxies, which retries requests and replaces Ray's own answers by the service's.
 
-They get it from their environment (`ray.env`): Ray calls `middlewares` as each of them starts.
+Ray calls `middlewares` when a proxy starts; `ray.env` names it.
 """
 
 import logging
@@ -16,29 +16,34 @@ from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.observability.logs import name_request
 from app.store.selection import MAX_DEADLINE_MS
 from deploy.ray.body import Body
-from deploy.ray.inlet import BODY, ELAPSED, SERVED_BY
+from deploy.ray.middleware import BODY, ELAPSED, SERVED_BY
 
-logger = logging.getLogger("ray.serve")  # the proxy's own log
+# The proxy's own log.
+logger = logging.getLogger("ray.serve")
 
-MAX_ATTEMPTS = 3  # a request that kills its replica kills no more than these
+# Also the most replicas that a fatal request can kill.
+MAX_ATTEMPTS = 3
 RETRY_SECONDS = 1
-DRAIN_SECONDS = 3.0
-REPLICA_SAYS_SECONDS = 0.1  # a replica's own word on a deadline is better: refused at once with 429, or past with 504
-OWN_PATHS = "/-/"  # of Ray's proxies
+DISCARD_SECONDS = 3.0
+# Leaves a replica time to answer a missed deadline itself, with 429 or 504.
+DEADLINE_GRACE_SECONDS = 0.1
+# Paths of Ray's proxies.
+RAY_PATHS = "/-/"
 REQUEST_ID = b"x-request-id"
-TIMEOUT = b"x-request-timeout-seconds"  # Ray's
-NOT_FROM_CALLERS = {REQUEST_ID, ELAPSED, TIMEOUT, b"x-request-disconnect-disabled"}
+# Ray's.
+TIMEOUT = b"x-request-timeout-seconds"
+# Removed from clients' requests.
+INTERNAL_HEADERS = {REQUEST_ID, ELAPSED, TIMEOUT, b"x-request-disconnect-disabled"}
 
 
 def middlewares() -> list[Middleware]:
-    return [Middleware(Resend)]
+    return [Middleware(RetryMiddleware)]
 
 
-class Resend:
-    """Pure ASGI middleware. A request whose replica died before it answered is sent to another one.
+class RetryMiddleware:
+    """Pure ASGI middleware: retries a request whose replica died before it answered.
 
-    It is safe to: nothing that the service does for a caller changes anything. Of Ray's own answers none reaches a
-    caller but those of `/-/…`.
+    Retries are safe because requests change nothing. Ray's own answers reach clients only at `/-/…`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -47,7 +52,7 @@ class Resend:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
-        elif scope["path"].startswith(OWN_PATHS):
+        elif scope["path"].startswith(RAY_PATHS):
             await self._app(scope, receive, send)
         else:
             await self._answer(scope, Body(receive), send)
@@ -56,26 +61,29 @@ class Resend:
         started_at, deadline_seconds, request_id = time.perf_counter(), read_deadline(scope), name_request(scope)
         answer = _Answer(scope, request_id, body, send)
         await body.read_ahead()
-        while answer.is_lost and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
+        while answer.needs_retry and body.can_be_sent and answer.n_attempts < MAX_ATTEMPTS:
             elapsed = time.perf_counter() - started_at
             if answer.n_attempts and deadline_seconds is not None and elapsed >= deadline_seconds:
                 break
             if answer.n_attempts:
-                logger.warning("request %s lost its replica after %.3f s: sent again", request_id, elapsed)
+                logger.warning(
+                    "replica died before it answered, retrying: request %s after %.3f s", request_id, elapsed
+                )
             answer.n_attempts += 1
             headers = forward_headers(scope, request_id, elapsed, deadline_seconds)
-            await self._app({**scope, "headers": headers, BODY: body.whole}, body.replay(), answer.take)
-        if answer.is_missing and not body.has_left:
+            await self._app({**scope, "headers": headers, BODY: body.complete}, body.replay(), answer.take)
+        if answer.is_missing and not body.is_disconnected:
             is_late = deadline_seconds is not None and time.perf_counter() - started_at >= deadline_seconds
             await answer.refuse(explain(scope["path"], is_late))
-        elif answer.is_open and not body.has_left:
-            await body.swallow(DRAIN_SECONDS)
+        elif answer.is_open and not body.is_disconnected:
+            await body.discard(DISCARD_SECONDS)
             await send({"type": "http.response.body", "body": b""})
 
 
 class _Answer:
-    """What a replica says goes to the caller; what Ray says is kept back. Nothing of an answer goes out before its
-    body has begun to come, so that a replica can die anywhere before.
+    """Forwards a replica's answer to the client, and holds Ray's own back.
+
+    Nothing is sent before the answer's body starts, so the request can be retried until then.
     """
 
     def __init__(self, scope: Scope, request_id: str, body: Body, send: Send) -> None:
@@ -86,8 +94,8 @@ class _Answer:
         self._is_rays = False
 
     @property
-    def is_lost(self) -> bool:
-        """Whether nobody has said anything to the end, as when a replica dies; Ray's own words are about no replica."""
+    def needs_retry(self) -> bool:
+        """Whether the attempt ended without an answer, because its replica died. Ray's own answers are final."""
         return self.is_missing and not self._is_rays
 
     async def take(self, message: Message) -> None:
@@ -99,11 +107,12 @@ class _Answer:
                 self.is_missing = False
                 await self._send(self._complete(self._start))
             self.is_open = message.get("more_body", False)
-            self._body.release()  # of a body that is refused as it comes, no more goes to the replica
+            # If the answer refuses a body that is still arriving, the replica gets no more of it.
+            self._body.release()
             await self._send(message)
 
     async def refuse(self, error: ServiceError) -> None:
-        """Answer in the place of the replicas."""
+        """Answer instead of the replicas."""
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -113,26 +122,27 @@ class _Answer:
         await render(error, self._scope["path"], self._request_id)(self._scope, self._body.replay(), send)
 
     def _complete(self, start: Message) -> Message:
-        """Ray names each request a second time; and what our own server would add is missing."""
+        """Add the headers of the service's own server and the attempt; drop Ray's second request id."""
         is_tls = self._scope.get("scheme") == "https"
         ours = [(name.lower().encode(), value.encode()) for name, value in server_headers(is_tls=is_tls)]
-        again = b"; attempt=%d" % self.n_attempts * (self.n_attempts > 1)
-        headers = [(name, value + again * (name == SERVED_BY)) for name, value in start["headers"]]
+        attempt = b"; attempt=%d" % self.n_attempts * (self.n_attempts > 1)
+        headers = [(name, value + attempt * (name == SERVED_BY)) for name, value in start["headers"]]
         kept = [header for header in headers if header[0] != REQUEST_ID]
         return {**start, "headers": [*ours, *kept, (REQUEST_ID, self._request_id.encode())]}
 
 
 def explain(path: str, is_late: bool) -> ServiceError:
-    """Find the words for what no replica has answered."""
-    if not path.startswith("/"):  # Ray knows no way for `OPTIONS *`
+    """Return the error for a request that no replica answered."""
+    # Ray cannot route `OPTIONS *`.
+    if not path.startswith("/"):
         return UnknownPath(f"There is nothing at {echo(path)!r}.")
     if is_late:
-        return DeadlinePassed("The deadline is past.")
+        return DeadlinePassed("The deadline has passed.")
     return NotReady("No replica could answer.", retry_after_seconds=RETRY_SECONDS)
 
 
 def read_deadline(scope: Scope) -> float | None:
-    """Read `deadline_ms`, if it is there and can be one; what is wrong with it, a replica says. Units: seconds."""
+    """Read a valid `deadline_ms`; a replica reports an invalid one. Units: seconds."""
     query = parse_qs(scope["query_string"].decode("latin-1"))
     try:
         deadline_ms = float(query["deadline_ms"][0])
@@ -144,11 +154,10 @@ def read_deadline(scope: Scope) -> float | None:
 def forward_headers(
     scope: Scope, request_id: str, elapsed: float, deadline_seconds: float | None
 ) -> list[tuple[bytes, bytes]]:
-    """Make the headers that go to a replica. Units: seconds."""
-    headers = [(name, value) for name, value in scope["headers"] if name not in NOT_FROM_CALLERS]
+    """Build the headers for a replica. Units: seconds."""
+    headers = [(name, value) for name, value in scope["headers"] if name not in INTERNAL_HEADERS]
     headers += [(REQUEST_ID, request_id.encode()), (ELAPSED, b"%f" % elapsed)]
-    if (
-        deadline_seconds is not None
-    ):  # for those that wait for a replica; one that has them says so itself, a little later
-        headers.append((TIMEOUT, b"%f" % (max(0.0, deadline_seconds - elapsed) + REPLICA_SAYS_SECONDS)))
+    # Ray's timeout covers the wait for a replica.
+    if deadline_seconds is not None:
+        headers.append((TIMEOUT, b"%f" % (max(0.0, deadline_seconds - elapsed) + DEADLINE_GRACE_SECONDS)))
     return headers

@@ -1,6 +1,6 @@
-"""A stand-in for dcgm-exporter, as there is no GPU here: it answers what its documentation shows.
+"""A stub of dcgm-exporter for machines without a GPU: it returns the example of its documentation.
 
-Needs nothing but Python: `python dcgm_exporter.py` serves it on port 9400 in a container.
+Needs only Python: `python dcgm_exporter.py` listens on port 9400.
 """
 
 import http.server
@@ -20,13 +20,13 @@ class Recorded(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(EXPOSITION.read_bytes())
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (its name in the base class)
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the name in the base class)
         pass
 
 
 @contextmanager
 def run_dcgm_exporter() -> Iterator[int]:
-    """Serve it on a port that is yielded."""
+    """Serve on a free port. Yields the port."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorded)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -1,6 +1,6 @@
-"""Draw every panel of the dashboard, but the GPU's, from real data: `python -m tests.deploy.draw_dashboard`.
+"""Draw the dashboard from real data, except the GPU's row: `python -m tests.deploy.draw_dashboard`.
 
-A service with the reference model, Debian's Prometheus, and traffic of every kind; docs/dashboard.png.
+Runs a service with the reference model, Debian's Prometheus and every kind of traffic. Writes docs/dashboard.png.
 """
 
 import argparse
@@ -19,29 +19,32 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from deploy.grafana.table import unit_name
+from deploy.grafana.page import unit_name
 from tests.deploy.prometheus import run_prometheus
 from tests.deploy.queries import DASHBOARD, DEPLOY, Sample, ask, fill_in, panels
 from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.server import Server
 
 ROOT = DEPLOY.parent
-PHASES = (4, 40, 4)  # callers; as many parts of the time
+# Clients, in equal parts of the time.
+PHASES = (4, 40, 4)
 STEP_SECONDS = 2.0
 WINDOW = "10s"
 COLUMN_INCHES, LINE_INCHES = 0.75, 0.34
 COLOURS = {"green": "#3a8f3a", "orange": "#e07b00", "red": "#c4262e", "yellow": "#d9b300", "blue": "#2f6db5"}
 
-SCALES = {"percentunit": 100.0, "s": 1e3, "bytes": 2.0**-20}  # of curves, to UNITS
+# Of time series, to the units below.
+SCALES = {"percentunit": 100.0, "s": 1e3, "bytes": 2.0**-20}
 UNITS = {"percentunit": "%", "s": "ms", "bytes": "MiB"}
 
 TAB20 = colormaps["tab20"](range(20))
 
-Answers = list[tuple[str, Sample]]  # name in the legend
+# Legends and their series.
+NamedSeries = list[tuple[str, Sample]]
 
 
 def draw(prometheus_url: str, seconds: float) -> Figure:
-    """Draw what a Prometheus says of the last seconds."""
+    """Draw the last seconds of a Prometheus' data."""
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     rows = [row for row in board["panels"] if row["type"] == "row" and not row.get("collapsed")]
     shown = [panel for row, panel in panels(board) if row in {row["title"] for row in rows}]
@@ -52,19 +55,20 @@ def draw(prometheus_url: str, seconds: float) -> Figure:
         figure.text(0.005, y, row["title"], fontsize=14, fontweight="bold", color="#444")
     for panel in shown:
         at = panel["gridPos"]
-        below = 0.4 if panel["type"] == "stat" else 2.2  # for the legend
+        # Space for the legend.
+        below = 0.4 if panel["type"] == "stat" else 2.2
         left, bottom = (at["x"] + 0.6) / 24, 1 - (at["y"] + at["h"] - below) / n_lines
         axes = figure.add_axes((left, bottom, (at["w"] - 0.8) / 24, (at["h"] - below - 1.2) / n_lines))
         axes.set_prop_cycle(color=TAB20)
         unit = panel["fieldConfig"]["defaults"]["unit"]
         unit = "" if panel["type"] == "stat" else UNITS.get(unit, unit_name(unit))
         axes.set_title(f"{panel['title']}   {unit}", fontsize=9, loc="left")
-        DRAWERS[panel["type"]](axes, panel, answer(prometheus_url, panel, seconds))
+        DRAWERS[panel["type"]](axes, panel, query(prometheus_url, panel, seconds))
     return figure
 
 
-def answer(prometheus_url: str, panel: dict[str, Any], seconds: float) -> Answers:
-    """Ask for all queries of a panel, and name what comes back as its legend would."""
+def query(prometheus_url: str, panel: dict[str, Any], seconds: float) -> NamedSeries:
+    """Run all queries of a panel, and name the series as its legend does."""
     found = [
         (name_series(target["legendFormat"], sample.labels), sample)
         for target in panel["targets"]
@@ -78,24 +82,24 @@ def name_series(legend: str, labels: dict[str, str]) -> str:
 
 
 def natural(name: str) -> list[str]:
-    """Order names as people do: tome 8 before tome 16."""
+    """Return a key for natural sort order: tome 8 before tome 16."""
     return [word.zfill(9) if word.isdigit() else word for word in name.split()]
 
 
-def align(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Put all series on one axis of times, with NaN where one is missing. Shapes: (T,), (N, T)."""
-    times = np.array(sorted({at for _, sample in answers for at in sample.times}))
-    values = np.full((len(answers), len(times)), np.nan)
-    for line, (_, sample) in zip(values, answers, strict=True):
+def align(series: NamedSeries) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Align all series on one time axis, with NaN for missing values. Shapes: (T,), (N, T)."""
+    times = np.array(sorted({at for _, sample in series for at in sample.times}))
+    values = np.full((len(series), len(times)), np.nan)
+    for line, (_, sample) in zip(values, series, strict=True):
         line[np.searchsorted(times, sample.times)] = sample.values
     return times - times[0], values
 
 
-def draw_curves(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
+def draw_timeseries(axes: Axes, panel: dict[str, Any], series: NamedSeries) -> None:
     defaults = panel["fieldConfig"]["defaults"]
-    times, values = align(answers)
+    times, values = align(series)
     values *= SCALES.get(defaults["unit"], 1)
-    names = [name for name, _ in answers]
+    names = [name for name, _ in series]
     if defaults["custom"].get("stacking"):
         axes.stackplot(times, np.nan_to_num(values), labels=names, colors=TAB20)
     else:
@@ -120,21 +124,21 @@ def draw_curves(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
     )
 
 
-def draw_figures(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
+def draw_stat(axes: Axes, panel: dict[str, Any], series: NamedSeries) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     words = {key: word for mapping in defaults.get("mappings", []) for key, word in mapping["options"].items()}
     axes.set_axis_off()
-    for place, (name, sample) in enumerate(answers):
+    for place, (name, sample) in enumerate(series):
         value = sample.values[-1]
         word = words.get(f"{value:g}", {"text": text(value, defaults["unit"]), "color": colour(value, defaults)})
-        x = (place + 0.5) / len(answers)
+        x = (place + 0.5) / len(series)
         axes.text(x, 0.55, word["text"], ha="center", va="center", fontsize=16, color=COLOURS[word["color"]])
         if panel["options"]["textMode"] == "value_and_name":
             axes.text(x, 0.1, name, ha="center", va="center", fontsize=8)
 
 
-def draw_buckets(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
-    ordered = sorted(answers, key=lambda item: float(item[0]))
+def draw_heatmap(axes: Axes, panel: dict[str, Any], series: NamedSeries) -> None:
+    ordered = sorted(series, key=lambda item: float(item[0]))
     times, values = align(ordered)
     counts = np.diff(np.nan_to_num(values), axis=0, prepend=0)
     last = max(2, int(np.flatnonzero(counts.sum(axis=1) > 0.5).max()) + 1)
@@ -143,7 +147,7 @@ def draw_buckets(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
     axes.tick_params(labelsize=7)
 
 
-DRAWERS = {"timeseries": draw_curves, "stat": draw_figures, "heatmap": draw_buckets}
+DRAWERS = {"timeseries": draw_timeseries, "stat": draw_stat, "heatmap": draw_heatmap}
 
 
 def colour(value: float, defaults: dict[str, Any]) -> str:
@@ -153,7 +157,7 @@ def colour(value: float, defaults: dict[str, Any]) -> str:
 
 
 def text(value: float, unit: str) -> str:
-    """Write a value as Grafana would."""
+    """Format a value as Grafana does."""
     if unit == "percentunit":
         return f"{100 * value:.1f} %"
     if unit in ("s", "dtdurations"):
@@ -162,15 +166,15 @@ def text(value: float, unit: str) -> str:
 
 
 def record(folder: Path, seconds: float) -> Figure:
-    """Run a service and a Prometheus, call the one, and draw what the other has seen."""
+    """Run a service and a Prometheus, send traffic to the service, and draw the Prometheus' data."""
     image = next(iter(sorted((ROOT / "examples").glob("*.jpg")))).read_bytes()
     with (
         Server(ROOT / "model_store", folder / "server.log") as server,
         run_prometheus(folder / "prometheus", server.port) as url,
     ):
         time.sleep(5)
-        for n_callers in PHASES:
-            send_all_kinds(Address("127.0.0.1", server.port), image, seconds / len(PHASES), n_callers)
+        for n_clients in PHASES:
+            send_all_kinds(Address("127.0.0.1", server.port), image, seconds / len(PHASES), n_clients)
         return draw(url, seconds)
 
 
@@ -181,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder), options.seconds).savefig(options.out, dpi=80)
-    Image.open(options.out).quantize(128).save(options.out, optimize=True)  # a third of the bytes
+    # A third of the size.
+    Image.open(options.out).quantize(128).save(options.out, optimize=True)
 
 
 if __name__ == "__main__":

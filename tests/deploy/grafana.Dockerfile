@@ -1,5 +1,5 @@
-# A stand-in for Grafana, where its image cannot be had: its user, its folder, its entrypoint's name, and an answer to the
-# health check. It shows that our files, mounts and limits work together; not that Grafana does.
+# A stub of Grafana for machines that cannot pull its image: same user, folder and entrypoint, and an answer to the health
+# check. It tests our files, mounts and limits, not Grafana.
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 472 grafana && mkdir -p /var/lib/grafana /srv/api && chown 472:0 /var/lib/grafana && touch /srv/api/health \
  && printf '#!/bin/sh\nexec curl -fsSo /dev/null "$3"\n' > /usr/local/bin/wget \

@@ -1,4 +1,4 @@
-"""Manifests: the objects in deploy/kubernetes, as they lie there and as kustomize renders them."""
+"""Manifests: the objects in deploy/kubernetes, as written and as kustomize renders them."""
 
 import subprocess
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 KUSTOMIZATION = "kustomization.yaml"
 
-Object = dict[str, Any]  # as the API server would be sent it
+# As sent to the API server.
+Object = dict[str, Any]
 
 
 def read_objects(text: str) -> list[Object]:
@@ -19,19 +20,17 @@ def read_objects(text: str) -> list[Object]:
 
 
 def read_file(path: str) -> Object:
-    """Read a file of one object, by its place in deploy/kubernetes."""
+    """Read a file with one object. path: relative to deploy/kubernetes."""
     (item,) = read_objects((FOLDER / path).read_text(encoding="utf-8"))
     return item
 
 
 def list_whole_files() -> list[str]:
-    """List the files that are objects of their own, not patches: the resources of every kustomization, and what is
-    applied by hand.
-    """
+    """List the files with complete objects, not patches: all kustomizations' resources, and manual manifests."""
     folders = [path.parent for path in sorted(FOLDER.rglob(KUSTOMIZATION))]
     listed = [folder / name for folder in folders for name in read_kustomization(folder).get("resources", [])]
-    byhand = [FOLDER / "components/model-store/publisher.yaml"]
-    return [str(path.relative_to(FOLDER)) for path in [*listed, *byhand] if path.is_file()]
+    manual = [FOLDER / "components/model-store/publisher.yaml"]
+    return [str(path.relative_to(FOLDER)) for path in [*listed, *manual] if path.is_file()]
 
 
 def read_kustomization(folder: Path) -> Object:
@@ -40,15 +39,16 @@ def read_kustomization(folder: Path) -> Object:
 
 
 def render(folder: Path) -> list[Object]:
-    """Run kustomize, which kubectl has in it."""
+    """Run kubectl's kustomize."""
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # what is deprecated
+    # Deprecation warnings.
+    assert not done.stderr, done.stderr
     return read_objects(done.stdout)
 
 
 def find(objects: Iterable[Object], kind: str, name: str = "dtem-serve") -> Object:
-    """Return the one of this kind; a generated name ends in a digest."""
+    """Return the only object of a kind. Generated names end in a digest."""
     (item,) = (o for o in objects if o["kind"] == kind and o["metadata"]["name"].startswith(name))
     return item
 
@@ -60,6 +60,6 @@ def container(deployment: Object) -> Object:
 
 
 def read_settings_file(text: str) -> dict[str, str]:
-    """Read a file of NAME=value lines, such as kustomize's `envs`."""
+    """Parse a file of NAME=value lines, such as kustomize's `envs`."""
     lines = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     return dict(line.split("=", 1) for line in lines)

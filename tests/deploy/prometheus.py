@@ -1,4 +1,4 @@
-"""A real Prometheus with our rules and jobs, on this machine's ports."""
+"""A real Prometheus with our rules and jobs, on local ports."""
 
 import json
 import shutil
@@ -21,13 +21,14 @@ START_SECONDS = 30.0
 
 @contextmanager
 def run_prometheus(folder: Path, service_port: int, gpu_port: int | None = None) -> Iterator[str]:
-    """Run Debian's Prometheus (apt-get install prometheus), which scrapes every second. Yields its address."""
+    """Run Debian's Prometheus (apt-get install prometheus) with a scrape interval of 1 s. Yields its URL."""
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{service_port}"]
     shutil.copytree(DEPLOY / "prometheus", folder)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    if gpu_port is not None:  # as docker-compose.gpu.yml mounts one in the place of the other
+    # docker-compose.gpu.yml mounts one file over the other.
+    if gpu_port is not None:
         given = (folder / "gpu-targets-dcgm.yml").read_text()
         (folder / "gpu-targets.yml").write_text(given.replace("dcgm-exporter:9400", f"127.0.0.1:{gpu_port}"))
     port = find_free_port()
@@ -43,7 +44,7 @@ def run_prometheus(folder: Path, service_port: int, gpu_port: int | None = None)
 
 
 def get(prometheus_url: str, path: str) -> Any:
-    """Return the data of an answer of its API."""
+    """Call the API. Returns the data."""
     with urllib.request.urlopen(f"{prometheus_url}/api/v1/{path}", timeout=10) as answer:
         return json.load(answer)["data"]
 

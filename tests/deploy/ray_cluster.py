@@ -1,6 +1,6 @@
-"""A Ray cluster of two nodes on this machine: the program that holds it until its stdin ends.
+"""A program that runs a Ray cluster of two nodes on this machine until its stdin ends.
 
-`python -m tests.deploy.ray_cluster PORT` says `done` when the cluster is there, and after each line that it reads:
+`python -m tests.deploy.ray_cluster PORT` prints `done` when the cluster is up, and after each command from stdin:
 `deploy {…}` with the arguments of `deploy.ray.application:build`, `kill node`, or `add node`.
 """
 
@@ -14,10 +14,8 @@ from ray.cluster_utils import Cluster
 
 from deploy.ray.application import Arguments, build
 
-NODE: dict[str, Any] = {
-    "num_cpus": 2,
-    "object_store_memory": 80_000_000,
-}  # two replicas of one CPU, whatever the machine has
+# Room for two replicas of one CPU, whatever the machine has.
+NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 80_000_000}
 
 
 def main() -> None:

@@ -1,15 +1,16 @@
-"""Schemas: Kubernetes' own, published with each version, and of one resource that is not Kubernetes'."""
+"""Schemas: Kubernetes' published schemas, and one for the Prometheus Operator's ServiceMonitor."""
 
 import jsonschema
 import kubernetes_validate
 
 from tests.deploy.manifests import Object
 
-OLDEST = "1.30"  # whose preStop hooks may sleep
+# The first version whose preStop hooks support `sleep`.
+OLDEST = "1.30"
 LATEST = kubernetes_validate.latest_version()
 TEXT = {"type": "string"}
 SECONDS = {"type": "string", "pattern": "^[0-9]+s$"}
-# The fields in use, by the Prometheus Operator's API reference (monitoring.coreos.com/v1); any other is refused.
+# The fields in use, from the Prometheus Operator's API reference (monitoring.coreos.com/v1). Others are refused.
 SERVICE_MONITOR = {
     "type": "object",
     "required": ["selector", "endpoints"],
@@ -41,7 +42,7 @@ SERVICE_MONITOR = {
 
 
 def validate(item: Object, version: str) -> None:
-    """Refuse what the API server would, unknown fields too.
+    """Validate as the API server does, and refuse unknown fields.
 
     Raises: jsonschema.ValidationError.
     """

@@ -1,4 +1,4 @@
-"""Every alert fires when it should and not otherwise, and the runbook says what to do."""
+"""Every alert fires when it should and only then, and has a section in the runbook."""
 
 import json
 import re
@@ -22,12 +22,12 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def headings(file: Path) -> list[str]:
-    """List the anchors of a page's headings, as Git hosts make them."""
+    """List the anchors of a page's headings, as Git hosts generate them."""
     found = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in found]
 
 
-def test_every_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> None:
+def test_every_alert_has_a_firing_and_a_quiet_test_case() -> None:
     cases: dict[str, set[bool]] = defaultdict(set)
     for test in yaml.safe_load(TESTS.read_text(encoding="utf-8"))["tests"]:
         for case in test["alert_rule_test"]:
@@ -36,7 +36,7 @@ def test_every_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> No
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_alert_says_what_is_wrong_with_its_figure_and_where_to_read_on(name: str) -> None:
+def test_every_alert_has_a_severity_a_value_and_a_runbook_section(name: str) -> None:
     rule = RULES[name]
     assert set(rule) - {"for"} == {"alert", "expr", "labels", "annotations"}
     assert rule["labels"]["severity"] in ("critical", "warning")
@@ -48,21 +48,22 @@ def test_every_alert_says_what_is_wrong_with_its_figure_and_where_to_read_on(nam
     assert anchor in headings(ROOT / page)
 
 
-def test_the_runbook_has_no_alert_that_is_gone() -> None:
+def test_runbook_has_no_section_for_a_removed_alert() -> None:
     about = {anchor for anchor in headings(ROOT / "docs/runbook.md") if anchor.startswith("dtemserve")}
     assert about == {name.lower() for name in RULES}
 
 
-def test_the_runbook_names_panels_and_rows_that_exist() -> None:
+def test_runbook_names_existing_panels_and_rows() -> None:
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    known = {re.sub(r" p\d+$", "", panel["title"]) for _, panel in panels(board)} | {row for row, _ in panels(board)}
-    elsewhere = {"Alerts", "Alerting", "Targets", "Configuration"}  # pages of Prometheus and Grafana
+    known = {name for row, panel in panels(board) for name in (row, panel["title"])}
+    # Pages of Prometheus and Grafana.
+    elsewhere = {"Alerts", "Alerting", "Targets", "Configuration"}
     named = re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", (ROOT / "docs/runbook.md").read_text(encoding="utf-8"))
     assert len(named) > 20
     assert {" ".join(name.split()) for name in named} <= known | elsewhere
 
 
-def test_alerts_are_read_with_their_thresholds() -> None:
+def test_alert_queries_separate_expressions_from_thresholds() -> None:
     queries = {query.title: query for query in alert_queries()}
     assert set(queries) == set(RULES)
     memory = queries["DtemServeMemory"]
@@ -80,6 +81,6 @@ def test_alerts_are_read_with_their_thresholds() -> None:
     ],
     ids=" ".join,
 )
-def test_promtool_agrees(command: list[str]) -> None:
+def test_promtool_accepts(command: list[str]) -> None:
     done = subprocess.run(["promtool", *command], cwd=ALERTS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The dashboard's file is what its code says, Grafana's model reads it, and every query of it means something."""
+"""The generated dashboard is up to date and valid for Grafana, and every query returns plausible data."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from jsonschema import Draft7Validator
 
-from deploy.grafana import dashboard, table
+from deploy.grafana import dashboard, page
 from tests.app.odd_images import encode, make_photo
 from tests.app.store.test_loader import change_byte
 from tests.app.store.test_watcher import publish
@@ -29,8 +29,8 @@ from tests.deploy.queries import (
     Sample,
     alert_queries,
     ask,
-    complaints,
     dashboard_queries,
+    find_faults,
     panels,
 )
 from tests.deploy.traffic import Address, send_all_kinds
@@ -42,7 +42,7 @@ PROVISIONING = DASHBOARD.parents[1] / "provisioning"
 BOARD = json.loads(DASHBOARD.read_text(encoding="utf-8"))
 SCHEMA = json.loads((Path(__file__).parent / "grafana-schema.json").read_text(encoding="utf-8"))
 PNG = encode(make_photo(64, 64), "PNG")
-# So that this little traffic fills it: small queues, batches that wait, and a device that is soon behind.
+# Small queues, delayed batches and a low target, so that little traffic is enough to overload the service.
 SETTINGS: dict[str, Any] = {
     "max_queue_images": 6,
     "max_files": 4,
@@ -52,18 +52,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_the_file_is_what_the_code_builds() -> None:
+def test_dashboard_file_is_up_to_date() -> None:
     assert DASHBOARD.read_text(encoding="utf-8") == dashboard.render()
 
 
-def test_the_page_has_the_files_panels() -> None:
-    assert table.PAGE.read_text(encoding="utf-8") == table.render(BOARD)
-    assert all(f"| {panel['title']} |" in table.PAGE.read_text(encoding="utf-8") for _, panel in panels(BOARD))
+def test_page_is_up_to_date_and_has_every_panel() -> None:
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(BOARD)
+    assert all(f"| {panel['title']} |" in page.PAGE.read_text(encoding="utf-8") for _, panel in panels(BOARD))
 
 
-def test_grafanas_builder_reads_the_file_and_loses_nothing() -> None:
+def test_dashboard_survives_a_round_trip_through_grafanas_model() -> None:
     plugins.register_default_plugins()
-    model = importlib.import_module("grafana_foundation_sdk.models.dashboard")  # which warns, unless ours came first
+    # Imported late: it warns, unless deploy.grafana has been imported first.
+    model = importlib.import_module("grafana_foundation_sdk.models.dashboard")
     again = json.loads(json.dumps(model.Dashboard.from_json(BOARD), cls=JSONEncoder))
     for variable in again["templating"]["list"]:
         for name in ("auto", "auto_min", "auto_count"):
@@ -71,9 +72,10 @@ def test_grafanas_builder_reads_the_file_and_loses_nothing() -> None:
     assert again == BOARD
 
 
-def test_the_file_is_valid_by_the_types_of_the_grafana_that_is_pinned() -> None:
+def test_dashboard_matches_the_schema_of_the_pinned_grafana() -> None:
     assert list(errors(BOARD)) == []
-    assert BOARD["schemaVersion"] == 42  # of Grafana 13.2
+    # Grafana 13.2's.
+    assert BOARD["schemaVersion"] == 42
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,13 @@ def test_the_file_is_valid_by_the_types_of_the_grafana_that_is_pinned() -> None:
         ("gridPos", {"x": "left"}),
     ],
 )
-def test_a_file_that_is_not_valid_is_noticed(place: str, wrong: dict[str, Any]) -> None:
-    (panel,) = [panel for _, panel in panels(BOARD) if panel["title"] == "CPU"]
+def test_invalid_panel_fails_the_schema(place: str, wrong: dict[str, Any]) -> None:
+    (panel,) = [panel for _, panel in panels(BOARD) if panel["title"] == "CPU use by instance"]
     assert list(errors({**BOARD, "panels": [{**panel, place: wrong}]}))
 
 
 def errors(board: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a dashboard, by Grafana's own types: of itself, and of each kind of panel."""
+    """Yield the violations of Grafana's schemas, of the dashboard and of each kind of panel."""
     parts = [(SCHEMA["dashboard"], board)]
     for _, panel in panels(board):
         known = SCHEMA[panel["type"]]
@@ -101,7 +103,7 @@ def errors(board: dict[str, Any]) -> Iterator[str]:
         yield from (error.message for error in Draft7Validator(schema).iter_errors(part))
 
 
-def test_every_panel_says_what_it_shows_in_which_unit() -> None:
+def test_every_panel_has_a_unique_title_a_description_a_unit_and_legends() -> None:
     titles = [panel["title"] for _, panel in panels(BOARD)]
     assert len(titles) == len(set(titles)) > 30
     for _, panel in panels(BOARD):
@@ -110,7 +112,7 @@ def test_every_panel_says_what_it_shows_in_which_unit() -> None:
         assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
 
 
-def test_panels_lie_beside_each_other_on_the_grid() -> None:
+def test_panels_do_not_overlap_and_have_unique_ids() -> None:
     taken: Counter[tuple[int, int]] = Counter()
     for _, panel in panels(BOARD):
         at = panel["gridPos"]
@@ -121,7 +123,7 @@ def test_panels_lie_beside_each_other_on_the_grid() -> None:
     assert len(set(numbers)) == len([p for p in BOARD["panels"] if p["type"] == "row"]) + len(list(panels(BOARD)))
 
 
-def test_every_query_asks_the_source_that_is_provisioned() -> None:
+def test_every_query_uses_the_provisioned_data_source() -> None:
     (source,) = yaml.safe_load((PROVISIONING / "datasources/prometheus.yml").read_text())["datasources"]
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     found = set(re.findall(r'"uid": "([^"]+)"', DASHBOARD.read_text(encoding="utf-8"))) - {BOARD["uid"]}
@@ -131,7 +133,7 @@ def test_every_query_asks_the_source_that_is_provisioned() -> None:
     assert (provider["type"], provider["options"]["path"]) == ("file", mounts["./deploy/grafana/dashboards"])
 
 
-def test_panels_are_of_the_grafana_that_runs() -> None:
+def test_panels_have_the_version_of_the_deployed_grafana() -> None:
     assert GRAFANA["image"] == f"grafana/grafana:{dashboard.GRAFANA}"
     assert {panel["pluginVersion"] for _, panel in panels(BOARD)} == {dashboard.GRAFANA}
 
@@ -141,7 +143,7 @@ def query(**fields: str) -> PanelQuery:
 
 
 @pytest.mark.parametrize(
-    ("asked", "values"),
+    ("panel_query", "values"),
     [
         (query(), []),
         (query(), [-0.1, 1.0]),
@@ -153,13 +155,13 @@ def query(**fields: str) -> PanelQuery:
         (query(legend="{{r}} {{policy}}"), [1.0]),
     ],
 )
-def test_answers_without_sense_are_complained_of(asked: PanelQuery, values: list[float]) -> None:
-    assert complaints(query(), [Sample({"r": "8"}, [0.0, 0.01])]) == []
-    assert len(complaints(asked, [Sample({"r": "8"}, values)])) == 1
+def test_implausible_results_are_found(panel_query: PanelQuery, values: list[float]) -> None:
+    assert find_faults(query(), [Sample({"r": "8"}, [0.0, 0.01])]) == []
+    assert len(find_faults(panel_query, [Sample({"r": "8"}, values)])) == 1
 
 
 class Watched(NamedTuple):
-    """A service, the Prometheus that watches it, its store, and how it answered."""
+    """A service, the Prometheus that scrapes it, its model store, and the statuses of its answers."""
 
     server: Server
     prometheus_url: str
@@ -177,17 +179,18 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         run_prometheus(folder / "prometheus", server.port, gpu_port) as url,
     ):
         wait_until(lambda: all(sample.values[-1] == 1 for sample in ask(url, "up", 10, 1)) and bool(ask(url, "up")))
-        time.sleep(2)  # a scrape before the traffic: an increase needs a value to start from
-        statuses = send_all_kinds(Address("127.0.0.1", server.port), PNG, seconds=15, n_callers=32)
+        # A scrape before the traffic: an increase needs a first value.
+        time.sleep(2)
+        statuses = send_all_kinds(Address("127.0.0.1", server.port), PNG, seconds=15, n_clients=32)
         time.sleep(2)
         yield Watched(server, url, folder / "store", statuses)
 
 
 @pytest.mark.container
-def test_every_query_of_every_panel_and_alert_gives_sense_after_traffic(watched: Watched) -> None:
+def test_every_query_returns_plausible_data_after_traffic(watched: Watched) -> None:
     assert {200, 404, 415, 422, 429, 504} <= set(watched.statuses), watched.statuses
     queries = dashboard_queries(window="5s") + alert_queries()
-    found = [text for asked in queries for text in complaints(asked, ask(watched.prometheus_url, asked.expr, 60, 1))]
+    found = [text for each in queries for text in find_faults(each, ask(watched.prometheus_url, each.expr, 60, 1))]
     assert found == []
     assert len(queries) > 50
 
@@ -200,14 +203,14 @@ def test_every_panel_can_be_drawn(watched: Watched) -> None:
 
 
 @pytest.mark.container
-def test_every_rule_is_evaluated_without_an_error_and_nothing_is_down(watched: Watched) -> None:
+def test_every_rule_evaluates_and_every_target_is_up(watched: Watched) -> None:
     (group,) = get(watched.prometheus_url, "rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
     assert {target["health"] for target in get(watched.prometheus_url, "targets")["activeTargets"]} == {"up"}
 
 
 @pytest.mark.container
-def test_a_refused_version_raises_its_alert_and_no_other(watched: Watched) -> None:
+def test_refused_version_fires_its_alert_and_no_other(watched: Watched) -> None:
     def firing() -> list[str]:
         alerts = get(watched.prometheus_url, "alerts")["alerts"]
         return [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
@@ -219,11 +222,11 @@ def test_a_refused_version_raises_its_alert_and_no_other(watched: Watched) -> No
 
 
 @pytest.mark.container
-def test_without_a_gpu_there_is_no_target_and_no_alert_for_it(watched: Watched, tmp_path: Path) -> None:
+def test_without_a_gpu_it_has_no_target_and_no_alert(watched: Watched, tmp_path: Path) -> None:
     with run_prometheus(tmp_path / "prometheus", watched.server.port) as url:
         wait_until(lambda: bool(ask(url, "up")))
         assert [target["labels"]["job"] for target in get(url, "targets")["activeTargets"]] == ["dtem-serve"]
-        gpu = [asked for asked in dashboard_queries() if asked.needs_gpu]
+        gpu = [each for each in dashboard_queries() if each.needs_gpu]
         assert len(gpu) == 4
-        assert [ask(url, asked.expr) for asked in gpu] == [[], [], [], []]
+        assert [ask(url, each.expr) for each in gpu] == [[], [], [], []]
         assert "DtemServeGpuUnseen" not in [alert["labels"]["alertname"] for alert in get(url, "alerts")["alerts"]]

@@ -1,4 +1,4 @@
-"""The image itself: what is in it, what it may do, and how it ends."""
+"""The image: its contents, metadata, permissions, start-up errors and health check."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import app
 from benchmarks.composed import DockerError, docker
 from tests.app.certificates import make_certificate
 from tests.integration.server import wait_until
@@ -22,7 +23,7 @@ def inspect(image: str) -> dict[str, Any]:
     return dict(described)
 
 
-def run_inside(image: str, *command: str) -> str:
+def run_in(image: str, *command: str) -> str:
     return docker("run", "--rm", *CONFINED, "--entrypoint", command[0], image, *command[1:])
 
 
@@ -30,26 +31,25 @@ def test_image_adds_at_most_350_mb(image: str) -> None:
     assert inspect(image)["Size"] - inspect(BASE)["Size"] <= MAX_OWN_BYTES
 
 
-def test_image_is_described_and_ends_by_sigterm_as_nobody_special(image: str) -> None:
+def test_image_has_its_version_and_runs_as_an_unprivileged_user(image: str) -> None:
     config = inspect(image)["Config"]
     assert config["User"] == "10001:10001"
     assert config["StopSignal"] == "SIGTERM"
     assert config["Healthcheck"]["Test"] == ["CMD", "python", "/app/healthcheck.py"]
     assert config["Labels"]["org.opencontainers.image.title"] == "dtem-serve"
+    assert config["Labels"]["org.opencontainers.image.version"] == app.__version__
 
 
-def test_image_has_neither_torch_nor_a_compiler_nor_the_training_half(image: str) -> None:
-    listing = run_inside(
-        image, "sh", "-c", "ls /app /opt/venv/lib/python3*/site-packages; command -v gcc cc g++ || true"
-    )
+def test_image_contains_no_torch_no_compiler_and_no_training_code(image: str) -> None:
+    listing = run_in(image, "sh", "-c", "ls /app /opt/venv/lib/python3*/site-packages; command -v gcc cc g++ || true")
     words = set(listing.split())
     assert {"app", "model_store", "healthcheck.py", "onnxruntime"} <= words
     assert not words & {"torch", "timm", "torchvision", "training", "tests", "pip"}
     assert not re.search(r"/(gcc|cc|g\+\+)$", listing, re.MULTILINE)
 
 
-def test_image_can_be_read_by_its_user_and_not_written(image: str) -> None:
-    """With a writable root: where nothing can be written at all, `find` would find nothing either."""
+def test_image_is_readable_and_not_writable_by_its_user(image: str) -> None:
+    """Uses a writable root file system; on a read-only one, `find -writable` finds nothing anyway."""
     find = ("run", "--rm", "--entrypoint", "find", image, "/app", "/opt/venv", "-not", "-type", "l")
     assert docker(*find, "-writable") == ""
     assert docker(*find, "-not", "-readable") == ""
@@ -60,14 +60,14 @@ def test_image_can_be_read_by_its_user_and_not_written(image: str) -> None:
     ("setting", "reason"),
     [("DTEM_DEVICE=cuda", "CUDAExecutionProvider"), ("DTEM_PORTS=1", "no such setting"), ("DTEM_MODEL_STORE=/x", "/x")],
 )
-def test_image_that_cannot_start_says_why(image: str, setting: str, reason: str) -> None:
+def test_failed_start_prints_its_reason(image: str, setting: str, reason: str) -> None:
     with pytest.raises(DockerError, match="cannot start") as caught:
         docker("run", "--rm", *CONFINED, "--env", setting, image)
     assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-def test_healthcheck_asks_the_service_as_it_is_set(image: str, tmp_path: Path, is_tls: bool) -> None:
+def test_healthcheck_follows_the_settings(image: str, tmp_path: Path, is_tls: bool) -> None:
     settings = ["--env", "DTEM_PORT=9000", "--env", "DTEM_API_KEYS=secret"]
     if is_tls:
         certificate, key = make_certificate(tmp_path)

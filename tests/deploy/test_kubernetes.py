@@ -1,4 +1,4 @@
-"""Kubernetes: the manifests are valid, agree with each other, and with the service that they run."""
+"""Kubernetes: the manifests are valid and consistent with each other and with the service."""
 
 import re
 from typing import Any
@@ -25,8 +25,10 @@ from tests.deploy.manifests import (
 )
 from tests.deploy.schemas import LATEST, OLDEST, validate
 
-TRACES_SECONDS = 5  # docs/operations.md
-READY_BYTES, DECODING_BYTES = 825_000_000, 200_000_000  # measured: the reference store; one image of 49 Mpx
+# docs/operations.md
+TRACES_SECONDS = 5
+# Measured: the reference store when ready; one image of 49 Mpx being decoded.
+READY_BYTES, DECODING_BYTES = 825_000_000, 200_000_000
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 PROBES = ("startup", "readiness", "liveness")
 
@@ -41,13 +43,13 @@ def base_settings() -> dict[str, str]:
 
 
 def environment(deployment: Object, settings: dict[str, str]) -> dict[str, str]:
-    """Say what the container finds: what a field of the pod fills in is not said."""
+    """Return the container's variables, except those filled in from fields of the pod."""
     own = container(deployment).get("env", [])
     return settings | {variable["name"]: variable["value"] for variable in own if "value" in variable}
 
 
 def start_with(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Settings:
-    """Read settings as the service would with these variables and no others of its prefix."""
+    """Read the settings with these variables and no other `DTEM_` variables."""
     for name in Settings.model_fields:
         monkeypatch.delenv(f"DTEM_{name.upper()}", raising=False)
     for name, value in variables.items():
@@ -61,7 +63,7 @@ def quantity_bytes(quantity: str) -> int:
 
 
 def pod_selectors(item: Object) -> list[dict[str, str]]:
-    """List what an object chooses pods by, or a template its own."""
+    """List the label selectors of an object."""
     spec = item.get("spec", {})
     if item["kind"] == "Service":
         return [spec["selector"]]
@@ -89,7 +91,7 @@ def test_manifest_with_a_misspelt_field_is_refused(path: str) -> None:
         validate(item, LATEST)
 
 
-def test_manifest_list_has_every_kind_that_is_promised() -> None:
+def test_manifests_include_every_documented_kind() -> None:
     kinds = {read_file(path)["kind"] for path in list_whole_files()}
     assert kinds >= {
         *("Namespace", "ServiceAccount", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"),
@@ -100,11 +102,12 @@ def test_manifest_list_has_every_kind_that_is_promised() -> None:
 def test_settings_are_accepted_by_the_service(deployment: Object, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = start_with(monkeypatch, environment(deployment, base_settings()))
     assert settings.host == "0.0.0.0"
-    assert settings.n_threads is None  # by the quota, so the limit has to be whole CPUs
+    # The threads follow the quota, so the limit has to be whole CPUs.
+    assert settings.n_threads is None
     assert container(deployment)["resources"]["limits"]["cpu"].isdecimal()
 
 
-def test_service_links_are_off_because_the_service_refuses_them(
+def test_service_links_are_off_because_the_service_refuses_their_variables(
     deployment: Object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = read_file("base/service.yaml")["metadata"]["name"].upper().replace("-", "_")
@@ -132,7 +135,7 @@ def test_memory_holds_models_bodies_and_images_being_decoded(
     assert quantity_bytes(container(deployment)["resources"]["limits"]["memory"]) > 1.2 * needed
 
 
-def test_probes_ask_paths_that_exist_and_need_no_key(deployment: Object) -> None:
+def test_probes_use_existing_paths_that_need_no_key(deployment: Object) -> None:
     paths = create_app(Service(Settings(), Metrics(CollectorRegistry()))).openapi()["paths"]
     asked = {
         kind: container(deployment)[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")
@@ -142,9 +145,7 @@ def test_probes_ask_paths_that_exist_and_need_no_key(deployment: Object) -> None
     assert read_file("components/prometheus/servicemonitor.yaml")["spec"]["endpoints"][0]["path"] in paths
 
 
-def test_ports_lead_to_the_port_that_the_service_listens_on(
-    deployment: Object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ports_target_the_port_that_the_service_listens_on(deployment: Object, monkeypatch: pytest.MonkeyPatch) -> None:
     (port,) = container(deployment)["ports"]
     assert port["containerPort"] == start_with(monkeypatch, base_settings()).port
     (offered,) = read_file("base/service.yaml")["spec"]["ports"]
@@ -156,7 +157,7 @@ def test_ports_lead_to_the_port_that_the_service_listens_on(
     assert scraped["port"] == offered["name"]
 
 
-def test_selectors_choose_the_pods_of_the_deployment(deployment: Object) -> None:
+def test_selectors_match_the_pods_of_the_deployment(deployment: Object) -> None:
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     objects = [read_file(path) for path in list_whole_files()]
     chosen = [selector for item in objects for selector in pod_selectors(item)]
@@ -164,7 +165,7 @@ def test_selectors_choose_the_pods_of_the_deployment(deployment: Object) -> None
     assert all(selector and selector.items() <= labels.items() for selector in chosen)
 
 
-def test_service_monitor_and_autoscaler_name_what_exists(deployment: Object) -> None:
+def test_service_monitor_and_autoscaler_refer_to_existing_objects(deployment: Object) -> None:
     objects = [read_file(path) for path in list_whole_files()]
     service, monitor = find(objects, "Service"), find(objects, "ServiceMonitor")["spec"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
@@ -174,7 +175,7 @@ def test_service_monitor_and_autoscaler_name_what_exists(deployment: Object) -> 
 
 
 @pytest.mark.parametrize("path", ["base/deployment.yaml", "components/model-store/publisher.yaml"])
-def test_pods_are_as_restricted_as_their_namespace_demands(path: str) -> None:
+def test_pods_meet_the_security_standard_of_their_namespace(path: str) -> None:
     item = read_file(path)
     pod: dict[str, Any] = item["spec"]["template"]["spec"] if item["kind"] == "Deployment" else item["spec"]
     assert pod["automountServiceAccountToken"] is False
@@ -191,17 +192,17 @@ def test_pods_are_as_restricted_as_their_namespace_demands(path: str) -> None:
         assert only["resources"]["limits"].keys() >= {"cpu", "memory", "ephemeral-storage"}
 
 
-def test_pods_run_as_the_user_of_the_image() -> None:
+def test_image_runs_as_the_user_of_the_pods() -> None:
     assert "\nUSER 10001:10001\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
-def test_network_policy_lets_nothing_out() -> None:
+def test_network_policy_allows_no_egress() -> None:
     spec = read_file("base/networkpolicy.yaml")["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     assert not spec.get("egress")
 
 
-def test_readme_names_files_that_exist() -> None:
+def test_readme_names_existing_files() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     linked = {FOLDER / name for name in re.findall(r"\]\(([^)#]+)\)", text)}
     words = re.findall(r"(?<![\w./])(?:deploy|docs|examples|model_store)/[\w./-]+\w", text)

@@ -1,4 +1,4 @@
-"""Kubernetes as kustomize renders it: the overlays, and an operator's own over them as the README has it."""
+"""The overlays as kustomize renders them, and the README's example of an operator's overlay."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ OVERLAYS = ("base", "overlays/cpu", "overlays/gpu")
 
 
 def read_block(language: str, word: str) -> str:
-    """Return the README's block of code that has a word in it."""
+    """Return the README's code block that contains a word."""
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     (block,) = (b for b in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if word in b)
     assert isinstance(block, str)
@@ -27,7 +27,7 @@ def read_block(language: str, word: str) -> str:
 
 
 def render_over(folder: Path, kustomization: str) -> list[Object]:
-    """Render a kustomization that lies beside a copy of `deploy`, where paths must not be absolute."""
+    """Render a kustomization in a folder next to `deploy`, because kustomize refuses absolute paths."""
     (folder / "deploy").symlink_to(FOLDER.parent, target_is_directory=True)
     (folder / "own").mkdir()
     (folder / "own" / "kustomization.yaml").write_text(kustomization, encoding="utf-8")
@@ -49,7 +49,7 @@ def test_overlay_is_accepted_by_the_published_schemas(overlay: str, version: str
 
 
 @pytest.mark.parametrize(("overlay", "device"), [("base", "cpu"), ("overlays/cpu", "cpu"), ("overlays/gpu", "cuda")])
-def test_overlay_has_settings_and_image_of_its_device(
+def test_overlay_has_the_settings_and_image_of_its_device(
     overlay: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = render(FOLDER / overlay)
@@ -78,7 +78,7 @@ def test_gpu_overlay_needs_no_spare_gpu_for_a_rollout() -> None:
     assert strategy == {"maxUnavailable": 1, "maxSurge": 0}
 
 
-def test_readme_overlay_changes_what_it_says(own: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_overlay_applies_its_changes(own: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
     for item in own:
         validate(item, LATEST)
     deployment = find(own, "Deployment")
@@ -91,7 +91,7 @@ def test_readme_overlay_changes_what_it_says(own: list[Object], monkeypatch: pyt
     assert (settings.max_batch_images, settings.drain_grace_seconds) == (16, 5)
 
 
-def test_components_mount_what_their_settings_name(own: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_components_mount_the_paths_in_their_settings(own: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = find(own, "Deployment")
     settings = start_with(monkeypatch, environment(deployment, find(own, "ConfigMap")["data"]))
     mounts = {mount["name"]: mount for mount in container(deployment)["volumeMounts"]}
@@ -104,7 +104,7 @@ def test_components_mount_what_their_settings_name(own: list[Object], monkeypatc
     assert str(settings.api_key_file) == f"{mounts['keys']['mountPath']}/{item['path']}"
 
 
-def test_readme_keys_are_what_the_service_and_prometheus_read(
+def test_readme_keys_work_for_the_service_and_prometheus(
     own: list[Object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = read_block("sh", "create secret").replace("generic", "generic --dry-run=client --output=json")
@@ -140,7 +140,8 @@ def test_components_all_work_together_and_without_prometheus(tmp_path: Path, mon
     settings = start_with(monkeypatch, environment(find(objects, "Deployment"), find(objects, "ConfigMap")["data"]))
     assert settings.trace_endpoint is not None
     assert [variable["name"] for variable in container(find(objects, "Deployment"))["env"]][:2] == [
-        "POD_NAME",  # before what refers to it
+        # Before the variable that refers to it.
+        "POD_NAME",
         "OTEL_RESOURCE_ATTRIBUTES",
     ]
     (rule, _names) = find(objects, "NetworkPolicy", "dtem-serve-traces")["spec"]["egress"]

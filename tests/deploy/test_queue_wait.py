@@ -1,4 +1,4 @@
-"""The queue's wait, on its way from the service's metrics through prometheus-adapter to the autoscaler."""
+"""Queue wait: from the service's metrics through prometheus-adapter to the autoscaler."""
 
 import re
 import subprocess
@@ -14,7 +14,8 @@ from app.settings import Settings
 from tests.app.results import make_result
 from tests.deploy.manifests import Object, read_file
 
-Samples = dict[str, str]  # a series, and its values
+# A series and its values, in promtool's notation.
+Samples = dict[str, str]
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def autoscaler() -> Object:
 
 
 def fill_in(query: str) -> str:
-    """Fill the template in as prometheus-adapter does when asked for pods of a namespace."""
+    """Fill in the template as prometheus-adapter does for the pods of a namespace."""
     matchers = 'namespace="dtem-serve",pod=~"busy|idle|new"'
     return query.replace("<<.LabelMatchers>>", matchers).replace("<<.GroupBy>>", "pod")
 
 
 def expose() -> str:
-    """Say what a service that has answered one request exposes."""
+    """Return the exposition of a service that has answered one request."""
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: True, _Nothing(), lambda: 0)
     result = make_result("dtem", 16, model="reference", queue_seconds=0.25, inference_seconds=0.01)
@@ -47,7 +48,7 @@ def expose() -> str:
 
 
 class _Nothing:
-    """An engine in which nothing waits."""
+    """An engine with empty queues."""
 
     def depths_by_label(self) -> dict[tuple[str, str, str], int]:
         return {}
@@ -56,7 +57,7 @@ class _Nothing:
         return {}
 
 
-def test_autoscaler_asks_for_the_metric_that_the_adapter_offers(rule: Object) -> None:
+def test_autoscaler_uses_the_adapters_metric(rule: Object) -> None:
     (metric,) = autoscaler()["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
     assert metric["pods"]["target"]["type"] == "AverageValue"
@@ -68,7 +69,7 @@ def test_autoscaler_adds_replicas_before_requests_are_degraded() -> None:
     assert int(target_ms) < Settings().target_latency_ms / 2
 
 
-def test_autoscaler_is_quick_to_add_and_slow_to_remove() -> None:
+def test_autoscaler_scales_up_fast_and_down_slowly() -> None:
     behavior = autoscaler()["behavior"]
     up, down = behavior["scaleUp"], behavior["scaleDown"]
     assert up["stabilizationWindowSeconds"] == 0
@@ -76,7 +77,7 @@ def test_autoscaler_is_quick_to_add_and_slow_to_remove() -> None:
     assert max(policy["value"] for policy in down["policies"]) == 1
 
 
-def test_adapter_reads_series_that_the_service_exposes(rule: Object) -> None:
+def test_adapter_queries_series_that_the_service_exposes(rule: Object) -> None:
     exposed = expose()
     names = set(re.findall(r"dtem_\w+", rule["metricsQuery"] + rule["seriesQuery"]))
     assert names == {"dtem_stage_seconds_sum", "dtem_stage_seconds_count", "dtem_ready"}
@@ -86,13 +87,13 @@ def test_adapter_reads_series_that_the_service_exposes(rule: Object) -> None:
 
 
 def stage(pod: str, wait: str, count: str, r: int = 0, name: str = "queue", namespace: str = "dtem-serve") -> Samples:
-    """Make up what a pod's histogram of one stage says at each scrape, in promtool's words."""
+    """Make the sum and count of a pod's histogram of one stage at each scrape."""
     labels = f'{{namespace="{namespace}",pod="{pod}",stage="{name}",r="{r}"}}'
     return {f"dtem_stage_seconds_sum{labels}": wait, f"dtem_stage_seconds_count{labels}": count}
 
 
 def evaluate(query: str, series: Samples, expected: dict[str, float], folder: Path) -> None:
-    """Let promtool say what a query is after two minutes of a scrape every 15 seconds."""
+    """Check a query's result with promtool, after two minutes of scrapes every 15 seconds."""
     samples = [{"labels": f'{{pod="{pod}"}}', "value": value} for pod, value in expected.items()]
     test = {
         "interval": "15s",
@@ -109,9 +110,11 @@ def evaluate(query: str, series: Samples, expected: dict[str, float], folder: Pa
 def test_adapter_query_is_the_mean_wait_of_each_pod_and_zero_without_traffic(rule: Object, tmp_path: Path) -> None:
     ready = {f'dtem_ready{{namespace="dtem-serve",pod="{pod}"}}': "1+0x8" for pod in ("busy", "idle", "new")}
     series = {
-        **ready,  # `new` has nothing else: no image yet
-        **stage("busy", "0+9x8", "0+45x8"),  # 45 images in 15 s, that wait 0.2 s each
-        **stage("busy", "0+6x8", "0+15x8", r=16),  # and 15 that wait 0.4 s
+        # `new` has no other series: it has served no image yet.
+        **ready,
+        # In 15 s, 45 images that wait 0.2 s each, and 15 that wait 0.4 s.
+        **stage("busy", "0+9x8", "0+45x8"),
+        **stage("busy", "0+6x8", "0+15x8", r=16),
         **stage("busy", "0+900x8", "0+45x8", name="inference"),
         **stage("busy", "0+900x8", "0+1x8", namespace="other"),
         **stage("idle", "7+0x8", "30+0x8"),

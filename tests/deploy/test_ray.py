@@ -1,4 +1,4 @@
-"""Two nodes with a replica each: what dies, grows or changes under load costs nobody an answer."""
+"""Two nodes with one replica each: failures, scaling and reloads under load lose no request."""
 
 import os
 import signal
@@ -14,10 +14,13 @@ from tests.integration.load import Load
 from tests.integration.server import wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
-SLOW = encode(Image.new("RGB", (2000, 2000)), "PNG")  # to decode: so requests are inside replicas, not on their way
+# Slow to decode, so that requests are in replicas rather than on the way.
+SLOW = encode(Image.new("RGB", (2000, 2000)), "PNG")
 N_CLIENTS = 16
-N_BEFORE = 100  # requests answered before something happens
-HELD_SECONDS = 3.0  # the proxy looks elsewhere after one, unless a replica has the request already
+# Requests answered before an event.
+N_BEFORE = 100
+# After 1 second the proxy tries another replica, unless one has accepted the request.
+HELD_SECONDS = 3.0
 
 
 @pytest.fixture
@@ -38,12 +41,12 @@ def served_by(load: Load) -> set[str]:
     return {name for name in load.servers.copy() if name and ";" not in name}
 
 
-def count_resent(load: Load) -> int:
+def count_retried(load: Load) -> int:
     return sum(n for name, n in load.servers.items() if "; attempt=" in name)
 
 
-def freeze_with_requests_inside(load: Load, pid: int) -> None:
-    """Stop a replica at a moment when it has requests: while others are answered, theirs are not."""
+def freeze_with_requests_in_flight(load: Load, pid: int) -> None:
+    """Stop a replica while it has requests: they stay unanswered while others are answered."""
 
     def is_holding() -> bool:
         os.kill(pid, signal.SIGSTOP)
@@ -58,53 +61,55 @@ def freeze_with_requests_inside(load: Load, pid: int) -> None:
 
 
 def kill(load: Load, what: str, end: Callable[[], object]) -> None:
-    """End something, wait until another replica has served in the place of the one that is gone, and count."""
+    """Kill something, wait until a new replica serves, and count lost and retried requests."""
     before, started_at = served_by(load), time.monotonic()
     end()
     wait_until(lambda: bool(served_by(load) - before))
     seconds = time.monotonic() - started_at
     wait_until(lambda: not load.has_waited_since(started_at))
     lost = sum(n for outcome, n in load.outcomes.items() if outcome != 200)
-    n_all, n_resent = load.outcomes.total(), count_resent(load)
-    print(f"killed {what}: {n_all} requests, {lost} lost, {n_resent} sent again, replaced after {seconds:.1f} s")
+    n_all, n_retried = load.outcomes.total(), count_retried(load)
+    print(f"killed {what}: {n_all} requests, {lost} lost, {n_retried} retried, replaced after {seconds:.1f} s")
     assert set(load.outcomes) == {200}, load.outcomes
-    assert n_resent > 0
+    assert n_retried > 0
 
 
-def test_a_killed_node_loses_no_request_of_another_nodes_proxy(server: RayServer, load: Load) -> None:
+def test_killed_node_loses_no_request_to_another_nodes_proxy(server: RayServer, load: Load) -> None:
     pid = next(pid for pid in server.replica_pids() if not server.is_on_head(pid))
 
     def end() -> None:
         server.tell("kill node")
-        os.kill(pid, signal.SIGKILL)  # it stands still, and would not notice
+        # Frozen, it would not notice.
+        os.kill(pid, signal.SIGKILL)
 
-    freeze_with_requests_inside(load, pid)
+    freeze_with_requests_in_flight(load, pid)
     kill(load, "a node", end)
     server.tell("add node")
 
 
-def test_a_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
+def test_killed_replica_loses_no_request(server: RayServer, load: Load) -> None:
     pid = server.replica_pids()[0]
-    freeze_with_requests_inside(load, pid)
+    freeze_with_requests_in_flight(load, pid)
     kill(load, "a replica", lambda: os.kill(pid, signal.SIGKILL))
 
 
-def test_versions_come_and_go_on_all_replicas_under_load(server: RayServer, load: Load) -> None:
+def test_all_replicas_load_and_drop_versions_under_load(server: RayServer, load: Load) -> None:
     with server.published("tiny", "2"):
         wait_until(lambda: load.versions["2"] >= N_BEFORE)
     before = load.versions["2"]
     wait_until(lambda: load.versions["1"] >= 2 * N_BEFORE)
-    assert load.versions["2"] - before <= N_CLIENTS  # what was under way
+    # Requests in flight.
+    assert load.versions["2"] - before <= N_CLIENTS
     assert set(load.outcomes) == {200}, load.outcomes
 
 
-def test_replicas_come_with_the_load_and_go_with_it(server: RayServer) -> None:
+def test_replicas_scale_with_the_load(server: RayServer) -> None:
     quick = {"metrics_interval_s": 0.2, "look_back_period_s": 1, "upscale_delay_s": 0.2, "downscale_delay_s": 1}
-    with Load(server.port, PNG, n_clients=1, is_kept=True) as lone:
+    with Load(server.port, PNG, n_clients=1, is_kept=True) as single:
         server.deploy(1, 2, target_ongoing_requests=4, **quick)
         wait_until(lambda: len(server.replica_pids()) == 1)
         with Load(server.port, PNG, n_clients=N_CLIENTS, is_kept=True) as load:
             wait_until(lambda: len(served_by(load)) == 2)
         wait_until(lambda: len(server.replica_pids()) == 1)
         server.deploy()
-    assert set(load.outcomes) | set(lone.outcomes) == {200}, (load.outcomes, lone.outcomes)
+    assert set(load.outcomes) | set(single.outcomes) == {200}, (load.outcomes, single.outcomes)

@@ -4,24 +4,26 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from app.errors import SettingsError
 from app.settings import Settings
 from tests.integration.server import ROOT
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Ray's own, of pydantic
+    # Ray triggers pydantic warnings on import.
+    warnings.simplefilter("ignore")
     from ray.serve.schema import ServeDeploySchema
 
     from deploy.ray.application import Arguments, build
-    from deploy.ray.replica import refuse_meaningless
+    from deploy.ray.replica import refuse_unsupported
 
 
 def deployment(**arguments: Any) -> Any:
     return build(Arguments.model_validate(arguments))._bound_deployment
 
 
-def test_the_numbers_follow_from_the_settings() -> None:
+def test_deployment_is_sized_by_the_settings() -> None:
     settings = {
         "DTEM_MAX_CONCURRENT_BATCHES": "3",
         "DTEM_MAX_BATCH_IMAGES": "4",
@@ -41,26 +43,28 @@ def test_the_numbers_follow_from_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "error", "named"),
     [
-        {"settings": {"DTEM_MAX_CONCURRENT_BATCH": "3"}},
-        {"settings": {"DTEM_DEVICE": "tpu"}},
-        {"settings": {"DTEM_MAX_QUEUE_IMAGES": "300"}},
-        {"num_cpus": 0},
-        {"n_cpus": 2},
+        ({"settings": {"DTEM_MAX_CONCURRENT_BATCH": "3"}}, SettingsError, "DTEM_MAX_CONCURRENT_BATCH: no such setting"),
+        ({"settings": {"DTEM_DEVICE": "tpu"}}, SettingsError, "DTEM_DEVICE=tpu"),
+        ({"settings": {"DTEM_MAX_QUEUE_IMAGES": "300"}}, SettingsError, "DTEM_MAX_QUEUE_IMAGES"),
+        ({"num_cpus": 0}, ValidationError, "num_cpus"),
+        ({"n_cpus": 2}, ValidationError, "n_cpus"),
     ],
 )
-def test_what_the_service_would_refuse_is_refused_before_anything_starts(arguments: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError):
+def test_invalid_arguments_are_refused_before_anything_starts(
+    arguments: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
         deployment(**arguments)
 
 
-def test_tls_is_not_a_replicas() -> None:
+def test_replica_refuses_tls_settings() -> None:
     with pytest.raises(SettingsError, match="DTEM_TLS_CERTIFICATE"):
-        refuse_meaningless(Settings(tls_certificate=Path("a.crt"), tls_key=Path("a.key")))
+        refuse_unsupported(Settings(tls_certificate=Path("a.crt"), tls_key=Path("a.key")))
 
 
-def test_the_config_file_is_one_that_ray_reads() -> None:
+def test_ray_reads_the_config_file() -> None:
     text = (ROOT / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8")
     config = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = config.applications

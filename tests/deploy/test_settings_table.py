@@ -1,4 +1,4 @@
-"""deploy/README.md lists every setting as app/settings.py has it."""
+"""deploy/README.md lists every setting as app/settings.py defines it."""
 
 import dataclasses
 import re
@@ -27,8 +27,9 @@ UNITS = {
 
 
 def describe(name: str, field: FieldInfo) -> str:
-    """Make the row of a setting."""
-    assert field.default is not PydanticUndefined, name  # nobody has to set anything
+    """Make the table row of a setting."""
+    # Every setting has a default.
+    assert field.default is not PydanticUndefined, name
     default = "" if field.default is None else f"`{write_value(field.default)}`"
     unit = next((unit for suffix, unit in UNITS.items() if name.endswith(suffix)), "")
     text = (field.description or "").replace("<", "&lt;")
@@ -42,7 +43,7 @@ def write_value(value: object) -> str:
 
 
 def accepted(field: FieldInfo) -> str:
-    """Say what is accepted: one of some words, or a range."""
+    """Describe the accepted values: a list or a range."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{word}`" for word in get_args(field.annotation))
     if isinstance(field.json_schema_extra, dict) and isinstance(words := field.json_schema_extra.get("enum"), list):
@@ -55,10 +56,10 @@ def accepted(field: FieldInfo) -> str:
 
 def test_every_setting_is_in_the_table() -> None:
     rows = "\n".join(describe(name, field) for name, field in Settings.model_fields.items()) + "\n"
-    assert HEAD + rows + "\n" in README, f"the table should be:\n{HEAD}{rows}"
+    assert HEAD + rows + "\n" in README, f"expected table:\n{HEAD}{rows}"
 
 
-def test_every_setting_that_a_page_names_exists() -> None:
+def test_every_setting_named_in_a_file_exists() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     pages = [ROOT / "README.md", ROOT / "Dockerfile", *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.*")]
     for page in pages:
@@ -68,8 +69,8 @@ def test_every_setting_that_a_page_names_exists() -> None:
         assert named <= known, f"{page}: {named - known}"
 
 
-def test_the_settings_file_of_compose_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lines are examples: without the `#` each sets what it says."""
+def test_compose_settings_file_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Including its commented examples."""
     lines = (ROOT / "deploy/settings.env").read_text(encoding="utf-8").splitlines()
     examples = dict(line.lstrip("# ").split("=", 1) for line in lines if re.match(r"#? ?DTEM_\w+=", line))
     assert examples

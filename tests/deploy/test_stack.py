@@ -1,4 +1,4 @@
-"""`docker-compose up api prometheus` on a real engine: asked through the published ports, as its users would."""
+"""`docker compose up` on a real engine, tested through the published ports."""
 
 import json
 import re
@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.composed import Composed, docker
 from tests.deploy.prometheus import get
-from tests.deploy.queries import DASHBOARD, alert_queries, ask, complaints, dashboard_queries
+from tests.deploy.queries import DASHBOARD, alert_queries, ask, dashboard_queries, find_faults
 from tests.deploy.traffic import Address, send_all_kinds
 from tests.integration.load import Load
 from tests.integration.server import wait_until
@@ -27,15 +27,17 @@ NO_CAPABILITIES = "0" * 16
 SERVICES = ("api", "prometheus", "grafana")
 SCRAPE_SECONDS = 5
 TRAFFIC_SECONDS = 60
-N_BEFORE = 100  # requests answered before the signal
+# Requests answered before the signal.
+N_BEFORE = 100
 
 
 @pytest.fixture(scope="module")
 def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of our own, as the host would have it: the reference model's last version."""
+    """A store on the host with the reference model's last version."""
     store = tmp_path_factory.mktemp("model_store")
     shutil.copytree(ROOT / "model_store/reference/4", store / "reference/4")
-    store.chmod(0o755)  # made for us alone, but the service has a user of its own
+    # Temporary folders are private, and the service runs as another user.
+    store.chmod(0o755)
     return store
 
 
@@ -59,21 +61,23 @@ def test_stack_classifies_through_the_published_port(stack: Composed) -> None:
     assert {answer["r"] for answer in answers} == {0, 8, 16}
     wanted = [image.stem.rsplit("-", 1)[1] for image in EXAMPLES for _ in (0, 8, 16)]
     found = [answer["predictions"][0]["label"] for answer in answers]  # type: ignore[index]
-    assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 33  # 11 of the dozen, as the README says
+    # 11 of the 12 images, as the README says.
+    assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 33
 
 
-def test_every_query_of_the_dashboard_and_the_alerts_makes_sense_after_traffic(stack: Composed) -> None:
-    """Scraped as an operator's Prometheus scrapes, every 5 s, and asked through its own API."""
+def test_every_query_returns_plausible_data_after_traffic(stack: Composed) -> None:
+    """With the stack's own Prometheus, which scrapes every 5 s."""
     prometheus = f"http://127.0.0.1:{stack.ports['prometheus']}"
     wait_until(lambda: [sample.values[-1] for sample in ask(prometheus, "up")] == [1, 1])
-    time.sleep(2 * SCRAPE_SECONDS)  # an increase needs a value to start from
+    # An increase needs a first value.
+    time.sleep(2 * SCRAPE_SECONDS)
     image = EXAMPLES[0].read_bytes()
-    statuses = send_all_kinds(Address("127.0.0.1", stack.ports["api"]), image, TRAFFIC_SECONDS, n_callers=64)
+    statuses = send_all_kinds(Address("127.0.0.1", stack.ports["api"]), image, TRAFFIC_SECONDS, n_clients=64)
     assert {200, 404, 415, 422, 429, 504} <= set(statuses), statuses
     time.sleep(2 * SCRAPE_SECONDS)
     queries = dashboard_queries() + alert_queries()
     assert len({query.title for query in queries}) > 40
-    found = [text for query in queries for text in complaints(query, ask(prometheus, query.expr, 120))]
+    found = [text for query in queries for text in find_faults(query, ask(prometheus, query.expr, 120))]
     assert found == []
     (group,) = get(prometheus, "rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
@@ -90,7 +94,7 @@ def test_stack_is_confined(stack: Composed, service: str) -> None:
         assert "Read-only file system" in refused, refused
 
 
-def test_stack_listens_on_loopback_alone(stack: Composed) -> None:
+def test_stack_listens_only_on_loopback(stack: Composed) -> None:
     for service in SERVICES:
         ports = json.loads(stack.inspect(service, "{{json .NetworkSettings.Ports}}"))
         assert {binding["HostIp"] for bindings in ports.values() for binding in bindings or []} == {"127.0.0.1"}
@@ -106,14 +110,14 @@ def test_stack_is_limited(stack: Composed, service: str, limits: tuple[int, floa
     assert tuple(int(word) for word in stack.inspect(service, template).split()) == limits
 
 
-def test_stack_has_time_to_drain_and_knows_its_memory(stack: Composed) -> None:
+def test_stack_has_time_to_drain_and_reports_its_memory_limit(stack: Composed) -> None:
     assert int(stack.inspect("api", "{{.Config.StopTimeout}}")) >= 20 + 5
-    said = stack.ask("api", "GET", "/metrics")[1].decode()
-    (limit,) = [line.split()[1] for line in said.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
+    exposition = stack.ask("api", "GET", "/metrics")[1].decode()
+    (limit,) = [line.split()[1] for line in exposition.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
     assert float(limit) == 2 << 30
 
 
-def test_stack_makes_grafanas_password_once_and_tells_nobody(stack: Composed) -> None:
+def test_stack_generates_grafanas_password_once_and_never_logs_it(stack: Composed) -> None:
     def read() -> str:
         return stack.inside("grafana", "cat", "/var/lib/grafana/admin-password")
 
@@ -131,21 +135,22 @@ def test_stack_gives_grafana_its_dashboard_and_its_prometheus(stack: Composed) -
     home = stack.inside("grafana", "sh", "-c", "cat $GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH")
     assert json.loads(home) == json.loads(DASHBOARD.read_text())
     (source,) = read_provisioning(stack, "datasources")
-    answer = stack.inside("grafana", "curl", "-fsS", f"{source['url']}/api/v1/query?query=up")  # by its name
+    # The data source's address resolves in Grafana's container.
+    answer = stack.inside("grafana", "curl", "-fsS", f"{source['url']}/api/v1/query?query=up")
     assert json.loads(answer)["status"] == "success"
     (provider,) = read_provisioning(stack, "dashboards")
     assert "dtem-serve.json" in stack.inside("grafana", "ls", provider["options"]["path"])
 
 
 def read_provisioning(stack: Composed, kind: str) -> list[dict[str, Any]]:
-    """Read what Grafana finds in its only file of a kind."""
+    """Read Grafana's only provisioning file of a kind."""
     content = yaml.safe_load(stack.inside("grafana", "sh", "-c", f"cat /etc/grafana/provisioning/{kind}/*.yml"))
     found: list[dict[str, Any]] = content["datasources" if kind == "datasources" else "providers"]
     return found
 
 
 def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_store: Path) -> None:
-    """What is mounted read-only into the container is updated outside of it; to take it away is the way back."""
+    """The store is mounted read-only and updated on the host; removing the version rolls it back."""
     unfinished, published = model_store / "reference/.5.partial", model_store / "reference/5"
     shutil.copytree(model_store / "reference/4", unfinished)
     manifest = unfinished / "manifest.json"
@@ -163,8 +168,8 @@ def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_sto
 
 
 def test_docker_stop_under_load_loses_nothing(stack: Composed) -> None:
-    """Asked at the container's own address: Docker's proxy for published ports takes connections for a container that
-    is gone, and then drops them.
+    """Uses the container's own address: Docker's proxy for published ports accepts connections for a stopped container,
+    and drops them.
     """
     container = stack.container("api")
     address = stack.inspect("api", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
@@ -183,13 +188,13 @@ def test_docker_stop_under_load_loses_nothing(stack: Composed) -> None:
         stack.wait_until_healthy("api")
 
 
-def test_keys_as_the_readme_has_them(image: str, tmp_path: Path) -> None:
-    """Its block is run as it stands, but for the last line."""
+def test_readme_commands_set_up_api_keys(image: str, tmp_path: Path) -> None:
+    """Runs the README's block except its last line."""
     (block,) = re.findall(r"```sh\n(mkdir -m 700 secrets.*?)docker compose up --detach\n```", README, re.DOTALL)
     shutil.copy(ROOT / "docker-compose.yml", tmp_path)
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
-    key = {"X-API-Key": (tmp_path / "secrets/caller.key").read_text().strip()}
+    key = {"X-API-Key": (tmp_path / "secrets/client.key").read_text().strip()}
     files, store = ["docker-compose.override.yml"], ROOT / "model_store"
     with Composed("dtem-keys", ["api", "prometheus"], files, tmp_path, MODEL_STORE=store) as stack:
         assert stack.ask("api", "GET", "/models")[0] == 401

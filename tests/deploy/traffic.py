@@ -1,4 +1,4 @@
-"""Traffic of every kind: each variant, consent, deadlines that cannot be kept, mistakes, callers who leave."""
+"""Traffic of every kind: all variants, degradation, unmeetable deadlines, client errors, disconnects."""
 
 import http.client
 import itertools
@@ -32,12 +32,13 @@ class Address:
         finally:
             connection.close()
 
-    def leave(self, path: str, body: bytes) -> None:
-        """Send a request and do not wait for the answer."""
+    def disconnect(self, path: str, body: bytes) -> None:
+        """Send a request and disconnect before the answer."""
         head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((self.host, self.port), TIMEOUT_SECONDS) as wire:
             wire.sendall(head.encode() + body)
-            time.sleep(0.01)  # until it waits, or runs
+            # Until the image is queued or running.
+            time.sleep(0.01)
 
     def models(self) -> list[dict[str, Any]]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT_SECONDS)
@@ -47,37 +48,38 @@ class Address:
         return found
 
 
-def send_all_kinds(address: Address, image: bytes, seconds: float, n_callers: int = 24) -> Counter[int]:
-    """Send every kind of request, from callers who wait for their answers, for some seconds. Returns the statuses."""
+def send_all_kinds(address: Address, image: bytes, seconds: float, n_clients: int = 24) -> Counter[int]:
+    """Send every kind of request for some seconds, from clients that wait for each answer. Returns the statuses."""
     kinds = itertools.cycle(list_kinds(address, image))
-    slow = encode(Image.new("RGB", (4000, 4000)), "PNG")  # takes longer to decode than its deadline
+    # Takes longer to decode than its deadline.
+    slow = encode(Image.new("RGB", (4000, 4000)), "PNG")
     until, statuses = time.monotonic() + seconds, Counter[int]()
 
-    def call() -> None:
+    def send_and_wait() -> None:
         while time.monotonic() < until:
             statuses[address.post(*next(kinds))] += 1
 
-    def come_and_go() -> None:
+    def send_and_disconnect() -> None:
         while time.monotonic() < until:
-            address.leave("/classify", image)
+            address.disconnect("/classify", image)
             time.sleep(0.1)
 
-    def be_late() -> None:
+    def miss_deadlines() -> None:
         while time.monotonic() < until:
             statuses[address.post("/classify?deadline_ms=50", slow)] += 1
             time.sleep(0.2)
 
-    targets = [call] * n_callers + [come_and_go, be_late]
-    callers = [threading.Thread(target=target) for target in targets]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    targets = [send_and_wait] * n_clients + [send_and_disconnect, miss_deadlines]
+    clients = [threading.Thread(target=target) for target in targets]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
     return statuses
 
 
 def list_kinds(address: Address, image: bytes) -> list[tuple[str, bytes, str]]:
-    """List requests to every variant that is served, and every way to ask for one, well and badly."""
+    """List valid requests for every variant served, and every kind of invalid request."""
     variants = {(v["policy"], v["r"]) for model in address.models() for v in model["variants"]}
     paths = [f"policy={policy}" + ("" if r is None else f"&r={r}") for policy, r in sorted(variants, key=str)]
     paths += ["r=0&allow_degrade=true"] * (len(paths) // 3) + ["deadline_ms=1000", "deadline_ms=3"]

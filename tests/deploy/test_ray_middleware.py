@@ -7,8 +7,8 @@ from ray.exceptions import TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
-from deploy.ray.inlet import BODY, ELAPSED, Inlet
 from deploy.ray.metrics import merge
+from deploy.ray.middleware import BODY, ELAPSED, ReplicaMiddleware
 
 
 async def gather_nothing() -> bytes:
@@ -28,28 +28,29 @@ def scope_of(path: str = "/classify") -> Scope:
     return {"type": "http", "path": path, "headers": []}
 
 
-def test_who_is_cancelled_has_left() -> None:
+def test_cancellation_becomes_a_disconnect() -> None:
     seen: list[str] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append((await receive())["body"])
         seen.append((await receive())["type"])
-        await asyncio.sleep(0)  # whatever it still does is not cancelled
+        # The application itself is not cancelled.
+        await asyncio.sleep(0)
         seen.append((await receive())["type"])
 
-    async def leave() -> None:
-        inlet = Inlet(application, "one", gather_nothing)
-        task = asyncio.create_task(inlet({**scope_of(), BODY: b"image"}, never, send_nowhere))
+    async def cancel() -> None:
+        middleware = ReplicaMiddleware(application, "one", gather_nothing)
+        task = asyncio.create_task(middleware({**scope_of(), BODY: b"image"}, never, send_nowhere))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(leave())
+    asyncio.run(cancel())
     assert seen == [b"image", "http.disconnect", "http.disconnect"]
 
 
-def test_a_caller_whose_proxy_is_gone_has_left() -> None:
+def test_dead_proxy_becomes_a_disconnect() -> None:
     seen: list[str] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,24 +59,24 @@ def test_a_caller_whose_proxy_is_gone_has_left() -> None:
     async def fail() -> Message:
         raise TaskCancelledError
 
-    asyncio.run(Inlet(application, "one", gather_nothing)(scope_of(), fail, send_nowhere))
+    asyncio.run(ReplicaMiddleware(application, "one", gather_nothing)(scope_of(), fail, send_nowhere))
     assert seen == ["http.disconnect", "http.disconnect"]
 
 
-@pytest.mark.parametrize(("said", "seconds"), [(b"1.5", 1.5), (b"-3", 0), (b"x", 0), (b"nan", 0)])
-def test_a_request_began_when_it_came_to_the_proxy(said: bytes, seconds: float) -> None:
+@pytest.mark.parametrize(("header", "seconds"), [(b"1.5", 1.5), (b"-3", 0), (b"x", 0), (b"nan", 0)])
+def test_request_starts_when_it_reaches_the_proxy(header: bytes, seconds: float) -> None:
     found: list[float] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         found.append(time.perf_counter() - scope[STARTED_AT])
 
-    inlet = Inlet(application, "one", gather_nothing)
-    asyncio.run(inlet({**scope_of(), "headers": [(ELAPSED, said)]}, never, send_nowhere))
+    middleware = ReplicaMiddleware(application, "one", gather_nothing)
+    asyncio.run(middleware({**scope_of(), "headers": [(ELAPSED, header)]}, never, send_nowhere))
     assert found == [pytest.approx(seconds, abs=0.1)]
 
 
 @pytest.mark.parametrize(("status", "body"), [(200, b"all"), (401, b"one")])
-def test_metrics_are_everyones_for_those_who_may_see_them(status: int, body: bytes) -> None:
+def test_authorised_scrape_gets_the_metrics_of_all_replicas(status: int, body: bytes) -> None:
     answer: list[Message] = []
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,13 +89,13 @@ def test_metrics_are_everyones_for_those_who_may_see_them(status: int, body: byt
     async def take(message: Message) -> None:
         answer.append(message)
 
-    asyncio.run(Inlet(application, "two", gather)(scope_of("/metrics"), never, take))
+    asyncio.run(ReplicaMiddleware(application, "two", gather)(scope_of("/metrics"), never, take))
     assert answer[1]["body"] == body
     assert (b"content-length", b"3") in answer[0]["headers"]
     assert len(answer[0]["headers"]) == 2
 
 
-def test_merged_metrics_keep_every_series_apart() -> None:
+def test_merged_metrics_have_a_label_per_replica() -> None:
     expositions = {}
     for replica, n in (("a", 1), ("b", 2)):
         registry = CollectorRegistry()
@@ -110,14 +111,14 @@ def test_merged_metrics_keep_every_series_apart() -> None:
     assert 'dtem_stage_seconds_sum{replica="b"} 2.0' in lines
 
 
-def test_it_says_once_that_nobody_would_send_requests_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_proxy_middleware_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         pass
 
-    inlet = Inlet(application, "one", gather_nothing)
-    asyncio.run(inlet({**scope_of(), BODY: None}, never, send_nowhere))
+    middleware = ReplicaMiddleware(application, "one", gather_nothing)
+    asyncio.run(middleware({**scope_of(), BODY: None}, never, send_nowhere))
     assert not caplog.records
     for _ in range(2):
-        asyncio.run(inlet(scope_of(), never, send_nowhere))
+        asyncio.run(middleware(scope_of(), never, send_nowhere))
     (record,) = caplog.records
     assert "ray.env" in record.message

@@ -1,4 +1,4 @@
-"""Inlet: where requests from Ray's proxies come into the application of a replica."""
+"""Middleware: adapts requests from Ray's proxies to the application in a replica."""
 
 import asyncio
 import logging
@@ -9,17 +9,19 @@ from ray.exceptions import RayError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.boundary import STARTED_AT
-from deploy.ray.body import GONE
+from deploy.ray.body import DISCONNECT
 
 logger = logging.getLogger(__name__)
 
 SERVED_BY = b"x-served-by"
-ELAPSED = b"x-dtem-elapsed-seconds"  # since the request came to the proxy; the proxy lets no caller say it
-BODY = "dtem.body"  # key in the scope: the whole body, where it has travelled with the request
+# Seconds since the request reached the proxy. The proxy removes it from clients' requests.
+ELAPSED = b"x-dtem-elapsed-seconds"
+# Scope key: the complete body, if the proxy sent it with the request.
+BODY = "dtem.body"
 
 
-class Inlet:
-    """Pure ASGI middleware: what reaches the application is as if its own server had brought it."""
+class ReplicaMiddleware:
+    """Pure ASGI middleware: the application sees requests as its own server would pass them."""
 
     def __init__(self, app: ASGIApp, name: str, gather_metrics: Callable[[], Awaitable[bytes]]) -> None:
         self._app, self._name, self._gather_metrics = app, name.encode(), gather_metrics
@@ -31,39 +33,41 @@ class Inlet:
             return
         self._warn_if_unprotected(scope)
         scope[STARTED_AT] = time.perf_counter() - elapsed_seconds(scope)
-        send = self._signed(send)
+        send = self._with_replica_name(send)
         if scope["path"] == "/metrics":
-            send = self._completed(send)
-        await self._serve(scope, _Leaving(receive, scope.pop(BODY, None)), send)
+            send = self._with_all_metrics(send)
+        await self._serve(scope, _Receive(receive, scope.pop(BODY, None)), send)
 
     def _warn_if_unprotected(self, scope: Scope) -> None:
         if BODY not in scope and not self._has_warned:
-            logger.warning("requests come past deploy.ray.proxy, and die with their replica: see deploy/ray/ray.env")
+            logger.warning(
+                "requests bypass deploy.ray.proxy and are not retried: set the variables of deploy/ray/ray.env"
+            )
             self._has_warned = True
 
-    async def _serve(self, scope: Scope, receive: "_Leaving", send: Send) -> None:
-        """Tell the application that its caller left, where Ray would cancel it in the middle of anything."""
+    async def _serve(self, scope: Scope, receive: "_Receive", send: Send) -> None:
+        """Turn Ray's cancellation, which could interrupt the application anywhere, into a disconnect message."""
         answering = asyncio.ensure_future(self._app(scope, receive, send))
         try:
             await asyncio.shield(answering)
         except asyncio.CancelledError:
-            receive.leave()
+            receive.disconnect()
             await answering
             raise
 
-    def _signed(self, send: Send) -> Send:
-        async def send_signed(message: Message) -> None:
+    def _with_replica_name(self, send: Send) -> Send:
+        async def send_with_replica_name(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], (SERVED_BY, self._name)]}
             await send(message)
 
-        return send_signed
+        return send_with_replica_name
 
-    def _completed(self, send: Send) -> Send:
-        """Put the metrics of all replicas in the place of ours, once the application has decided to show them."""
+    def _with_all_metrics(self, send: Send) -> Send:
+        """Replace the metrics of this replica by those of all, if the application has authorised the request."""
         start: Message = {}
 
-        async def send_completed(message: Message) -> None:
+        async def send_with_all_metrics(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start":
                 start = message
@@ -75,20 +79,20 @@ class Inlet:
             await send({**start, "headers": [*headers, length]})
             await send(message)
 
-        return send_completed
+        return send_with_all_metrics
 
 
-class _Leaving:
-    """A `receive` that can be told that the caller has left."""
+class _Receive:
+    """A `receive` that can report a disconnect at any time."""
 
     def __init__(self, receive: Receive, body: bytes | None) -> None:
         self._receive, self._body = receive, body
         self._waiting: asyncio.Future[Message] | None = None
-        self._has_left = False
+        self._is_disconnected = False
 
     async def __call__(self) -> Message:
-        if self._has_left:
-            return GONE
+        if self._is_disconnected:
+            return DISCONNECT
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -96,23 +100,24 @@ class _Leaving:
         try:
             return await self._waiting
         except asyncio.CancelledError:
-            if self._has_left:
-                return GONE
+            if self._is_disconnected:
+                return DISCONNECT
             raise
-        except RayError:  # the proxy is gone, or has let go of the request
-            self._has_left = True
-            return GONE
+        # The proxy died, or dropped the request.
+        except RayError:
+            self._is_disconnected = True
+            return DISCONNECT
 
-    def leave(self) -> None:
-        self._has_left = True
+    def disconnect(self) -> None:
+        self._is_disconnected = True
         if self._waiting is not None:
             self._waiting.cancel()
 
 
 def elapsed_seconds(scope: Scope) -> float:
-    """Read how long the request has been under way before it came here; 0 if nobody says it."""
-    said = next((value for name, value in scope["headers"] if name == ELAPSED), b"0")
+    """Return the time since the request reached the proxy; 0 without a valid header."""
+    header = next((value for name, value in scope["headers"] if name == ELAPSED), b"0")
     try:
-        return max(0.0, float(said))
+        return max(0.0, float(header))
     except ValueError:
         return 0.0
