@@ -18,7 +18,7 @@ from app.errors import BackendError, StoreError
 from app.store.catalogue import Catalogue, ServedModel, ServedVariant
 from app.store.costs import CostTable, batch_buckets
 from app.store.manifest import MANIFEST_FILE, Manifest, Variant, VariantKey
-from app.store.outputs import GMACS, TOKENS, GraphOutput, list_outputs
+from app.store.outputs import GMACS, TASKS, TOKENS, GraphOutput, list_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def load_version(
     Raises: StoreError.
     """
     manifest = read_manifest(folder)
+    require_task(folder, manifest)
     verify_files(folder, manifest, n_threads)
     specs = choose_variants(folder, manifest, options)
     outputs = {spec.key: list_outputs(manifest, spec) for spec in specs}
@@ -123,6 +124,13 @@ def read_manifest(folder: Path) -> Manifest:
             path, f"declares {manifest.name}/{manifest.version}, but its folder is {folder.parent.name}/{folder.name}"
         )
     return manifest
+
+
+def require_task(folder: Path, manifest: Manifest) -> None:
+    """Raises: StoreError for a task that the service does not know."""
+    if manifest.task not in TASKS:
+        reason = f"task: {manifest.task!r} is not served; accepted: {', '.join(TASKS)}"
+        raise StoreError(folder / MANIFEST_FILE, reason)
 
 
 def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:

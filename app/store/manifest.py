@@ -188,7 +188,7 @@ class Manifest(Part):
     schema_version: Literal[1]
     name: Name
     version: Version
-    task: Literal["classify"] = Field(default="classify", description="task of the graphs")
+    task: Name = Field(default="classify", description="task of the graphs")
     architecture: Architecture
     labels: tuple[Text, ...] = Field(min_length=1)
     training: Training

@@ -267,7 +267,13 @@ def draw(report: Report, file: Path) -> None:
         _draw_model(place, [row for row in rows if row["model"] == model])
         place.set_title(f"{model} alone")
     if places:
-        figure.legend(*places[0].get_legend_handles_labels(), fontsize="x-small", loc="outside lower center", ncols=4, handlelength=4)
+        figure.legend(
+            *places[0].get_legend_handles_labels(),
+            fontsize="x-small",
+            loc="outside lower center",
+            ncols=4,
+            handlelength=4,
+        )
     _draw_service(last, rows_of(report, "load"))
     figure.savefig(file, dpi=120)
 

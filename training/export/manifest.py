@@ -130,13 +130,11 @@ def file_entries(folder: Path) -> dict[str, Any]:
 def write_manifest(entries: dict[str, Any], folder: Path, schema: Path, *, task: str) -> None:
     """Add the folder's files, the time and the task to the manifest, validate it and write it.
 
-    The task is left out where the schema does not define it.
     Raises: jsonschema.ValidationError where the manifest does not match the schema.
     """
     definition = json.loads(schema.read_text())
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    of_task = {"task": task} if "task" in definition.get("properties", {}) else {}
-    entries = {"schema_version": 1, **entries, **of_task, "created": created, "files": file_entries(folder)}
+    entries = {"schema_version": 1, **entries, "task": task, "created": created, "files": file_entries(folder)}
     # A round trip through JSON turns tuples into lists, which the schema expects.
     manifest = json.loads(json.dumps(entries))
     jsonschema.validate(manifest, definition)

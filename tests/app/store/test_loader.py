@@ -210,6 +210,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "not UTF-8": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json", "JSON"),
     "missing key": (edit(lambda m: m.pop("labels")), "manifest.json", "labels: Field required"),
     "schema version": (edit(lambda m: m.update(schema_version=2)), "manifest.json", "schema_version"),
+    "unknown task": (
+        edit(lambda m: m.update(task="dream")),
+        "manifest.json",
+        "'dream' is not served; accepted: classify",
+    ),
     "unknown key": (edit(lambda m: m.update(colour="red")), "manifest.json", "colour"),
     "other name": (edit(lambda m: m.update(name="other")), "manifest.json", "declares other/1"),
     "other version": (edit(lambda m: m.update(version="7")), "manifest.json", "declares tiny/7"),

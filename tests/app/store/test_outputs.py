@@ -43,9 +43,9 @@ class MaskBackend:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A version whose task returns a mask, with golden masks."""
-    monkeypatch.setitem(TASKS, "classify", lambda manifest: MASK)
+    monkeypatch.setitem(TASKS, "segment", lambda manifest: MASK)
     folder = write_store(tmp_path)
-    manifest = read_manifest(folder)
+    manifest = {**read_manifest(folder), "task": "segment"}
     manifest["variants"] = [variant for variant in manifest["variants"] if variant["policy"] == "tome"]
     with np.load(folder / "golden.npz") as archive:
         pixels = archive["pixels"]
