@@ -216,9 +216,9 @@ def test_adaptive_variants_state_the_gmacs_of_images(published: Path, manifest: 
         with torch.no_grad():
             _, tokens, gmacs = frozen_adaptive(policy)(scenes)
         # Where graph and eager round a score to different sides of the threshold, an image keeps one token more.
-        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=3e-4)
+        assert variant["gmacs"] == pytest.approx(float(gmacs.mean()), rel=1e-4)
         spread = [variant["gmacs_spread"][name] for name in ("p5", "p95")]
-        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=1e-2)
+        assert spread == pytest.approx(np.percentile(gmacs.numpy(), [5, 95]).tolist(), rel=5e-3)
         assert variant["tokens"] == tokens.double().mean(0).round().int().tolist()
         assert sum(variant["schedule"]) == 197 - variant["tokens"][-1]
         assert (variant["r"], variant["data_dependent"], variant["calibration"]) == (None, True, f"{policy}.json")
