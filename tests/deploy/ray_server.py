@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from benchmarks.composed import find_free_port
-from benchmarks.served import read_resident_bytes
+from deploy.local.process import environment, find_free_port, read_resident_bytes
 from tests.app.store.test_watcher import publish
 from tests.deploy.manifests import read_settings_file
-from tests.integration.server import ROOT, Address, environment, wait_until
+from tests.integration.server import ROOT, Address, wait_until
 
 DRIVER_SECONDS = 120.0
 STOP_SECONDS = 20.0
