@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.errors import MeasurementError
 from deploy.local.process import LaunchError
-from training.cli.command import run_command
+from training.cli import command
 
 Content = dict[str, Any]
 FAILED = 1
@@ -57,8 +57,8 @@ def run_benchmark(benchmark: Benchmark, description: str | None, arguments: Sequ
         if options.render:
             content = json.loads(options.render.read_text())
         else:
-            command = shlex.join(["python", "-m", f"benchmarks.{benchmark.name}", *given])
-            content = {"command": command, **benchmark.measure(options)}
+            command_line = shlex.join(["python", "-m", f"benchmarks.{benchmark.name}", *given])
+            content = {"command": command_line, **benchmark.measure(options)}
         page = make_page(benchmark, content)
         print(page)
         if options.out:
@@ -66,12 +66,11 @@ def run_benchmark(benchmark: Benchmark, description: str | None, arguments: Sequ
         return FAILED if benchmark.has_failed(content) else 0
 
     refusals = (MeasurementError, LaunchError)
-    return run_command(benchmark.name, description, add_options, run, arguments, refusals=refusals)
+    return command.run_command(benchmark.name, description, add_options, run, arguments, refusals=refusals)
 
 
 def make_page(benchmark: Benchmark, content: Content) -> str:
-    command = f"```sh\n{content['command']}\n```"
-    return "\n\n".join([f"# {benchmark.title}", benchmark.summary, command, benchmark.tables(content)])
+    return command.report(benchmark.title, benchmark.summary, content["command"], benchmark.tables(content))
 
 
 def write_report(

@@ -205,12 +205,12 @@ async def offer(
 
 async def saturate(client: Client, calls: Sequence[Call], concurrency: int, seconds: float) -> list[CallResult]:
     """Keep a number of requests in flight: a closed loop, which measures capacity."""
-    until, turn = clock() + seconds, itertools.cycle(calls)
+    until, cycled = clock() + seconds, itertools.cycle(calls)
     results = []
 
     async def send_next() -> None:
         while clock() < until:
-            result = client.send(next(turn))
+            result = client.send(next(cycled))
             await result.ended
             results.append(result)
             if result.status == LOST:

@@ -18,7 +18,7 @@ SCRIPT = """\
 -- Posts the files one after another, from requests built once, and prints the result at the end.
 local files = {%(files)s}
 local requests = {}
-local turn = 0
+local current = 0
 
 function init(args)
   for place, name in ipairs(files) do
@@ -29,8 +29,8 @@ function init(args)
 end
 
 function request()
-  turn = turn %% #requests + 1
-  return requests[turn]
+  current = current %% #requests + 1
+  return requests[current]
 end
 
 function done(summary, latency, requests)

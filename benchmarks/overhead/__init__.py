@@ -1,1 +1,1 @@
-"""Overhead: what does the service cost over the model alone?"""
+"""Overhead: what does the service cost over the bare model?"""

@@ -1,4 +1,4 @@
-"""Measure the overhead of the service over the model alone, against a bare loop and against plain FastAPI.
+"""Measure the overhead of the service over the bare model, against a bare loop and plain FastAPI.
 
 `python -m benchmarks.overhead --published model_store/reference/4 --rates 0,16 --out docs/results/overhead`
 Reports requests/s at saturation, CPU time per request, and the latency of a single client, in
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 BENCHMARK = Benchmark(
     name="overhead",
-    title="Overhead of the service over the model alone",
+    title="Overhead of the service",
     summary="Requests/s at saturation and the latency of a single client, of the service, of plain FastAPI and of a "
     "bare loop around the same graph.",
     add_options=add_options,

@@ -86,8 +86,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_jpegs(images, draw_jpegs(options.n_images))
         publish_part(options.published, folder / "store", lambda variant: True)
         for r in options.rates:
-            at_saturation, alone = measure_rate(options, r, folder, images)
-            throughput, single_client = throughput + at_saturation, single_client + alone
+            at_saturation, single = measure_rate(options, r, folder, images)
+            throughput, single_client = throughput + at_saturation, single_client + single
     return {
         "about": about,
         "throughput": [asdict(one) for one in throughput],
@@ -106,7 +106,7 @@ def measure_rate(
     setup = prepare(options, r, folder, images)
     with ExitStack() as stack:
         loop = stack.enter_context(LoopProcess({**common, **decoding}))
-        service = ServiceProcess(folder / "store", folder / f"service-{r}.log", **settings)
+        service = ServiceProcess(folder / "store", folder / f"service-{r}.log", settings)
         plain = plain_fastapi(common, folder / f"plain-{r}.log")
         servers = dict(zip(SERVERS, (stack.enter_context(one) for one in (service, plain)), strict=True))
         throughput: list[Throughput] = []

@@ -74,8 +74,8 @@ def tables(content: dict[str, Any]) -> str:
         "",
         f"{about['model']}, policy {about['policy']}, {about['n_images']} distinct JPEGs, {about['connections']} "
         f"connections, {about['threads']} threads per graph, settings: {describe_settings(about['setting'])}. "
-        f"{about['rounds']} interleaved rounds of {about['seconds']} s per arm; median (min … max). wrk shares the "
-        "cores with the servers.",
+        f"{about['rounds']} × {about['seconds']} s per arm, interleaved; median (min … max). wrk shares the cores with "
+        "the servers.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -73,7 +73,7 @@ def start_arms(
     for name, kept in {**{f"r={r}": [r] for r in rates}, ADAPTIVE: list(rates)}.items():
         store = folder / f"store-{name}"
         publish_part(options.published, store, partial(_is_of, options.policy, kept))
-        server = ServiceProcess(store, folder / f"{name}.log", **dict(options.setting))
+        server = ServiceProcess(store, folder / f"{name}.log", dict(options.setting))
         arms[name] = stack.enter_context(server)
     return arms
 

@@ -25,7 +25,7 @@ def tables(content: dict[str, Any]) -> str:
         lines.append(f"| {r} | {server} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"{about['connections']} connections, {about['rounds']} interleaved rounds of {about['seconds']} s per server; "
+        f"{about['connections']} connections, {about['rounds']} × {about['seconds']} s per server, interleaved; "
         "median (min … max). wrk shares the cores with the servers.",
     ]
     return "\n".join(lines) + "\n"

@@ -37,8 +37,8 @@ def tables(content: Row) -> str:
     lines += ["", *_start_lines(content["starts"]), ""]
     lines.append(
         f"{about['model']}, {about['n_images']} distinct JPEGs, {about['connections']} connections, "
-        f"{about['rounds']} rounds of {about['seconds']} s per variant; median (min … max). wrk shares {cores} cores "
-        "with the containers."
+        f"{about['rounds']} × {about['seconds']} s per variant, each in a new stack; median (min … max). wrk "
+        f"shares {cores} cores with the containers."
     )
     return "\n".join(lines) + "\n"
 

@@ -82,7 +82,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seconds = 60 * options.minutes
     seen = Observations()
     settings = {"max_body_bytes": str(MAX_BODY_BYTES), "log_level": "warning", **dict(options.setting)}
-    with ServiceProcess(store.root, folder / "service.log", **settings) as server:
+    with ServiceProcess(store.root, folder / "service.log", settings) as server:
         warm_up = Mixture(manifest, jpegs, MAX_BODY_BYTES, options.seed + 1).draw(1000)
         capacity = measure_capacity(server, warm_up, options.warm_up_seconds)
         rate = options.load * capacity

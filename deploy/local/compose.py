@@ -1,4 +1,4 @@
-"""The Compose stack as a project of its own, on free ports. Leaving it removes it and its volumes."""
+"""The Compose stack as a separate project on free ports. Leaving it removes it and its volumes."""
 
 from __future__ import annotations
 

@@ -159,7 +159,9 @@ class ServiceProcess(ServerProcess):
     settings: names of `DTEM_` variables without the prefix, in any case.
     """
 
-    def __init__(self, model_store: Path, log: Path, /, tmpdir: Path | None = None, **settings: object) -> None:
+    def __init__(
+        self, model_store: Path, log: Path, settings: Mapping[str, object], tmpdir: Path | None = None
+    ) -> None:
         variables = environment(**{"port": 0, "model_store": model_store, **settings})
         if tmpdir is not None:
             variables["TMPDIR"] = str(tmpdir)

@@ -41,7 +41,7 @@ class Address(ABC):
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Reply:
-        """Send one request on a connection of its own."""
+        """Send one request on a new connection."""
         connection = self._connect()
         try:
             connection.request(method, path, body, headers or {})
@@ -56,7 +56,7 @@ class Address(ABC):
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Send one request on a connection of its own. Returns status and body."""
+        """Send one request on a new connection. Returns status and body."""
         status, _, answer = self.request(method, path, body, headers)
         return status, answer
 
@@ -70,7 +70,7 @@ class Server(ServiceProcess, Address):
     """`python -m app` on a free port."""
 
     def __init__(self, model_store: Path, log: Path, /, tmpdir: Path | None = None, **settings: object) -> None:
-        super().__init__(model_store, log, tmpdir, **settings)
+        super().__init__(model_store, log, settings, tmpdir)
         self._certificate = settings.get("tls_certificate")
 
     @property
