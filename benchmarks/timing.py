@@ -1,4 +1,4 @@
-"""Timing in turns: what is compared runs alternately within one process, so that a machine's drift meets all of it."""
+"""Interleaved timing: runs alternate within one process, so that drift of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from tqdm import tqdm
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: time of this process on all its threads, the first thing to trust on a machine that has other work."""
+"""cpu: time of all threads of this process, more reliable than wall time on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over rounds of two times of the same round, with a 95 % interval of the median."""
+    """Median over rounds of the ratio of two times of one round, with a 95 % interval of the median."""
 
     median: float
     ci95: tuple[float, float]
 
 
 def open_session(file: Path, n_threads: int) -> Any:
-    """Open a graph on this CPU; n_threads 0: as many as there are cores."""
+    """Open a graph on this CPU. n_threads: 0 for one per core."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle graphs must not slow the others
+    # Spinning threads of an idle graph would slow the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def time_in_turns(
+def time_interleaved(
     runs: Mapping[Any, Callable[[], object]], n_rounds: int, clock: Clock = time.perf_counter, title: str = ""
 ) -> dict[Any, list[float]]:
-    """Return seconds by run and round, after one round to warm up. The order is turned round from round to round."""
+    """Return seconds by run and round, after one warm-up round. The order is reversed in every second round."""
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for index in tqdm(range(n_rounds + 1), desc=title, unit="round"):
         for name in list(runs) if index % 2 else reversed(list(runs)):
@@ -47,13 +48,13 @@ def time_in_turns(
     return {name: measured[1:] for name, measured in seconds.items()}
 
 
-def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> Ratio:
-    """Compare round by round; the interval is made of order statistics, whatever the distribution.
+def paired_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Compare round by round. The interval is made of order statistics, so it assumes no distribution.
 
-    Raises: ValueError for fewer than 6 rounds, of which no such interval can be made.
+    Raises: ValueError for fewer than 6 rounds, too few for such an interval.
     """
     if len(seconds) < 6:
-        raise ValueError(f"{len(seconds)} rounds: a 95 % interval of a median needs at least 6")
-    ratios = sorted(own / other for own, other in zip(seconds, base, strict=True))
+        raise ValueError(f"{len(seconds)} rounds: expected at least 6, for a 95 % interval of the median")
+    ratios = sorted(own / other for own, other in zip(seconds, baseline, strict=True))
     n_below = int(binom.ppf(0.025, len(ratios), 0.5)) - 1
     return Ratio(statistics.median(ratios), (ratios[n_below], ratios[-1 - n_below]))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu.page import write_page
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 
 LEAST_SECONDS = 10.0  # a step is not begun with less
 Report = dict[str, Any]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 
 KIT = Path(".gpu-kit")
 COMMIT_FILE = "commit"

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu.size import Size
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 
 MARK = "pytest.mark.gpu"
 MAX_CHARACTERS = 400

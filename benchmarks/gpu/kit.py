@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.commit import COMMIT_FILE, KIT, read_git_commit
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 
 SERVICE = (
     *("annotated-doc", "annotated-types", "anyio", "click", "fastapi", "h11", "httptools", "idna"),

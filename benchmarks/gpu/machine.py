@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.clock import clock_of, repeat
 from benchmarks.gpu.commit import read_commit
 from benchmarks.gpu.size import Device, Size
-from benchmarks.report import describe_host
+from benchmarks.host import describe_host
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "pillow", "fastapi", "uvicorn", "pydantic")
 N_RUNS, N_ROUNDS = 10, 5

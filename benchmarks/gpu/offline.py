@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.clock import clock_of, n_calls_of, repeat
 from benchmarks.gpu.models import draw_pixels, make_classifier, make_vit
 from benchmarks.gpu.size import Size
-from benchmarks.relaxed import peak_bytes
-from benchmarks.timing import paired_ratio, time_in_turns
+from benchmarks.relaxed.measure import peak_bytes
+from benchmarks.timing import paired_ratio, time_interleaved
 from training.models import count_macs
 from training.models.classifier import frozen_classifier, input_rule
 
@@ -120,7 +120,7 @@ def _time(runs: dict[tuple[str, int], Run], batch: int, size: Size) -> Iterator[
     clock = clock_of(size.device)
     n_calls = {key: n_calls_of(run, size.least_seconds, clock) for key, run in runs.items()}
     repeated = {key: functools.partial(repeat, run, n_calls[key]) for key, run in runs.items()}
-    measured = time_in_turns(repeated, size.n_rounds, clock, f"batch {batch}")
+    measured = time_interleaved(repeated, size.n_rounds, clock, f"batch {batch}")
     seconds = {key: [one / n_calls[key] for one in values] for key, values in measured.items()}
     for (engine, r), values in seconds.items():
         base = seconds.get((engine, size.rates[0]))

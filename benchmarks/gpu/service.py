@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 
 from app.backends import BackendOptions, Runner, open_backend
+from benchmarks.errors import MeasurementError
 from benchmarks.gpu.clock import clock_of
 from benchmarks.gpu.models import draw_pixels, encode_jpegs, make_classifier, make_vit
 from benchmarks.gpu.size import Size
 from benchmarks.gpu.store import VERSION, store_folder
-from benchmarks.lone_caller import make_request
-from benchmarks.open_loop import Call, Client, Exchange, keep_busy, run_measured
-from benchmarks.report import percentile
-from benchmarks.served import MeasurementError, Served, n_cores, serve_store
-from benchmarks.timing import time_in_turns
+from benchmarks.host import n_cores
+from benchmarks.load.http1 import make_request
+from benchmarks.load.open_loop import Call, CallResult, Client, run_measured, saturate
+from benchmarks.spread import percentile
+from benchmarks.timing import time_interleaved
+from deploy.local.process import ServerProcess, ServiceProcess
 from training.data.preprocessing import InputRule, read_pixels
 from training.export.parity import MIN_MARGIN, decisions
 from training.models.classifier import ServedClassifier, input_rule
@@ -58,7 +60,7 @@ def _rows(size: Size, model: str, work: Path) -> Iterator[Row]:
     yield from _bare_loop(size, store / model / VERSION, pixels)
     settings = service_settings(size)
     used_before, started_at = _device_bytes(size), time.perf_counter()
-    with serve_store(store, work / f"service-{model}.log", settings) as server:
+    with ServiceProcess(store, work / f"service-{model}.log", settings) as server:
         yield {
             "kind": "start",
             "settings": settings,
@@ -111,7 +113,7 @@ def _bare_loop(size: Size, folder: Path, pixels: Tensor) -> Iterator[Row]:
         after = torch.cuda.memory_allocated() if size.device == "cuda" else 0
         yield {"kind": "loaded", "r": r, "device_bytes": after - before}
     runs = {r: functools.partial(runner.run, batch) for r, runner in runners.items()}
-    seconds = time_in_turns(runs, size.n_rounds, clock_of(size.device), "bare loop")
+    seconds = time_interleaved(runs, size.n_rounds, clock_of(size.device), "bare loop")
     for r, values in seconds.items():
         speed = len(batch) / statistics.median(values)
         yield {"kind": "bare loop", "r": r, "batch": len(batch), "images_per_second": speed}
@@ -122,7 +124,7 @@ def _bare_loop(size: Size, folder: Path, pixels: Tensor) -> Iterator[Row]:
 
 @torch.no_grad()
 def _compare(
-    classifier: Any, rule: InputRule, model: str, server: Served, r: int, pixels: Tensor, jpegs: Sequence[bytes]
+    classifier: Any, rule: InputRule, model: str, server: ServerProcess, r: int, pixels: Tensor, jpegs: Sequence[bytes]
 ) -> Row:
     """Compare answers with eager on the CPU, on images whose every decision to merge is clear."""
     chosen, is_clear = pixels[:N_COMPARED], _is_clear(classifier, pixels[:N_COMPARED])
@@ -156,7 +158,7 @@ def _is_clear(classifier: ServedClassifier, pixels: Tensor) -> Tensor:
     return decisions(classifier, pixels).margin >= MIN_MARGIN
 
 
-def _classify(server: Served, r: int, data: bytes) -> list[Row]:
+def _classify(server: ServerProcess, r: int, data: bytes) -> list[Row]:
     answer: Row = _post(server, f"/classify?r={r}&top_k=5", data, {"Content-Type": "image/jpeg"})
     if (answer["r"], answer["degraded"]) != (r, False):
         raise MeasurementError(f"asked for r={r}, and r={answer['r']} answered, degraded: {answer['degraded']}")
@@ -164,14 +166,14 @@ def _classify(server: Served, r: int, data: bytes) -> list[Row]:
     return found
 
 
-def _ask_logits(server: Served, model: str, r: int, pixels: Tensor) -> Tensor:
+def _ask_logits(server: ServerProcess, model: str, r: int, pixels: Tensor) -> Tensor:
     body, headers = infer_body(pixels, r)
     answer = _post(server, f"/v2/models/{model}/infer", body, headers)
     (logits,) = answer["outputs"]
     return torch.tensor(logits["data"])
 
 
-def _post(server: Served, path: str, body: bytes, headers: dict[str, str]) -> Row:
+def _post(server: ServerProcess, path: str, body: bytes, headers: dict[str, str]) -> Row:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.request("POST", path, body, headers)
@@ -200,7 +202,7 @@ def infer_body(pixels: Tensor, r: int, output: str = "logits") -> tuple[bytes, d
 
 
 def _load(
-    size: Size, model: str, server: Served, pixels: Tensor, jpegs: Sequence[bytes], used_before: int
+    size: Size, model: str, server: ServerProcess, pixels: Tensor, jpegs: Sequence[bytes], used_before: int
 ) -> Iterator[Row]:
     calls: dict[tuple[str, int], list[Call]] = {}
     for r in size.load_rates:
@@ -218,19 +220,19 @@ def _load(
                 yield {**about, **measured, "resident_bytes": server.resident_bytes, "device_bytes": device_bytes}
 
 
-def _measure(server: Served, calls: Sequence[Call], n_connections: int, seconds: float) -> Row:
-    async def work(client: Client) -> list[Exchange]:
-        return await keep_busy(client, calls, n_connections, seconds)
+def _measure(server: ServerProcess, calls: Sequence[Call], n_connections: int, seconds: float) -> Row:
+    async def work(client: Client) -> list[CallResult]:
+        return await saturate(client, calls, n_connections, seconds)
 
     cpu_before, started_at = server.cpu_seconds, time.perf_counter()
-    exchanges, client_cpu = run_measured(server.port, n_connections, work)
+    results, client_cpu = run_measured(server.port, n_connections, work)
     elapsed = time.perf_counter() - started_at
-    latencies = [one.latency_ms for one in exchanges if one.latency_ms is not None]
-    right = [one for one in exchanges if one.status == 200]
-    spent = max(one.answered_at or 0.0 for one in exchanges) - min(one.sent_at for one in exchanges)
+    latencies = [one.latency_ms for one in results if one.latency_ms is not None]
+    right = [one for one in results if one.status == 200]
+    spent = max(one.answered_at or 0.0 for one in results) - min(one.sent_at for one in results)
     return {
         "requests_per_second": len(right) / spent,
-        "statuses": {str(status): count for status, count in Counter(one.status for one in exchanges).items()},
+        "statuses": {str(status): count for status, count in Counter(one.status for one in results).items()},
         "batch_size": _mean_batch(right),
         "p50_ms": percentile(latencies, 50),
         "p99_ms": percentile(latencies, 99),
@@ -239,9 +241,9 @@ def _measure(server: Served, calls: Sequence[Call], n_connections: int, seconds:
     }
 
 
-def _mean_batch(exchanges: Sequence[Exchange]) -> float | None:
+def _mean_batch(results: Sequence[CallResult]) -> float | None:
     """Return how many images the run of a request had, on average."""
-    answers = [json.loads(one.body) for one in exchanges]
+    answers = [json.loads(one.body) for one in results]
     sizes = [answer.get("batch_size") or answer.get("parameters", {}).get("batch_size") for answer in answers]
     known = [batch for batch in sizes if batch is not None]
     return statistics.fmean(known) if known else None

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.commit import read_commit
 from benchmarks.gpu.models import RandomImages, draw_pixels, make_vit
 from benchmarks.gpu.size import Size
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 from training.export.publish import Plan, publish
 from training.models.classifier import input_rule
 

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from benchmarks.gpu.clock import clock_of
 from benchmarks.gpu.size import Size
-from benchmarks.relaxed import BOTH, FORWARD, Steps, peak_bytes
-from benchmarks.timing import paired_ratio, time_in_turns
+from benchmarks.relaxed.measure import BOTH, FORWARD, Steps, peak_bytes
+from benchmarks.timing import paired_ratio, time_interleaved
 from training.models.embedding import default_dim
 
 FROZEN = "plain forward and backward, weights frozen"
@@ -48,7 +48,7 @@ def rows(size: Size, model: str, work: Path) -> Iterator[Row]:
     for r in size.training_rates:
         runs[f"relaxed r={r}, tail kept"] = functools.partial(steps.relaxed, r, keep_tail=True)
         runs[f"relaxed r={r}, no tail"] = functools.partial(steps.relaxed, r, keep_tail=False)
-    seconds = time_in_turns(runs, size.n_rounds, clock_of(size.device), "steps")
+    seconds = time_interleaved(runs, size.n_rounds, clock_of(size.device), "steps")
     for name, values in seconds.items():
         yield {
             "kind": "training step",

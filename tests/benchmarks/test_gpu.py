@@ -13,7 +13,7 @@ from benchmarks.gpu.commit import UNKNOWN, read_commit
 from benchmarks.gpu.kit import EXPORTER, SERVICE, TESTS, download_command, read_pins
 from benchmarks.gpu.service import service_settings
 from benchmarks.gpu.size import SIZES, SMOKE
-from benchmarks.served import ROOT
+from deploy.local.process import ROOT
 
 
 @pytest.mark.slow

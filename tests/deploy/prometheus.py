@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.composed import find_free_port
+from deploy.local.process import find_free_port
 from tests.deploy.queries import DEPLOY
 
 START_SECONDS = 30.0

@@ -1,4 +1,4 @@
-"""The service on a Ray cluster of its own, seen from outside: the same as `tests.integration.server.Server`."""
+"""The service on a Ray cluster, with the interface of `tests.integration.server.Server`."""
 
 import contextlib
 import json
@@ -15,22 +15,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from benchmarks.composed import find_free_port
-from benchmarks.served import read_resident_bytes
+from deploy.local.process import environment, find_free_port, read_resident_bytes
 from tests.app.store.test_watcher import publish
 from tests.deploy.manifests import read_settings_file
-from tests.integration.server import ROOT, Address, environment, wait_until
+from tests.integration.server import ROOT, Address, wait_until
 
 DRIVER_SECONDS = 120.0
 STOP_SECONDS = 20.0
-MARK = "RAY_OF_TEST"  # in the environment of every process of the cluster
+# In the environment of every process of the cluster.
+MARK = "RAY_OF_TEST"
 
 
 class RayServer(Address):
-    """Two nodes and their replicas, until the block is left; then nothing of them is left either."""
+    """A cluster of two nodes. Leaving the block ends all its processes and removes its files."""
 
     def __init__(self, model_store: Path, **settings: object) -> None:
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets have short paths
+        # Paths of sockets must be short.
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self._mark = secrets.token_hex(8)
         self.port, self.model_store = find_free_port(), model_store
         variables = {f"DTEM_{name.upper()}": str(value) for name, value in settings.items()}
@@ -50,7 +51,8 @@ class RayServer(Address):
             **read_settings_file((ROOT / "deploy" / "ray" / "ray.env").read_text(encoding="utf-8")),
             MARK: self._mark,
             "PYTHONPATH": str(ROOT),
-            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(find_free_port()),  # the nodes share a machine
+            # The nodes share a machine, so they need two ports.
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(find_free_port()),
             "RAY_TMPDIR": str(self._temp_dir),
         }
 
@@ -74,13 +76,13 @@ class RayServer(Address):
         shutil.rmtree(self._temp_dir, ignore_errors=True)
 
     def deploy(self, min_replicas: int = 2, max_replicas: int = 2, **scaling: object) -> None:
-        """Have so many replicas, and wait until they serve. What runs is changed in place."""
+        """Deploy, or change the deployment in place, and wait until the replicas serve."""
         bounds = {"min_replicas": min_replicas, "max_replicas": max_replicas}
         self.tell("deploy " + json.dumps({"settings": self._settings, "autoscaling": scaling, **bounds}))
 
     @contextlib.contextmanager
     def published(self, name: str = "tiny", version: str = "2") -> Iterator[None]:
-        """Have another version served by every replica, until the block is left."""
+        """Publish another version, served by all replicas until the block is left."""
         folder = publish(self.model_store, name, version)
         shown = f'dtem_model_info{{.*model="{name}".*version="{version}"}}'
         wait_until(lambda: len(self.series(shown)) == len(self.replica_pids()))
@@ -89,7 +91,7 @@ class RayServer(Address):
         wait_until(lambda: not self.series(shown))
 
     def tell(self, command: str) -> None:
-        """Have the driver do something, and wait until it is done."""
+        """Send a command to the driver, and wait until it is done."""
         assert self._driver.stdin is not None
         self._driver.stdin.write(f"{command}\n".encode())
         self._driver.stdin.flush()
@@ -106,7 +108,7 @@ class RayServer(Address):
             text += chunk
 
     def pids(self, title: str) -> list[int]:
-        """List the processes of this cluster whose title begins so."""
+        """Return the processes of this cluster whose title has this prefix."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -119,13 +121,13 @@ class RayServer(Address):
         return self.pids("ray::ServeReplica")
 
     def is_on_head(self, pid: int) -> bool:
-        """Tell by the raylet that a process comes from."""
+        """Tell whether the parent of the process is the raylet of the head node."""
         parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
         return b"--head" in Path(f"/proc/{parent}/cmdline").read_bytes()
 
     @property
     def log(self) -> str:
-        """What the replicas said."""
+        """The log of all replicas."""
         files = sorted(self._temp_dir.glob("ray/session_2*/logs/worker-*.err"))
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
         return "".join(text for text in texts if ":actor_name:ServeReplica" in text)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import app
-from benchmarks.composed import DockerError, docker
+from deploy.local.compose import DockerError, docker
 from tests.app.certificates import make_certificate
 from tests.integration.server import wait_until
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.composed import Composed, docker
+from deploy.local.compose import ComposeStack, docker
 from tests.deploy.prometheus import get
 from tests.deploy.queries import DASHBOARD, alert_queries, ask, dashboard_queries, find_faults
 from tests.deploy.traffic import Address, send_all_kinds
@@ -42,21 +42,21 @@ def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stack(image: str, model_store: Path) -> Iterator[Composed]:
+def stack(image: str, model_store: Path) -> Iterator[ComposeStack]:
     docker("build", "--tag", "dtem-grafana-stand-in", "--file", "tests/deploy/grafana.Dockerfile", "tests/deploy")
     services, files = ["api", "grafana", "dcgm-exporter"], ["tests/deploy/docker-compose.test.yml"]
     variables: dict[str, Any] = {"MODEL_STORE": model_store, "API_MEMORY": "2g", "API_CPUS": 2}
-    with Composed("dtem-test", services, files, **variables) as stack:
+    with ComposeStack("dtem-test", services, files, **variables) as stack:
         yield stack
 
 
-def classify(stack: Composed, image: Path, query: str) -> dict[str, object]:
+def classify(stack: ComposeStack, image: Path, query: str) -> dict[str, object]:
     status, body = stack.ask("api", "POST", f"/classify?{query}", image.read_bytes())
     assert status == 200, body
     return dict(json.loads(body))
 
 
-def test_stack_classifies_through_the_published_port(stack: Composed) -> None:
+def test_stack_classifies_through_the_published_port(stack: ComposeStack) -> None:
     answers = [classify(stack, image, f"r={r}&top_k=1") for image in EXAMPLES for r in (0, 8, 16)]
     assert {answer["r"] for answer in answers} == {0, 8, 16}
     wanted = [image.stem.rsplit("-", 1)[1] for image in EXAMPLES for _ in (0, 8, 16)]
@@ -65,7 +65,7 @@ def test_stack_classifies_through_the_published_port(stack: Composed) -> None:
     assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 33
 
 
-def test_every_query_returns_plausible_data_after_traffic(stack: Composed) -> None:
+def test_every_query_returns_plausible_data_after_traffic(stack: ComposeStack) -> None:
     """With the stack's own Prometheus, which scrapes every 5 s."""
     prometheus = f"http://127.0.0.1:{stack.ports['prometheus']}"
     wait_until(lambda: [sample.values[-1] for sample in ask(prometheus, "up")] == [1, 1])
@@ -84,17 +84,17 @@ def test_every_query_returns_plausible_data_after_traffic(stack: Composed) -> No
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_stack_is_confined(stack: Composed, service: str) -> None:
-    status = dict(line.split(":\t", 1) for line in stack.inside(service, "cat", "/proc/1/status").splitlines())
+def test_stack_is_confined(stack: ComposeStack, service: str) -> None:
+    status = dict(line.split(":\t", 1) for line in stack.execute(service, "cat", "/proc/1/status").splitlines())
     assert 0 not in {int(uid) for uid in status["Uid"].split()}
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {NO_CAPABILITIES}
     assert status["NoNewPrivs"] == "1"
     for folder in ("/", "/etc", "/app" if service == "api" else "/usr", "/var" if service == "grafana" else "/tmp"):
-        refused = stack.inside(service, "sh", "-c", f"touch {folder}/probe 2>&1 || true")
+        refused = stack.execute(service, "sh", "-c", f"touch {folder}/probe 2>&1 || true")
         assert "Read-only file system" in refused, refused
 
 
-def test_stack_listens_only_on_loopback(stack: Composed) -> None:
+def test_stack_listens_only_on_loopback(stack: ComposeStack) -> None:
     for service in SERVICES:
         ports = json.loads(stack.inspect(service, "{{json .NetworkSettings.Ports}}"))
         assert {binding["HostIp"] for bindings in ports.values() for binding in bindings or []} == {"127.0.0.1"}
@@ -104,26 +104,26 @@ def test_stack_listens_only_on_loopback(stack: Composed) -> None:
     ("service", "limits"),
     [("api", (2 << 30, 2e9, 1024)), ("prometheus", (1 << 30, 1e9, 256)), ("grafana", (1 << 30, 1e9, 1024))],
 )
-def test_stack_is_limited(stack: Composed, service: str, limits: tuple[int, float, int]) -> None:
+def test_stack_is_limited(stack: ComposeStack, service: str, limits: tuple[int, float, int]) -> None:
     """Memory in bytes, CPUs in billionths, processes and threads."""
     template = "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"
     assert tuple(int(word) for word in stack.inspect(service, template).split()) == limits
 
 
-def test_stack_has_time_to_drain_and_reports_its_memory_limit(stack: Composed) -> None:
+def test_stack_has_time_to_drain_and_reports_its_memory_limit(stack: ComposeStack) -> None:
     assert int(stack.inspect("api", "{{.Config.StopTimeout}}")) >= 20 + 5
     exposition = stack.ask("api", "GET", "/metrics")[1].decode()
     (limit,) = [line.split()[1] for line in exposition.splitlines() if line.startswith("dtem_memory_limit_bytes ")]
     assert float(limit) == 2 << 30
 
 
-def test_stack_generates_grafanas_password_once_and_never_logs_it(stack: Composed) -> None:
+def test_stack_generates_grafanas_password_once_and_never_logs_it(stack: ComposeStack) -> None:
     def read() -> str:
-        return stack.inside("grafana", "cat", "/var/lib/grafana/admin-password")
+        return stack.execute("grafana", "cat", "/var/lib/grafana/admin-password")
 
     password = read()
     assert len(password) >= 32
-    assert stack.inside("grafana", "stat", "--format", "%a %u", "/var/lib/grafana/admin-password") == "600 472"
+    assert stack.execute("grafana", "stat", "--format", "%a %u", "/var/lib/grafana/admin-password") == "600 472"
     assert password not in stack.logs("grafana")
     assert "docker compose exec grafana cat" in stack.logs("grafana")
     stack.compose("restart", "grafana")
@@ -131,25 +131,25 @@ def test_stack_generates_grafanas_password_once_and_never_logs_it(stack: Compose
     assert read() == password
 
 
-def test_stack_gives_grafana_its_dashboard_and_its_prometheus(stack: Composed) -> None:
-    home = stack.inside("grafana", "sh", "-c", "cat $GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH")
+def test_stack_gives_grafana_its_dashboard_and_its_prometheus(stack: ComposeStack) -> None:
+    home = stack.execute("grafana", "sh", "-c", "cat $GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH")
     assert json.loads(home) == json.loads(DASHBOARD.read_text())
     (source,) = read_provisioning(stack, "datasources")
     # The data source's address resolves in Grafana's container.
-    answer = stack.inside("grafana", "curl", "-fsS", f"{source['url']}/api/v1/query?query=up")
+    answer = stack.execute("grafana", "curl", "-fsS", f"{source['url']}/api/v1/query?query=up")
     assert json.loads(answer)["status"] == "success"
     (provider,) = read_provisioning(stack, "dashboards")
-    assert "dtem-serve.json" in stack.inside("grafana", "ls", provider["options"]["path"])
+    assert "dtem-serve.json" in stack.execute("grafana", "ls", provider["options"]["path"])
 
 
-def read_provisioning(stack: Composed, kind: str) -> list[dict[str, Any]]:
+def read_provisioning(stack: ComposeStack, kind: str) -> list[dict[str, Any]]:
     """Read Grafana's only provisioning file of a kind."""
-    content = yaml.safe_load(stack.inside("grafana", "sh", "-c", f"cat /etc/grafana/provisioning/{kind}/*.yml"))
+    content = yaml.safe_load(stack.execute("grafana", "sh", "-c", f"cat /etc/grafana/provisioning/{kind}/*.yml"))
     found: list[dict[str, Any]] = content["datasources" if kind == "datasources" else "providers"]
     return found
 
 
-def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_store: Path) -> None:
+def test_stack_serves_a_version_published_on_the_host(stack: ComposeStack, model_store: Path) -> None:
     """The store is mounted read-only and updated on the host; removing the version rolls it back."""
     unfinished, published = model_store / "reference/.5.partial", model_store / "reference/5"
     shutil.copytree(model_store / "reference/4", unfinished)
@@ -167,7 +167,7 @@ def test_stack_serves_a_version_published_on_the_host(stack: Composed, model_sto
     shutil.rmtree(model_store / ".5.gone")
 
 
-def test_docker_stop_under_load_loses_nothing(stack: Composed) -> None:
+def test_docker_stop_under_load_loses_nothing(stack: ComposeStack) -> None:
     """Uses the container's own address: Docker's proxy for published ports accepts connections for a stopped container,
     and drops them.
     """
@@ -196,7 +196,7 @@ def test_readme_commands_set_up_api_keys(image: str, tmp_path: Path) -> None:
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
     key = {"X-API-Key": (tmp_path / "secrets/client.key").read_text().strip()}
     files, store = ["docker-compose.override.yml"], ROOT / "model_store"
-    with Composed("dtem-keys", ["api", "prometheus"], files, tmp_path, MODEL_STORE=store) as stack:
+    with ComposeStack("dtem-keys", ["api", "prometheus"], files, tmp_path, MODEL_STORE=store) as stack:
         assert stack.ask("api", "GET", "/models")[0] == 401
         assert stack.ask("api", "GET", "/models", headers=key)[0] == 200
         wait_until(lambda: [s.values[-1] for s in ask(f"http://127.0.0.1:{stack.ports['prometheus']}", "up")] == [1])

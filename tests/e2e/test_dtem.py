@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import embedding as benchmark
+from benchmarks.embedding.__main__ import main as measure_embedding
 from tests.integration.server import ROOT, Server
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import export
@@ -85,7 +85,7 @@ def test_policies_agree_at_rate_0(client: httpx.Client) -> None:
 
 def test_benchmark_measures_the_cost_of_the_embedding(store: Path, tmp_path: Path) -> None:
     options = ["--rates", "8", "--batches", "1", "--rounds", "6", "--out", str(tmp_path / "cost")]
-    assert benchmark.main(["--published", str(store / "tiny" / "1"), *options]) == 0
+    assert measure_embedding(["--published", str(store / "tiny" / "1"), *options]) == 0
     content = json.loads((tmp_path / "cost.json").read_text())
     (compute,) = content["compute"]
     assert compute["embedding"] == pytest.approx((197 + 189 + 181) * 32 * 8 / 1e9)
@@ -96,5 +96,5 @@ def test_benchmark_measures_the_cost_of_the_embedding(store: Path, tmp_path: Pat
 
 def test_benchmark_refuses_a_version_without_an_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    assert benchmark.main(["--published", str(tmp_path), "--out", str(tmp_path / "cost")]) == 2
+    assert measure_embedding(["--published", str(tmp_path), "--out", str(tmp_path / "cost")]) == 2
     assert "has no embedding" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Clients that post without a pause until the server is gone, and say what became of every request."""
+"""Clients that send requests without a pause until the server stops, and count the outcomes."""
 
 import http.client
 import json
@@ -13,10 +13,10 @@ SECONDS = 60
 
 
 class Load:
-    """Threads with a connection each: kept as long as the server keeps it, or a new one for every request.
+    """Client threads with one connection each, either kept alive or new for every request.
 
-    `outcomes` counts statuses; `lost`: the request was sent whole, and the server went without a word; `unsent`: it
-    could not be sent whole. A client ends when it can connect no more, or at the end of the block.
+    `outcomes` counts statuses, and requests without a response: `lost` if they were sent in full,
+    else `unsent`. A client ends when it can no longer connect, or at the end of the block.
     """
 
     def __init__(
@@ -28,8 +28,10 @@ class Load:
         self._is_over = threading.Event()
         self.outcomes: Counter[int | str] = Counter()
         self.versions: Counter[str] = Counter()
-        self.servers: Counter[str] = Counter()  # what `X-Served-By` says, on a cluster
-        self._sent_at: dict[int, float] = {}  # what waits for its answer, by client
+        # By `X-Served-By`, on a cluster.
+        self.servers: Counter[str] = Counter()
+        # Requests in flight, by client.
+        self._sent_at: dict[int, float] = {}
         self._threads = [threading.Thread(target=self._post_on) for _ in range(n_clients)]
 
     def __enter__(self) -> Self:
@@ -47,31 +49,32 @@ class Load:
             assert not thread.is_alive()
 
     def has_waited_since(self, moment: float) -> bool:
-        """Tell whether a request is unanswered that was sent before. Units: seconds of time.monotonic."""
+        """Tell whether a request sent before this moment is still in flight. Units: s of time.monotonic."""
         return any(sent_at < moment for sent_at in list(self._sent_at.values()))
 
     def _post_on(self) -> None:
         while not self._is_over.is_set():
             try:
-                wire = socket.create_connection(self._address, timeout=SECONDS)
+                connection = socket.create_connection(self._address, timeout=SECONDS)
             except OSError:
                 return
-            with wire:
-                while not self._is_over.is_set() and self._post(wire):
+            with connection:
+                while not self._is_over.is_set() and self._post(connection):
                     pass
 
-    def _post(self, wire: socket.socket) -> bool:
-        """Send a request and read its answer. Returns whether the connection can be used again."""
-        if select.select([wire], [], [], 0)[0]:  # closed meanwhile: every pool of connections looks before it sends
+    def _post(self, connection: socket.socket) -> bool:
+        """Send a request and read the response. Returns whether the connection can be reused."""
+        # Like a connection pool, check first whether the server has closed the connection.
+        if select.select([connection], [], [], 0)[0]:
             return False
         client = threading.get_ident()
         try:
-            wire.sendall(self._request)
+            connection.sendall(self._request)
         except OSError:
             self.outcomes["unsent"] += 1
             return False
         self._sent_at[client] = time.monotonic()
-        response = http.client.HTTPResponse(wire)
+        response = http.client.HTTPResponse(connection)
         try:
             response.begin()
             answer = response.read()

@@ -1,33 +1,22 @@
-"""A real server process, started as an operator would."""
+"""The service as a real process, and requests to it."""
 
 import http.client
-import os
 import re
-import select
-import signal
 import ssl
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import pytest
 
-from benchmarks.served import read_resident_bytes
+from deploy.local.process import ServiceProcess
 
 ROOT = Path(__file__).parents[2]
-on_both = pytest.mark.parametrize("server", ["process", "ray"], indirect=True)  # the contract is the same
+# For modules whose tests hold for a single process and for a Ray cluster.
+on_both = pytest.mark.parametrize("server", ["process", "ray"], indirect=True)
 WAIT_SECONDS = 60.0
-START_SECONDS = 60.0  # what a busy machine may take; how long it should take is a test of its own
-
-
-def environment(**settings: object) -> dict[str, str]:
-    """Make the environment of a server, with no setting but these."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DTEM_")}
-    return inherited | {f"DTEM_{name.upper()}": str(value) for name, value in settings.items()}
 
 
 class Reply(NamedTuple):
@@ -37,7 +26,7 @@ class Reply(NamedTuple):
 
 
 class Address(ABC):
-    """A port of this machine at which the service answers, whoever listens there."""
+    """A port of this machine at which the service listens."""
 
     port: int
 
@@ -52,7 +41,7 @@ class Address(ABC):
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Reply:
-        """Send one request on a connection of its own."""
+        """Send one request on a new connection."""
         connection = self._connect()
         try:
             connection.request(method, path, body, headers or {})
@@ -67,76 +56,26 @@ class Address(ABC):
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, bytes]:
-        """Send one request on a connection of its own. Returns status and body."""
+        """Send one request on a new connection. Returns status and body."""
         status, _, answer = self.request(method, path, body, headers)
         return status, answer
 
     def series(self, metric: str) -> list[float]:
-        """Read the values of a metric, whatever its labels; the name may be a pattern with some of them."""
+        """Read the values of a metric for all labels. The name may be a regular expression with some of them."""
         text = self.ask("GET", "/metrics")[1].decode()
         return [float(value) for value in re.findall(rf"^{metric}(?:{{.*}})? (\S+)$", text, re.MULTILINE)]
 
 
-class Server(Address):
-    """`python -m app` on a free port, until the block is left."""
+class Server(ServiceProcess, Address):
+    """`python -m app` on a free port."""
 
-    def __init__(self, model_store: Path, log: Path, tmpdir: Path | None = None, **settings: object) -> None:
-        self._log = log
+    def __init__(self, model_store: Path, log: Path, /, tmpdir: Path | None = None, **settings: object) -> None:
+        super().__init__(model_store, log, settings, tmpdir)
         self._certificate = settings.get("tls_certificate")
-        variables = environment(**{"port": 0, "model_store": model_store, **settings})
-        with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "app"],
-                cwd=ROOT,
-                env=variables | ({"TMPDIR": str(tmpdir)} if tmpdir else {}),
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
-        self.announcement = ""
-        self.port = 0
-
-    def __enter__(self) -> Self:
-        """Wait until it says that it is ready."""
-        try:
-            self.announcement = self._read_announcement()
-            self.port = int(re.findall(r"ready: https?://127\.0\.0\.1:(\d+)", self.announcement)[0])
-        except BaseException:
-            self.process.kill()
-            raise
-        return self
-
-    def _read_announcement(self) -> str:
-        assert self.process.stdout is not None
-        deadline, text = time.monotonic() + START_SECONDS, b""
-        while b"/metrics\n" not in text:
-            left = deadline - time.monotonic()
-            readable, _, _ = select.select([self.process.stdout], [], [], max(0, left))
-            chunk = os.read(self.process.stdout.fileno(), 4096) if readable else b""
-            assert chunk, f"the server did not start:\n{self.log}"
-            text += chunk
-        return text.decode()
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
 
     @property
-    def log(self) -> str:
-        return self._log.read_text(encoding="utf-8")
-
-    @property
-    def resident_bytes(self) -> int:
-        return read_resident_bytes(self.process.pid)
-
-    @property
-    def cpu_seconds(self) -> float:
-        user, system = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").split()[13:15]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self, number: int = signal.SIGTERM, timeout_seconds: float = 30) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout_seconds)
+    def announcement(self) -> str:
+        return self.output
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._certificate is None:

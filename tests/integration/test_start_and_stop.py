@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from deploy.local.process import environment
 from tests.app.odd_images import encode, make_photo
 from tests.app.store.test_loader import BREAKAGES
 from tests.app.tiny_store import write_store
-from tests.integration.server import ROOT, Server, environment, wait_until
+from tests.integration.server import ROOT, Server, wait_until
 
 PNG = encode(make_photo(8, 8), "PNG")
 SECONDS = 60

@@ -1,0 +1,1 @@
+"""Graphs: how fast is each graph of a version, without the service?"""

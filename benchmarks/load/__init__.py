@@ -1,0 +1,1 @@
+"""Load: clients, and the requests and images that they send."""

@@ -1,0 +1,1 @@
+"""Overhead: what does the service cost over the bare model?"""

@@ -1,0 +1,1 @@
+"""Ray: what does a Ray cluster cost over a single process?"""

@@ -1,0 +1,1 @@
+"""Relaxed: what does a training step through relaxed merging cost?"""

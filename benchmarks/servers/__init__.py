@@ -1,0 +1,1 @@
+"""Model stores for the servers under measurement."""

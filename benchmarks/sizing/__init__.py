@@ -1,0 +1,1 @@
+"""Sizing: what does the Compose stack carry on a machine?"""
