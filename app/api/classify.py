@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
-from app.api.inference import INFERENCE, RECORD, note_selection, server_timing, softmax, while_connected
+from app.api.inference import INFERENCE, RECORD, PlainRoute, note_selection, server_timing, softmax, while_connected
 from app.api.parameters import describe_query, read_query
 from app.api.problems import problem_document
 from app.api.schemas import Classification, Results, describe_problems
@@ -45,7 +45,7 @@ SERVER_TIMING = {"Server-Timing": {"description": "the stages of `timings_ms`", 
 
 
 def make_router(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=PlainRoute)
 
     @router.post(
         "/classify",
@@ -103,7 +103,7 @@ def _describe(outcome: Outcome, chosen: Selection, record: RequestRecord) -> dic
         "policy": spec.policy,
         "r": spec.r,
         "gmacs": outcome.gmacs,
-        "accuracy": None if spec.accuracy is None else spec.accuracy.model_dump(mode="json"),
+        "accuracy": outcome.variant.accuracy,
         "tokens": outcome.tokens,
         "batch_size": outcome.batch_size,
         "degraded": outcome.is_degraded,

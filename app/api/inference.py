@@ -2,11 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
@@ -22,6 +22,14 @@ INFERENCE = {"x-inference": True}
 RECORD = "dtem.record"
 
 T = TypeVar("T")
+
+
+class PlainRoute(APIRoute):
+    """A route without dependencies, whose endpoint reads the request itself. Resolving none would take 0.05 ms."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
 
 
 def inference_paths(routes: Iterable[BaseRoute]) -> list[re.Pattern[str]]:

@@ -35,11 +35,11 @@ def accept_parameters(*accepted: str) -> Callable[[Request], Awaitable[None]]:
 
 
 def read_query(request: Request) -> Query:
-    """Read a query without FastAPI's validation, which would take a tenth of the response time.
+    """Read a query without the framework, which would take a tenth of the response time.
 
     Raises: UnknownParameter, DuplicateParameter.
     """
-    return Query.model_construct(None, **read_parameters(request, Query.model_fields))
+    return Query(**read_parameters(request, Query.model_fields))
 
 
 def describe_query() -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from app.backends import Runner
 from app.errors import UnknownModel, UnknownVersion, echo
@@ -43,6 +44,11 @@ class ServedVariant:
     latency: LatencyLog = field(default_factory=LatencyLog)
     costs: CostTable = field(default_factory=CostTable)
     unmerged_gmacs: float = 0.0
+
+    @cached_property
+    def accuracy(self) -> dict[str, Any] | None:
+        """The measured accuracy as JSON; None if it was not measured."""
+        return None if self.spec.accuracy is None else self.spec.accuracy.model_dump(mode="json")
 
     @property
     def rate_label(self) -> str:

@@ -1,6 +1,6 @@
 """Compare rules for batches of images that keep different numbers of tokens: throughput and agreement.
 
-`python -m benchmarks.adaptive_batches --published model_store/reference/4 --policy atm
+`python -m benchmarks.adaptive_batches --published model_store/reference/5 --policy atm
 --out docs/results/adaptive-batches`
 Every rule runs the same images, interleaved in one process. The baseline is one image per batch.
 - padded: each image keeps its own tokens; absent rows are masked. This rule is exported and served.

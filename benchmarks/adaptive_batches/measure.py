@@ -64,7 +64,7 @@ class RuleResult:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Raises: ValueError if the options name no published version, or it lacks the policy."""
     if options.published is None:
-        raise ValueError("--published is missing: expected a version in the store, e.g. model_store/reference/4")
+        raise ValueError("--published is missing: expected a version in the store, e.g. model_store/reference/5")
     torch.set_num_threads(1)
     chosen = chosen_model(options)
     calibrations = {one.policy: one for one in published_calibrations(options.published)}

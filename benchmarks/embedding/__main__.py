@@ -1,6 +1,6 @@
 """Measure the cost of DTEM over ToMe at the same rate: GMACs, and latency of the exported graphs.
 
-`python -m benchmarks.embedding --published model_store/reference/4 --out docs/results/embedding-cost`
+`python -m benchmarks.embedding --published model_store/reference/5 --out docs/results/embedding-cost`
 Both graphs run interleaved in one process. On a busy machine add `--clock cpu`. The targets are at
 most 1.5 % of GMACs and 2 % of latency.
 """
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published",
         type=Path,
-        default=Path("model_store/reference/4"),
+        default=Path("model_store/reference/5"),
         help="a version with policies tome and dtem",
     )
     parser.add_argument("--rates", type=integers, default=[8, 16])

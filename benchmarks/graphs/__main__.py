@@ -1,6 +1,6 @@
 """Time every graph of a published version, interleaved in one process, with its accuracy.
 
-`python -m benchmarks.graphs --published model_store/reference/4 --batches 1,8 --rounds 30`
+`python -m benchmarks.graphs --published model_store/reference/5 --batches 1,8 --rounds 30`
 Speeds are medians over rounds. A round runs the same test images through each graph, in batches,
 since the cost of an adaptive policy depends on the images.
 """
@@ -19,7 +19,7 @@ from benchmarks.report import Benchmark, run_benchmark
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"))
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"))
     parser.add_argument("--batches", type=integers, default=[1, 8])
     parser.add_argument("--rounds", type=positive_integer, default=30)
     parser.add_argument("--data", default="digits", help="a dataset, or a folder with one subfolder per class")

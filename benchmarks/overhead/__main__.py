@@ -1,6 +1,6 @@
 """Measure the overhead of the service over the bare model, against a bare loop and plain FastAPI.
 
-`python -m benchmarks.overhead --published model_store/reference/4 --rates 0,16 --out docs/results/overhead`
+`python -m benchmarks.overhead --published model_store/reference/5 --rates 0,16 --out docs/results/overhead`
 Reports requests/s at saturation, CPU time per request, and the latency of a single client, in
 interleaved rounds. All three arms run the same graph with one thread per core and decode with the
 same code. The client of the servers is wrk (apt-get install wrk). The bare loop has no client, so
@@ -22,7 +22,7 @@ from training.cli.model_options import rates
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"))
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"))
     parser.add_argument("--policy", default="tome")
     parser.add_argument("--rates", type=rates, default=(0, 16))
     parser.add_argument("--seconds", type=positive_integer, default=10, help="per arm and round")

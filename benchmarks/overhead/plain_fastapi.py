@@ -1,6 +1,6 @@
 """A graph behind plain FastAPI: a thread pool, and uvicorn with its defaults.
 
-`python -m benchmarks.overhead.plain_fastapi --published model_store/reference/4
+`python -m benchmarks.overhead.plain_fastapi --published model_store/reference/5
 --graph tome-r16.onnx --threads 2 --port 8001`
 """
 

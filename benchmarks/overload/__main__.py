@@ -1,6 +1,6 @@
 """Measure effective accuracy under overload: the share of requests with a correct answer in time.
 
-`python -m benchmarks.overload --published model_store/reference/4 --policy tome --deadline-ms 250
+`python -m benchmarks.overload --published model_store/reference/5 --policy tome --deadline-ms 250
 --out docs/results/overload`
 Compares each fixed rate with the adaptive engine, which chooses the rate by the deadline. Arrivals
 are a Poisson process. Load 1 is the capacity at r = 0. Every arm is a server that sheds load by the
@@ -23,7 +23,7 @@ from benchmarks.report import Benchmark, run_benchmark
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"))
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"))
     parser.add_argument("--policy", default="tome", help="a policy with rates")
     parser.add_argument("--deadline-ms", type=positive_number, default=250)
     parser.add_argument(

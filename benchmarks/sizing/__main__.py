@@ -20,7 +20,7 @@ from benchmarks.sizing.report import draw_figure, tables
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"), help="the version served")
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"), help="the version served")
     parser.add_argument("--policies", default="none,dtem,adaptive-dtem", help="comma-separated")
     parser.add_argument("--seconds", type=positive_integer, default=5, help="per variant, round and concurrency")
     parser.add_argument("--rounds", type=positive_integer, default=3)

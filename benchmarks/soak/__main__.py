@@ -21,7 +21,7 @@ from benchmarks.soak.report import draw_figure, tables
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, default=Path("model_store/reference/4"))
+    parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"))
     parser.add_argument("--minutes", type=positive_number, default=5)
     parser.add_argument("--load", type=positive_number, default=0.8, help="relative to the capacity for this mixture")
     parser.add_argument(

@@ -35,7 +35,7 @@ N_BEFORE = 100
 def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store on the host with the reference model's last version."""
     store = tmp_path_factory.mktemp("model_store")
-    shutil.copytree(ROOT / "model_store/reference/4", store / "reference/4")
+    shutil.copytree(ROOT / "model_store/reference/5", store / "reference/5")
     # Temporary folders are private, and the service runs as another user.
     store.chmod(0o755)
     return store
@@ -151,20 +151,20 @@ def read_provisioning(stack: ComposeStack, kind: str) -> list[dict[str, Any]]:
 
 def test_stack_serves_a_version_published_on_the_host(stack: ComposeStack, model_store: Path) -> None:
     """The store is mounted read-only and updated on the host; removing the version rolls it back."""
-    unfinished, published = model_store / "reference/.5.partial", model_store / "reference/5"
-    shutil.copytree(model_store / "reference/4", unfinished)
+    unfinished, published = model_store / "reference/.6.partial", model_store / "reference/6"
+    shutil.copytree(model_store / "reference/5", unfinished)
     manifest = unfinished / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": "4"', '"version": "5"'))
+    manifest.write_text(manifest.read_text().replace('"version": "5"', '"version": "6"'))
     unfinished.rename(published)
 
     def version() -> object:
         return classify(stack, EXAMPLES[0], "r=8")["model"]["version"]  # type: ignore[index]
 
-    assert version() == "4"
+    assert version() == "5"
+    wait_until(lambda: version() == "6")
+    published.rename(model_store / ".6.gone")
     wait_until(lambda: version() == "5")
-    published.rename(model_store / ".5.gone")
-    wait_until(lambda: version() == "4")
-    shutil.rmtree(model_store / ".5.gone")
+    shutil.rmtree(model_store / ".6.gone")
 
 
 def test_docker_stop_under_load_loses_nothing(stack: ComposeStack) -> None:

@@ -1,6 +1,6 @@
 """Calibrate adaptive merging: find the thresholds with the fewest GMACs within a bound on lost accuracy.
 
-ATM:               python -m training.cli.calibrate --published model_store/reference/4 --max-accuracy-drop 0.0
+ATM:               python -m training.cli.calibrate --published model_store/reference/5 --max-accuracy-drop 0.0
                      --metric features --out runs/atm
 Adaptive DTEM:     the same with --metric embedding
 Your own ViT:      --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val

@@ -1,6 +1,6 @@
 """Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a plot.
 
-A published model:  python -m training.cli.evaluate --published model_store/reference/4 --out docs/results/policies
+A published model:  python -m training.cli.evaluate --published model_store/reference/5 --out docs/results/policies
 A training run:     python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16
                       --out runs/reference-dtem/policies
 Any timm ViT:       python -m training.cli.evaluate --architecture deit_small_patch16_224 --weights pretrained

@@ -36,7 +36,7 @@ class ChosenModel:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model", "one of --run, --published, and --architecture with --weights")
     model.add_argument("--run", type=Path, help="folder of a training run (recipe.json, weights.safetensors)")
-    model.add_argument("--published", type=Path, help="a version in the store, e.g. model_store/reference/4")
+    model.add_argument("--published", type=Path, help="a version in the store, e.g. model_store/reference/5")
     model.add_argument("--architecture", help="a timm name, e.g. deit_small_patch16_224")
     model.add_argument("--weights", help="'pretrained' (timm's own) or a local safetensors file")
     model.add_argument("--arguments", type=json.loads, default={}, help="JSON arguments for timm.create_model")

@@ -9,7 +9,7 @@ from benchmarks.sizing.__main__ import main
 from benchmarks.sizing.measure import find_variants
 from benchmarks.sizing.report import draw_figure, tables
 
-MANIFEST: dict[str, Any] = json.loads(Path("model_store/reference/4/manifest.json").read_text())
+MANIFEST: dict[str, Any] = json.loads(Path("model_store/reference/5/manifest.json").read_text())
 
 
 def load(r: int | None, index: int, per_second: float) -> dict[str, Any]:
