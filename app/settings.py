@@ -64,7 +64,7 @@ class Settings(BaseModel):
     )
     max_body_bytes: int = Field(default=20_000_000, ge=1, description="maximum size of a request body")
     max_in_flight_bytes: int = Field(
-        default=1_000_000_000, ge=1, description="total size of the request bodies in flight"
+        default=1_000_000_000, ge=1, description="maximum total size of the request bodies in flight"
     )
     max_pixels: int = Field(default=50_000_000, ge=1, description="maximum image size, by header and after resizing")
     max_files: int = Field(default=32, ge=1, description="maximum number of files in a multipart request")
@@ -73,7 +73,10 @@ class Settings(BaseModel):
     max_queue_images: int = Field(default=64, ge=1, description="maximum queue length per variant")
     max_batch_images: int = Field(default=8, ge=1, description="maximum batch size")
     max_concurrent_batches: int = Field(
-        default=2, ge=1, le=16, description="batches that share the device, so that it does not idle between two"
+        default=2,
+        ge=1,
+        le=16,
+        description="maximum batches that run concurrently; two keep the device busy between batches",
     )
     max_batch_delay_ms: float = Field(
         default=0.0, ge=0, description="maximum wait of an incomplete batch for more images"

@@ -9,7 +9,16 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
-from app.api.inference import INFERENCE, RECORD, PlainRoute, note_selection, server_timing, softmax, while_connected
+from app.api.inference import (
+    INFERENCE,
+    RECORD,
+    PlainRoute,
+    note_selection,
+    require_task,
+    server_timing,
+    softmax,
+    while_connected,
+)
 from app.api.parameters import describe_query, read_query
 from app.api.problems import problem_document
 from app.api.schemas import Classification, Results, describe_problems
@@ -21,6 +30,7 @@ from app.serving.service import Service
 from app.store.outputs import LOGITS
 from app.store.selection import Query, Selection, select
 
+TASK = "classify"
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FORM = {
     "type": "object",
@@ -70,6 +80,7 @@ def make_router(service: Service) -> APIRouter:
 async def _classify(service: Service, request: Request, query: Query) -> JSONResponse:
     record: RequestRecord = request.scope[RECORD]
     chosen = select(service.require_ready(), query)
+    require_task(chosen, TASK)
     note_selection(record, chosen)
     boundary = form_boundary(request.headers.get("content-type"))
     uploads = await _read_uploads(request, boundary, service.settings.max_files)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
-from app.errors import ClientGone
+from app.errors import ClientGone, InvalidParameter
 from app.observability.record import RequestRecord
 from app.store.selection import Selection
 
@@ -36,6 +36,14 @@ def inference_paths(routes: Iterable[BaseRoute]) -> list[re.Pattern[str]]:
     """List the paths of the routes that are marked with `INFERENCE`."""
     marked = [route for route in routes if isinstance(route, APIRoute) and route.openapi_extra]
     return [route.path_regex for route in marked if (route.openapi_extra or {}).items() >= INFERENCE.items()]
+
+
+def require_task(chosen: Selection, task: str) -> None:
+    """Raises: InvalidParameter for a model of another task."""
+    manifest = chosen.model.manifest
+    if manifest.task != task:
+        detail = f"Model {manifest.name!r} is for task {manifest.task!r}; expected a model for {task!r}."
+        raise InvalidParameter(detail, field="model", value=manifest.name, task=manifest.task, accepted=[task])
 
 
 def note_selection(record: RequestRecord, chosen: Selection) -> None:

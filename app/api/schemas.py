@@ -18,7 +18,9 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str = Field(description="stable, machine-readable name of the problem")
-    request_id: str | None = Field(default=None, description="as in X-Request-ID and the log; absent for a single file")
+    request_id: str | None = Field(
+        default=None, description="as in X-Request-ID and the log; absent in the problem of one file of a form"
+    )
 
 
 class Prediction(BaseModel):
@@ -63,7 +65,7 @@ class Classification(BaseModel):
     accuracy: MeasuredAccuracy | None
     tokens: list[int] = Field(description="tokens entering each block, then tokens left at the end; of this image")
     batch_size: int = Field(description="images in the batch, from any number of requests")
-    degraded: bool = Field(description="whether load caused a cheaper variant to run than on an idle device")
+    degraded: bool = Field(description="whether the image ran at a higher rate than preferred, because of load")
     timings_ms: TimingsMs
 
 

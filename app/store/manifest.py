@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 Text = Annotated[str, Field(min_length=1)]

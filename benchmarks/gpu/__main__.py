@@ -24,7 +24,8 @@ from typing import IO, Any
 from benchmarks.gpu.page import write_page
 from deploy.local.process import ROOT
 
-LEAST_SECONDS = 10.0  # a step is not begun with less
+# A step is not begun with less.
+LEAST_SECONDS = 10.0
 Report = dict[str, Any]
 
 
@@ -95,7 +96,8 @@ def run_step(step: Step, report: Report, size: str, work: Path, log: IO[bytes], 
         env={**os.environ, **({"OMP_NUM_THREADS": "1"} if size == "smoke" else {})},  # threads that wait for each other
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that a server it started ends with it
+        # So that a server it started ends with it.
+        start_new_session=True,
     )
     outcome, reason = "done", ""
     try:

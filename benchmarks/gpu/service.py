@@ -39,7 +39,8 @@ from training.models.classifier import ServedClassifier, input_rule
 ENGINE = "torchscript"
 JPEG, PIXELS = "jpeg", "pixels"
 N_IMAGES, N_COMPARED = 32, 12
-SEED = 1  # other images than those of the export
+# Other images than those of the export.
+SEED = 1
 WARM_UP_SECONDS = 1.0
 DECODE_SECONDS = 1.0
 Row = dict[str, Any]
@@ -209,7 +210,8 @@ def _load(
         calls[JPEG, r] = [Call(make_request(f"/classify?r={r}", data)) for data in jpegs]
         bodies = [infer_body(image, r, "label") for image in pixels]
         calls[PIXELS, r] = [Call(make_request(f"/v2/models/{model}/infer", *parts)) for parts in bodies]
-    for some in calls.values():  # the first batches of each size plan what later ones reuse
+    # The first batches of each size plan what later ones reuse.
+    for some in calls.values():
         _measure(server, some, max(size.n_connections), min(WARM_UP_SECONDS, size.load_seconds))
     for index in range(size.n_load_rounds):
         for kind, n_connections in ((kind, n) for kind in (JPEG, PIXELS) for n in size.n_connections):

@@ -46,13 +46,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.set_defaults(split="validation", n_images=2000)
     parser.add_argument("--n-unseen", type=int, default=2000, help="images for the report, unseen by the search")
-    parser.add_argument("--unlabelled", action="store_true", help="ignore labels: keep the unmerged predictions")
+    parser.add_argument("--unlabelled", action="store_true", help="ignore labels; count a changed prediction as lost")
     parser.add_argument("--max-accuracy-drop", type=float, default=0.0, help="points of top-1")
-    parser.add_argument("--metric", choices=ADAPTIVE_METRICS, default="features", help="vectors to compare tokens by")
     parser.add_argument(
-        "--score", choices=get_args(Score), default="similarity", help="score that the thresholds bound"
+        "--metric", choices=ADAPTIVE_METRICS, default="features", help="metric by which tokens are compared"
     )
-    parser.add_argument("--split-depth", type=int, help="blocks before tokens split by size; default: searched")
+    parser.add_argument(
+        "--score", choices=get_args(Score), default="similarity", help="score that is compared with the thresholds"
+    )
+    parser.add_argument(
+        "--split-depth",
+        type=int,
+        help="number of blocks that split tokens alternately, before the others split them by size; default: searched",
+    )
     parser.add_argument("--n-trials", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="a PyTorch device, e.g. cuda")
@@ -76,7 +82,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.split_depth is not None and not 0 <= options.split_depth <= depth:
         raise ValueError(f"--split-depth {options.split_depth}: expected from 0 to the ViT's {depth} blocks")
     if options.metric == "embedding" and chosen.embedding is None:
-        raise ValueError("--metric embedding needs one: pass --embedding, or a --run or --published that has one")
+        raise ValueError(
+            "--metric embedding needs an embedding: pass --embedding, or a --run or --published that has one"
+        )
     source, unseen = _sources(options, chosen)
     n_parallel = 1
     if options.device == "cpu":
@@ -203,7 +211,7 @@ def _known(log: Path, about: dict[str, Any]) -> list[Trial]:
         return []
     found = json.loads(log.read_text().split("\n", 1)[0]).get("about")
     if found != about:
-        raise ValueError(f"{log} holds the trials of another search, {found}, not {about}: choose another --out")
+        raise ValueError(f"{log} was written by a search with other options, {found}: choose another --out")
     known = read_trials(log)
     # Rewrite the file, since its last line may be incomplete.
     log.write_text(json.dumps({"about": about}) + "\n")

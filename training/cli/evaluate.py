@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         calibrations = [] if published is not None else published_calibrations(options.published)
     keys = [adaptive_key(one.policy, one.metric, one.max_accuracy_drop) for one in calibrations]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"calibrations {', '.join(keys)}: expected no two of one policy, metric and drop")
+        raise ValueError(f"calibrations {', '.join(keys)}: expected each policy, metric and drop at most once")
 
     def classifiers(policy: str, r: int) -> ServedClassifier:
         return policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding)
@@ -116,7 +116,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             rows.append(evaluate_adaptive(calibration, classifier, batches))
             write_evaluation(options.out, about, in_order(rows))
     if not rows:
-        raise ValueError(f"policies {options.policies} at rates {options.rates}: nothing to measure")
+        plan = f"--policies {options.policies} at --rates {options.rates}"
+        raise ValueError(f"nothing to measure: {plan}; pass other rates, --policies or --calibrations")
     write_evaluation(options.out, about, in_order(rows))
     _write_report(options, about, in_order(rows))
 

@@ -167,7 +167,8 @@ def _placed(words: RandomWords, scan: Image.Image, task: Task) -> NDArray[np.uin
     slant = words.integer(-20, 20) / 100
     tilt = math.radians(words.integer(-100, 100) * task.max_tilt_degrees / 100)
     width, height = size * (1 - stretch / 2), size * (1 + stretch / 2)
-    margin = size * 5 // 8  # half the size, plus room for tilt, stretch and slant
+    # Half the size, plus room for tilt, stretch and slant.
+    margin = size * 5 // 8
     centre_x, centre_y = (words.integer(margin * 64, (task.image_pixels - margin) * 64) / 64 for _ in range(2))
     # Pillow maps output to input pixels: rotate about the centre, slant, then scale to the scan.
     cosine, sine = math.cos(tilt), math.sin(tilt)

@@ -63,7 +63,8 @@ class Trial:
 
     @property
     def loss_points(self) -> float:
-        return 100 * -self.counts.difference + 0.0  # + 0.0 turns -0.0 into 0.0
+        # + 0.0 turns -0.0 into 0.0.
+        return 100 * -self.counts.difference + 0.0
 
 
 Costs: TypeAlias = NDArray[np.float64]

@@ -31,7 +31,8 @@ def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weigh
     Raises: ValueError where more than a tenth of the weights would be copied into the graph.
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        # The exporter warns about its own internals.
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             classifier,
             (example,),

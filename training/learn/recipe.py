@@ -14,7 +14,8 @@ from training.data.sources import REFERENCE_DATASET, find_dataset
 from training.learn.losses import DEFAULT_LOSS, check_loss
 from training.merging.relaxed import Relaxation
 
-_TINY = math.ulp(0.0)  # the smallest number above 0
+# The smallest number above 0.
+_TINY = math.ulp(0.0)
 _ABOVE_0, _FROM_0 = (_TINY, math.inf), (0.0, math.inf)
 
 Mode = Literal["modular", "end-to-end", "hard keys", "soft keys"]

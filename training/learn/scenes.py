@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from training.data.digits import LABELS, Task, digit_patches, draw, patch_ink
 from training.data.random_words import RandomWords
 
-BACKGROUND = len(LABELS)  # the eleventh token label
+# The eleventh token label.
+BACKGROUND = len(LABELS)
 _KEPT_SEED = 77
 
 

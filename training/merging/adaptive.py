@@ -92,7 +92,8 @@ class AdaptiveMatching:
         sizes = self._parts(size)
         joining = torch.where(self.joins, sizes[1].transpose(1, 2), 0.0)  # (B, |B|, |A|)
         total = sizes[2] + joining.sum(dim=-1, keepdim=True)
-        share = 1 / total.clamp_min(1)  # absent rows have total 0 and no summands
+        # Absent rows have total 0 and no summands.
+        share = 1 / total.clamp_min(1)
         merged = b * (sizes[2] * share).to(x.dtype) + (joining * share).to(x.dtype) @ a
         return self._left([protected, a, merged]), self._left([sizes[0], sizes[1], total])
 
@@ -163,7 +164,8 @@ def candidates(metric: Tensor, size: Tensor | None, *, split: Split, score: Scor
 
     Shapes: as `adaptive_matching`, with two unprotected tokens or more
     """
-    if torch.is_autocast_enabled(metric.device.type):  # float32 avoids ties, as in `cosine_scores`
+    # Float32 avoids ties, as in `cosine_scores`.
+    if torch.is_autocast_enabled(metric.device.type):
         with torch.autocast(metric.device.type, enabled=False):
             return candidates(metric, size, split=split, score=score, n_protected=n_protected)
     metric = metric.detach().float() if metric.dtype in (torch.float16, torch.bfloat16) else metric.detach()

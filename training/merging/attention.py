@@ -65,7 +65,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout_
 
 def _augmented_keys(q: Tensor, k: Tensor, v: Tensor, size: Tensor, dropout_p: float) -> Tensor:
     scale = q.shape[-1] ** -0.5
-    padding = (0, -(q.shape[-1] + 1) % 8)  # fused GPU kernels need a multiple of 8
+    # Fused GPU kernels need a multiple of 8.
+    padding = (0, -(q.shape[-1] + 1) % 8)
     bias = (_log_size(size, q).transpose(-2, -1) / scale).expand(*k.shape[:-1], 1)
     q = functional.pad(torch.cat([q, torch.ones_like(bias)], dim=-1), padding)
     k = functional.pad(torch.cat([k, bias], dim=-1), padding)

@@ -32,7 +32,7 @@ class Matching(Protocol):
 
 
 class _Identity:
-    """Merges nothing. At r = 0 it spares callers a branch."""
+    """Merges nothing: r = 0 without a branch."""
 
     def merge_sum(self, x: Tensor) -> Tensor:
         return x
@@ -65,7 +65,8 @@ class BipartiteMatching:
     def merge_mean(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, merged = self._split(x)
         if size is None:
-            ones = self.joins.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot count patches
+            # Half precision cannot count patches.
+            ones = self.joins.to(torch.promote_types(x.dtype, torch.float32))
             total = ones.sum(dim=-1, keepdim=True) + 1
             return (kept + ones.to(x.dtype) @ merged) / total.to(x.dtype), total
         kept_size, merged_size = self._split(size)
@@ -95,7 +96,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, *, n_protected: int = 1) -> 
     n_tokens = checked_tokens(metric, r, n_protected)
     if r == 0:
         return IDENTITY
-    metric = metric.detach()  # a discrete choice has no gradient
+    # A discrete choice has no gradient.
+    metric = metric.detach()
     return match_by_scores(cosine_scores(metric, n_protected), r, n_tokens=n_tokens, n_protected=n_protected)
 
 
@@ -129,7 +131,8 @@ def match_by_scores(scores: Tensor, r: int, *, n_tokens: int, n_protected: int =
     order = descending(best)  # (B, |A|)
     n_a, n_b = int(scores.shape[1]), int(scores.shape[2])
     merged, rest = torch.split(order, [r, n_a - r], dim=1)
-    place = torch.arange(n_tokens - r, device=scores.device) - (n_protected + n_a - r)  # B comes last
+    # B comes last.
+    place = torch.arange(n_tokens - r, device=scores.device) - (n_protected + n_a - r)
     joins = partner.gather(1, merged).unsqueeze(1) == place.unsqueeze(1)  # (B, N - r, r)
     return BipartiteMatching(_rows(merged, rest, n_b, n_tokens, n_protected), joins)
 
@@ -156,9 +159,11 @@ def _rows(merged: Tensor, rest: Tensor, n_b: int, n_tokens: int, n_protected: in
     """
     first_a, first_b = first_free(n_protected)
     device = merged.device
-    start = torch.arange(merged.shape[0], device=device).unsqueeze(1) * n_tokens  # first row of each image
+    # First row of each image.
+    start = torch.arange(merged.shape[0], device=device).unsqueeze(1) * n_tokens
     a = start + first_a
-    rest = rest.topk(int(rest.shape[1]), dim=-1, largest=False).values  # ascending, the previous order
+    # Ascending, the previous order.
+    rest = rest.topk(int(rest.shape[1]), dim=-1, largest=False).values
     b = start + torch.arange(first_b, first_b + 2 * n_b, 2, device=device)
     protected = start + torch.arange(n_protected, device=device)
     return torch.cat([protected, rest * 2 + a, b, merged * 2 + a], dim=1)
@@ -171,7 +176,8 @@ def checked_tokens(metric: Tensor, r: int, n_protected: int) -> int:
     """
     if metric.ndim != 3:
         raise ValueError(f"metric of shape {tuple(metric.shape)}: expected (images, tokens, width)")
-    n_tokens = int(metric.shape[1])  # a constant of exported graphs
+    # A constant of exported graphs.
+    n_tokens = int(metric.shape[1])
     if not 0 <= n_protected <= n_tokens:
         raise ValueError(f"n_protected must be from 0 to the {n_tokens} tokens, not {n_protected}")
     limit = max_r(n_tokens, n_protected)

@@ -57,7 +57,8 @@ def soft_grouping(scores: Tensor, r: int, relaxation: Relaxation | None = None) 
     best, partners = scores.topk(min(chosen.n_partners, int(scores.shape[-1])), dim=-1)
     within = (best / sharpness).softmax(dim=-1)
     picked: Tensor = _Picks.apply((best / sharpness).logsumexp(dim=-1), r, chosen.tau2)
-    picked = picked / picked.detach().clamp_min(1)  # a token cannot be picked more than once in total
+    # A token cannot be picked more than once in total.
+    picked = picked / picked.detach().clamp_min(1)
     return torch.zeros_like(scores).scatter(-1, partners, within * picked.unsqueeze(-1))
 
 
@@ -83,7 +84,8 @@ class _Picks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (picks,) = ctx.saved_tensors
-        grad_logits = torch.zeros_like(grad)  # gradient of the suppressed logits, over later picks
+        # Gradient of the suppressed logits, over later picks.
+        grad_logits = torch.zeros_like(grad)
         for pick in picks.flip(0):
             left = 1 - pick
             # log max(1 - p, eps) has no gradient where the maximum is eps.

@@ -1,4 +1,7 @@
-"""Outputs: the tensors of a response, one row per image. A new task is one entry in TASKS."""
+"""Outputs: the tensors of a response, one row per image.
+
+Every task returns the output of its graph; DERIVED adds what a task computes from it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 from app.api.inference import softmax
 from app.observability.record import ImageResult
 from app.store.manifest import Manifest
-from app.store.outputs import LOGITS
+from app.store.outputs import LOGITS, TASKS
 
 Results = Sequence[ImageResult]
 # By numpy's kind.
@@ -33,35 +36,37 @@ class OutputTensor:
 
 def list_outputs(manifest: Manifest) -> list[OutputTensor]:
     """List the outputs of a model: those of its task, and the tokens and cost of each image."""
-    n_counts = manifest.architecture.depth + 1
+    main, n_counts = TASKS[manifest.task](manifest), manifest.architecture.depth + 1
+    datatype = DATATYPES[np.dtype(main.dtype).kind]
+    has_classes = main.role == LOGITS
     return [
-        *TASKS[manifest.task](manifest),
+        OutputTensor(main.name, datatype, main.shape, lambda results: _stack(results, main.role), has_classes),
+        *(derive(manifest) for derive in DERIVED.get(manifest.task, ())),
         OutputTensor("tokens", "INT64", (n_counts,), lambda results: np.array([i.tokens for i in results], np.int64)),
         OutputTensor("gmacs", "FP32", (), lambda results: np.array([i.gmacs for i in results], np.float32)),
     ]
 
 
-def _list_classify(manifest: Manifest) -> list[OutputTensor]:
-    labels, shape = manifest.labels, (len(manifest.labels),)
-
-    def label(results: Results) -> NDArray[Any]:
-        return np.array([labels[index] for index in _logits(results).argmax(axis=1)], dtype=object)
-
-    def probabilities(results: Results) -> NDArray[Any]:
-        return softmax(_logits(results)).astype(np.float32)
-
-    return [
-        OutputTensor(manifest.output.name, "FP32", shape, _logits, is_classifiable=True),
-        OutputTensor("probabilities", "FP32", shape, probabilities, is_classifiable=True),
-        OutputTensor("label", "BYTES", (), label),
-    ]
+def _stack(results: Results, role: str) -> NDArray[Any]:
+    return np.stack([result.outputs[role] for result in results])
 
 
-def _logits(results: Results) -> NDArray[np.float32]:
-    return np.stack([result.outputs[LOGITS] for result in results])
+def _probabilities(manifest: Manifest) -> OutputTensor:
+    def compute(results: Results) -> NDArray[Any]:
+        return softmax(_stack(results, LOGITS)).astype(np.float32)
+
+    return OutputTensor("probabilities", "FP32", (len(manifest.labels),), compute, is_classifiable=True)
 
 
-TASKS: Mapping[str, Callable[[Manifest], list[OutputTensor]]] = {"classify": _list_classify}
+def _label(manifest: Manifest) -> OutputTensor:
+    def compute(results: Results) -> NDArray[Any]:
+        best = _stack(results, LOGITS).argmax(axis=1)
+        return np.array([manifest.labels[index] for index in best], dtype=object)
+
+    return OutputTensor("label", "BYTES", (), compute)
+
+
+DERIVED: Mapping[str, Sequence[Callable[[Manifest], OutputTensor]]] = {"classify": (_probabilities, _label)}
 
 
 def classify_rows(values: NDArray[np.float32], n_classes: int, labels: Sequence[str]) -> NDArray[Any]:

@@ -279,7 +279,7 @@ def test_trials_of_another_search_are_refused(
 ) -> None:
     shutil.copytree(calibrated, tmp_path / "found")
     assert calibrate.main([*command, "--seed", "5"]) == 2
-    assert "holds the trials of another search" in capsys.readouterr().err
+    assert "was written by a search with other options" in capsys.readouterr().err
 
 
 def test_embedding_is_calibrated_as_adaptive_dtem(command: list[str], tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: 
         (["--max-accuracy-drop", "nan"], "--max-accuracy-drop nan"),
         (["--split-depth", "4"], "--split-depth 4: expected from 0 to the ViT's 3 blocks"),
         (["--split", "test"], "calibrate on train or validation"),
-        (["--metric", "embedding"], "--metric embedding needs one"),
+        (["--metric", "embedding"], "--metric embedding needs an embedding"),
         (["--data", "FOLDER", "--n-unseen", "500"], "has 3 images; 60 to calibrate and 500"),
         (["--data", "FOLDER", "--n-images", "2", "--n-unseen", "1"], "has 1 classes, the model 10"),
     ],

@@ -144,7 +144,10 @@ def test_two_calibrations_of_the_same_row_are_refused(
 ) -> None:
     file = str(tmp_path / "features.json")
     assert evaluate.main([*command, *adaptive, "--calibrations", f"{file},{file}"]) == 2
-    assert "atm-features-drop0.5, atm-features-drop0.5: expected no two" in capsys.readouterr().err
+    assert (
+        "atm-features-drop0.5, atm-features-drop0.5: expected each policy, metric and drop at most once"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "result.json").exists()
 
 
