@@ -116,8 +116,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             rows.append(evaluate_adaptive(calibration, classifier, batches))
             write_evaluation(options.out, about, in_order(rows))
     if not rows:
-        plan = f"--policies {options.policies} at --rates {options.rates}"
-        raise ValueError(f"nothing to measure: {plan}; pass other rates, --policies or --calibrations")
+        asked = f"--policies {options.policies} at --rates {options.rates}"
+        raise ValueError(f"nothing to measure: {asked}; pass other rates, --policies or --calibrations")
     write_evaluation(options.out, about, in_order(rows))
     _write_report(options, about, in_order(rows))
 
