@@ -150,7 +150,10 @@ class Scheduler:
             return Decision(expired)
         self._set_floors(now)
         floors, max_batch = self._floors(), self.limits.max_batch_images
-        cautious = self._costs_of_concurrent(planning.SAFETY_FACTOR)
+
+        def cautious(variant: ServedVariant, n_images: int) -> float:
+            return planning.SAFETY_FACTOR * costs(variant, n_images)
+
         variant, members = planning.next_batch(self.waiting, floors, now, cautious, max_batch)
         delay = self.limits.max_delay_seconds
         wake_at = planning.wait_for_more(self.waiting, members, variant, now, costs, max_batch, delay)
@@ -249,13 +252,13 @@ class Scheduler:
         )
         return _whole_seconds(max((time for _, _, time in times), default=now) - now)
 
-    def _costs_of_concurrent(self, safety_factor: float = 1.0) -> planning.Costs:
+    def _costs_of_concurrent(self) -> planning.Costs:
         """Return the costs of a batch that starts now and shares the device with the running batches."""
         costs, remaining = self._costs(), sum(run.remaining_seconds for run in self.running)
 
         def shared(variant: ServedVariant, n_images: int) -> float:
             alone = costs(variant, n_images)
-            return safety_factor * (alone + min(alone, remaining))
+            return alone + min(alone, remaining)
 
         return shared
 
