@@ -1,6 +1,7 @@
 """Bootstrap: start-up steps shared by `python -m app` and other servers."""
 
 import asyncio
+import logging
 import os
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -14,6 +15,8 @@ from app.store.loader import StoreOptions, load_catalogue, load_version
 from app.store.preprocessing import limit_pillow
 from app.store.watcher import Watcher
 from app.system.memory import return_large_blocks
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
@@ -45,9 +48,12 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
         raise SettingsError(f"DTEM_ENGINE={settings.engine} DTEM_DEVICE={settings.device}: {error}") from error
     graph_format = ENGINES[settings.engine].graph_format
     wanted = StoreOptions(graph_format, settings.precision, settings.default_model, settings.max_batch_images)
+    catalogue = load_catalogue(settings.model_store, backend, wanted, service.metrics.count_reload)
+    reason = "the only model" if settings.default_model is None else "DTEM_DEFAULT_MODEL"
+    logger.info("the default model is %s: %s", catalogue.default_model, reason)
     return Watcher(
         settings,
-        load_catalogue(settings.model_store, backend, wanted),
+        catalogue,
         # One thread: requests have priority.
         load=lambda folder: load_version(folder, backend, wanted, n_threads=1),
         publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),

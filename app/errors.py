@@ -24,6 +24,10 @@ class StoreError(StartupError):
         self.reason = reason
 
 
+class TemporaryStoreError(StoreError):
+    """The reason can pass without a change of the file: a permission, the network, memory."""
+
+
 class BackendError(Exception):
     """The engine failed. Exceptions of its library are translated to this one."""
 

@@ -46,7 +46,9 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0: any free port")
     model_store: Path = Field(default=Path("model_store"), description="folder with <model>/<version>/manifest.json")
     default_model: str | None = Field(
-        default=None, description="model of requests that name none; default: the first by name"
+        default=None,
+        description="model of requests that name none; required if the store has several models at start. "
+        "default: the only model",
     )
     engine: EngineName = Field(default="onnxruntime", description="engine that runs the graphs")
     precision: str = Field(default="float32", description="precision of the graphs to run")

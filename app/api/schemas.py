@@ -145,11 +145,26 @@ class ModelDocument(BaseModel):
     variants: list[VariantDocument]
 
 
+class RefusedVersion(ModelName):
+    """A version in the store that is not served, and why: the file and what is wrong with it."""
+
+    reason: str
+
+
+class IgnoredFolder(BaseModel):
+    """A folder in the store that is no finished version, and why."""
+
+    folder: str
+    reason: str
+
+
 class ModelsDocument(BaseModel):
     """All versions of all models. `default` serves requests that name no model."""
 
     default: ModelName
     models: list[ModelDocument]
+    refused: list[RefusedVersion] = Field(description="bad versions in the store, which are not served")
+    ignored: list[IgnoredFolder] = Field(description="other folders in the store, such as unfinished or misnamed ones")
 
 
 class Health(BaseModel):

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from app.errors import PROBLEMS
 from app.observability.record import RequestRecord
 from app.store.catalogue import Labels
-from app.store.watcher import ReloadResult
+from app.store.refusals import ReloadResult
 from app.system.cgroups import memory_limit_bytes
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -57,6 +57,15 @@ class Metrics:
         self._info = Gauge(
             "dtem_model_info", "Models served", ["model", "version", "format", "device"], registry=registry
         )
+        self._default = Gauge(
+            "dtem_default_model_info", "Model of requests that name none", ["model", "version"], registry=registry
+        )
+        self._is_default_configured = Gauge(
+            "dtem_default_model_configured", "Whether DTEM_DEFAULT_MODEL names the default model", registry=registry
+        )
+        self._refused = Gauge(
+            "dtem_refused_versions", "Bad versions in the model store, not served", ["model"], registry=registry
+        )
         self._reloads = self._counter("dtem_reloads_total", "Model versions loaded, refused or dropped", ["result"])
         self._create_at_zero()
         self._ready = Gauge("dtem_ready", "Whether the service is ready", registry=registry)
@@ -92,6 +101,18 @@ class Metrics:
         self._info.clear()
         for model, version in models:
             self._info.labels(model, version, graph_format, device).set(1)
+
+    def announce_default(self, model: str, version: str, *, is_configured: bool) -> None:
+        """Replace the default model shown."""
+        self._default.clear()
+        self._default.labels(model, version).set(1)
+        self._is_default_configured.set(is_configured)
+
+    def announce_refused(self, n_by_model: Mapping[str, int]) -> None:
+        """Replace the numbers of refused versions shown."""
+        self._refused.clear()
+        for model, n_versions in n_by_model.items():
+            self._refused.labels(model).set(n_versions)
 
     def count_reload(self, result: ReloadResult) -> None:
         self._reloads.labels(result).inc()

@@ -73,6 +73,10 @@ class Service:
         served = [(model.manifest.name, model.manifest.version) for model in catalogue.all_models()]
         graph_format = ENGINES[self.settings.engine].graph_format
         self.metrics.announce_models(served, graph_format, self.settings.device)
+        default = catalogue.find(None, None).manifest
+        is_configured = self.settings.default_model is not None
+        self.metrics.announce_default(default.name, default.version, is_configured=is_configured)
+        self.metrics.announce_refused(catalogue.count_refused())
 
     def drain(self) -> None:
         """Stop being ready. Later requests are still served, and their connections closed."""

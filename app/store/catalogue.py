@@ -11,6 +11,7 @@ from app.backends import Runner
 from app.errors import UnknownModel, UnknownVersion, echo
 from app.store.costs import CostTable
 from app.store.manifest import Manifest, Variant, VariantKey
+from app.store.scan import Signature, Version
 
 N_LATENCIES = 100
 # Model, policy and rate: the labels of a variant in metrics.
@@ -79,11 +80,30 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A version in the store that is not served. retry_at: by the monotonic clock, if the reason can pass.
+
+    It holds no exception, whose traceback would keep the graphs that were loaded before the failure.
+    """
+
+    signature: Signature
+    file: str
+    reason: str
+    retry_at: float | None = None
+
+
+@dataclass(frozen=True)
 class Catalogue:
-    """models: by name, then by version."""
+    """What is served, and what in the store is not.
+
+    models: by name, then by version.
+    refused: bad versions. ignored: folders that are no finished version, with the reason.
+    """
 
     models: Mapping[str, Mapping[int, ServedModel]]
     default_model: str
+    refused: Mapping[Version, Refusal] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str | None, version: str | None) -> ServedModel:
         """Return a model: the default one without a name, the highest version without a version.
@@ -104,3 +124,8 @@ class Catalogue:
 
     def all_models(self) -> list[ServedModel]:
         return [self.models[name][version] for name in sorted(self.models) for version in sorted(self.models[name])]
+
+    def count_refused(self) -> dict[str, int]:
+        """Count the refused versions of each model, also of models without any."""
+        names = [name for name, _ in self.refused]
+        return {name: names.count(name) for name in {*self.models, *names}}

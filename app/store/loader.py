@@ -1,10 +1,8 @@
 """Loader: find, verify, load and warm up the model versions of a store."""
 
-import hashlib
 import logging
-import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +13,17 @@ from pydantic import ValidationError
 
 from app.backends import Backend, Outputs, Pixels, Runner
 from app.errors import BackendError, StoreError
-from app.store.catalogue import Catalogue, ServedModel, ServedVariant
+from app.store.catalogue import Catalogue, Refusal, ServedModel, ServedVariant
 from app.store.costs import CostTable, batch_buckets
+from app.store.files import read_manifest_file, verify_files
 from app.store.manifest import MANIFEST_FILE, Manifest, Variant, VariantKey
 from app.store.outputs import GMACS, TASKS, TOKENS, GraphOutput, list_outputs
+from app.store.refusals import ReloadResult, load_or_refuse, log_ignored
+from app.store.scan import Scan, Version, scan
+from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
-MODEL_FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")
-VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
 N_LOADING_THREADS = 4
 GMACS_RTOL = 1e-5
 
@@ -38,50 +38,68 @@ class StoreOptions:
     max_batch_images: int = 1
 
 
-def load_catalogue(folder: Path, backend: Backend, options: StoreOptions) -> Catalogue:
-    """Load every version of every model.
+def load_catalogue(
+    folder: Path, backend: Backend, options: StoreOptions, count: Callable[[ReloadResult], object] = lambda result: None
+) -> Catalogue:
+    """Load every good version of every model. The others are logged, counted and refused, as at a reload.
 
-    Raises: StoreError naming the first file that fails, and why.
+    Raises: StoreError if the store cannot be read, or if there is no default model with a good version.
     """
+    found = scan_at_start(folder)
     models: dict[str, dict[int, ServedModel]] = {}
-    for version_folder in find_versions(folder):
-        model = load_version(version_folder, backend, options)
-        models.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
-    if not models:
+    refused: dict[Version, Refusal] = {}
+    for version in order_for_start(found.versions, options.default_model):
+        loaded = load_or_refuse(
+            folder, version, found.versions[version], lambda path: load_version(path, backend, options)
+        )
+        if isinstance(loaded, Refusal):
+            refused[version] = loaded
+            count("refused")
+        else:
+            models.setdefault(version[0], {})[version[1]] = loaded
+    if refused:
+        # What was loaded of them before they failed.
+        return_freed_memory()
+    default_model = choose_default(folder, models, refused, options.default_model)
+    return Catalogue(models, default_model, refused, found.ignored)
+
+
+def scan_at_start(folder: Path) -> Scan:
+    """Raises: StoreError."""
+    try:
+        found = scan(folder)
+    except FileNotFoundError as error:
+        raise StoreError(error.filename or folder, error.strerror or str(error)) from error
+    log_ignored(folder, found.ignored, {})
+    if not found.versions:
         raise StoreError(folder, f"no models found (expected <model>/<version>/{MANIFEST_FILE})")
-    default_model = choose_default(models, options.default_model)
-    if default_model not in models:
-        reason = f"DTEM_DEFAULT_MODEL={default_model}: no such model; accepted: {', '.join(sorted(models))}"
-        raise StoreError(folder, reason)
-    return Catalogue(models, default_model)
+    return found
 
 
-def choose_default(names: Collection[str], configured: str | None) -> str:
-    """Return the configured default model, else the first by name."""
-    return configured or min(names)
+def order_for_start(versions: Iterable[Version], default_model: str | None) -> list[Version]:
+    """Sort versions so that memory, if it is short, goes to the default model and to the highest versions."""
+    return sorted(versions, key=lambda version: (version[0] != default_model, version[0], -version[1]))
 
 
-def find_versions(folder: Path) -> list[Path]:
-    """List the finished version folders; log and skip the others."""
-    finished = find_finished(folder)
-    for other in sorted(path for path in folder.glob("*/*") if path.is_dir() and path not in finished):
-        logger.warning("ignored folder, not a finished version (<model>/<number>/%s): %s", MANIFEST_FILE, other)
-    return finished
+def choose_default(
+    folder: Path, served: Collection[str], refused: Mapping[Version, Refusal], configured: str | None
+) -> str:
+    """Return the model of requests that name none: the configured one, else the only one that can be served.
 
-
-def find_finished(folder: Path) -> list[Path]:
-    """List the version folders with a manifest, which is written last; skip temporary names.
-
+    Nothing else decides, such as names or dates: a model published later would change what clients get.
     Raises: StoreError.
     """
-    if not folder.is_dir():
-        raise StoreError(folder, "is not a folder")
-    try:
-        models = [path for path in folder.iterdir() if MODEL_FOLDER.fullmatch(path.name) and path.is_dir()]
-        versions = [path for model in models for path in model.iterdir() if VERSION_FOLDER.fullmatch(path.name)]
-        return sorted(version for version in versions if (version / MANIFEST_FILE).exists())
-    except OSError as error:
-        raise StoreError(error.filename or folder, error.strerror or str(error)) from error
+    if configured in served or (configured is None and len(served) == 1):
+        return configured or next(iter(served))
+    if configured is None and served:
+        names = ", ".join(sorted(served))
+        reason = f"DTEM_DEFAULT_MODEL is not set, and there are {len(served)} models; accepted: {names}"
+        raise StoreError(folder, reason)
+    bad = [version for version in refused if configured in (None, version[0])]
+    if bad:
+        raise StoreError(refused[bad[0]].file, refused[bad[0]].reason)
+    names = ", ".join(sorted({*served, *(name for name, _ in refused)}))
+    raise StoreError(folder, f"DTEM_DEFAULT_MODEL={configured}: no such model; accepted: {names}")
 
 
 def load_version(
@@ -114,9 +132,7 @@ def load_version(
 def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise StoreError(path, error.strerror or str(error)) from error
+        manifest = Manifest.model_validate_json(read_manifest_file(folder))
     except ValidationError as error:
         raise StoreError(path, _describe(error)) from error
     if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
@@ -131,32 +147,6 @@ def require_task(folder: Path, manifest: Manifest) -> None:
     if manifest.task not in TASKS:
         reason = f"task: {manifest.task!r} is not served; accepted: {', '.join(TASKS)}"
         raise StoreError(folder / MANIFEST_FILE, reason)
-
-
-def verify_files(folder: Path, manifest: Manifest, n_threads: int) -> None:
-    """Check that the folder contains exactly the files of the manifest, with the same digests."""
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {MANIFEST_FILE}
-    unlisted = sorted(present - set(manifest.files))
-    if unlisted:
-        raise StoreError(folder / unlisted[0], f"is not listed in {MANIFEST_FILE}")
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(lambda name: _verify_file(folder, name, manifest), sorted(manifest.files)))
-
-
-def _verify_file(folder: Path, name: str, manifest: Manifest) -> None:
-    path, expected = folder / name, manifest.files[name]
-    if path.resolve().parent != folder.resolve():
-        raise StoreError(path, "is a symlink to a file outside its folder")
-    try:
-        with path.open("rb") as file:
-            n_bytes = path.stat().st_size
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StoreError(path, error.strerror or str(error)) from error
-    if n_bytes != expected.bytes:
-        raise StoreError(path, f"has {n_bytes} bytes, expected {expected.bytes}")
-    if digest != expected.sha256:
-        raise StoreError(path, f"SHA-256 is {digest}, expected {expected.sha256}")
 
 
 def choose_variants(folder: Path, manifest: Manifest, options: StoreOptions) -> list[Variant]:

@@ -2,27 +2,21 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from app.errors import StoreError
 from app.settings import Settings
-from app.store.catalogue import Catalogue, ServedModel
-from app.store.loader import choose_default, find_finished
+from app.store.catalogue import Catalogue, Refusal, ServedModel
+from app.store.refusals import Load, ReloadResult, load_or_refuse, log_ignored
+from app.store.scan import Scan, Signature, Version, scan
 from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
 # Time for requests in flight to release a dropped version.
 RELEASE_SECONDS = 1.0
-
-# Model name and version number.
-Version = tuple[str, int]
-# Name, modification time and size of each file.
-Signature = tuple[tuple[str, int, int], ...]
-ReloadResult = Literal["loaded", "refused", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -51,25 +45,17 @@ def keep_last(served: Collection[Version], gone: Collection[Version], default_mo
     return max(ours) if all(version in gone for version in ours) else None
 
 
-def make_catalogue(models: Iterable[ServedModel], configured_default: str | None) -> Catalogue:
-    """Make a catalogue; its default model follows the same rule as at start-up."""
+def index_models(models: Iterable[ServedModel]) -> dict[str, dict[int, ServedModel]]:
+    """Index models by name, then by version."""
     versions: dict[str, dict[int, ServedModel]] = {}
     for model in models:
         versions.setdefault(model.manifest.name, {})[int(model.manifest.version)] = model
-    return Catalogue(versions, choose_default(versions, configured_default))
+    return versions
 
 
-def scan(store: Path) -> dict[Version, Signature]:
-    """List the finished versions without opening a file.
-
-    Raises: StoreError if the store cannot be read; FileNotFoundError if it changes during the scan.
-    """
-    return {(folder.parent.name, int(folder.name)): _sign(folder) for folder in find_finished(store)}
-
-
-def _sign(folder: Path) -> Signature:
-    statuses = [(path.name, path.lstat()) for path in folder.iterdir()]
-    return tuple(sorted((name, status.st_mtime_ns, status.st_size) for name, status in statuses))
+def include_unreadable(found: Scan, served: Mapping[Version, Signature]) -> dict[Version, Signature]:
+    """Add to the versions found those served of a model whose folder cannot be read: they may still be there."""
+    return found.versions | {version: state for version, state in served.items() if version[0] in found.unreadable}
 
 
 class Watcher:
@@ -79,25 +65,28 @@ class Watcher:
         self,
         settings: Settings,
         catalogue: Catalogue,
-        load: Callable[[Path], ServedModel],
+        load: Load,
         publish: Callable[[Catalogue], object],
         count: Callable[[ReloadResult], object],
     ) -> None:
-        self._store, self._configured_default = settings.model_store, settings.default_model
-        self._seconds = settings.reload_seconds
+        self._store, self._seconds = settings.model_store, settings.reload_seconds
+        self._is_default_configured = settings.default_model is not None
         self._load, self._publish, self._count = load, publish, count
+        # Fixed at start: a publication never changes what clients get that name no model.
+        self._default_model = catalogue.default_model
         self._models = {(m.manifest.name, int(m.manifest.version)): m for m in catalogue.all_models()}
         self._served: dict[Version, Signature] = {}
-        self._refused: dict[Version, Signature] = {}
+        self._refused, self._ignored = dict(catalogue.refused), dict(catalogue.ignored)
         self._kept: Version | None = None
         self._last_error = ""
-        self._has_dropped = False
+        self._has_freed = False
         self._wake, self._is_stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
     @property
     def catalogue(self) -> Catalogue:
-        return make_catalogue(self._models.values(), self._configured_default)
+        models = index_models(self._models.values())
+        return Catalogue(models, self._default_model, dict(self._refused), dict(self._ignored))
 
     def start(self) -> None:
         """Scan now, and then every `reload_seconds`; if that is 0, only after `scan_soon`."""
@@ -125,19 +114,20 @@ class Watcher:
                 self.update()
             except Exception:
                 logger.exception("model store scan failed; still serving the loaded versions")
-            if self._has_dropped:
+            if self._has_freed:
                 self._is_stopping.wait(RELEASE_SECONDS)
                 return_freed_memory()
-                self._has_dropped = False
+                self._has_freed = False
 
     def update(self) -> None:
         """Scan the store, and load and drop versions accordingly."""
-        found = self._scan()
-        if found is None:
+        scanned = self._scan()
+        if scanned is None:
             return
-        served = {version: self._served.get(version, found.get(version, ())) for version in self._models}
-        self._refused = {version: state for version, state in self._refused.items() if version in found}
-        changes = compare(found, served, self._refused)
+        served = {version: self._served.get(version, scanned.versions.get(version, ())) for version in self._models}
+        found = include_unreadable(scanned, served)
+        self._forget(found, scanned.ignored)
+        changes = compare(found, served, self._list_final())
         for name, number in changes.altered:
             logger.warning(
                 "ignored changed files of %s version %d: versions are immutable, publish a new one",
@@ -151,7 +141,22 @@ class Watcher:
             self._load_and_publish(version, found[version])
         self._drop(changes.drop)
 
-    def _scan(self) -> dict[Version, Signature] | None:
+    def _forget(self, found: Mapping[Version, Signature], ignored: Mapping[str, str]) -> None:
+        """Forget refused versions and ignored folders that are gone."""
+        log_ignored(self._store, ignored, self._ignored)
+        refused = {version: refusal for version, refusal in self._refused.items() if version in found}
+        has_changed = (refused, ignored) != (self._refused, self._ignored)
+        self._refused, self._ignored = refused, dict(ignored)
+        if has_changed:
+            self._publish(self.catalogue)
+
+    def _list_final(self) -> dict[Version, Signature]:
+        """List the refused versions that are not to be tried again yet."""
+        now = time.monotonic()
+        is_due = {v for v, refusal in self._refused.items() if refusal.retry_at is not None and refusal.retry_at <= now}
+        return {version: refusal.signature for version, refusal in self._refused.items() if version not in is_due}
+
+    def _scan(self) -> Scan | None:
         try:
             found = scan(self._store)
         except FileNotFoundError:
@@ -167,25 +172,31 @@ class Watcher:
         return found
 
     def _load_and_publish(self, version: Version, signature: Signature) -> None:
-        """Load and publish a version. A refused version is retried once its files change."""
-        name, number = version
-        try:
-            self._models[version] = self._load(self._store / name / str(number))
-        except (OSError, StoreError) as error:
-            logger.error("refused %s version %d until its files change: %s", name, number, error)
-        except Exception:
-            logger.exception("refused %s version %d until its files change", name, number)
-        if version not in self._models:
-            self._refused[version] = signature
-            self._count("refused")
-            return
-        self._served[version] = signature
+        """Load a version and publish it, or publish that it is refused."""
+        previous = self._refused.pop(version, None)
+        loaded = load_or_refuse(self._store, version, signature, self._load, previous)
+        if isinstance(loaded, Refusal):
+            self._refused[version] = loaded
+            if previous is None or previous.reason != loaded.reason or previous.signature != signature:
+                self._count("refused")
+            self._has_freed = True
+        else:
+            self._warn_of_second_model(version[0])
+            self._models[version], self._served[version] = loaded, signature
+            self._count("loaded")
         self._publish(self.catalogue)
-        self._count("loaded")
+
+    def _warn_of_second_model(self, name: str) -> None:
+        if self._is_default_configured or name in {served for served, _ in self._models}:
+            return
+        logger.warning(
+            "the default model stays %s, but the next start needs DTEM_DEFAULT_MODEL: %s is another model",
+            self._default_model,
+            name,
+        )
 
     def _drop(self, gone: list[Version]) -> None:
-        default = choose_default({name for name, _ in self._models}, self._configured_default)
-        kept = keep_last(self._models, gone, default)
+        kept = keep_last(self._models, gone, self._default_model)
         if kept is not None and kept != self._kept:
             logger.warning(
                 "still serving %s version %d, whose folder is gone: it is the last of the default model", *kept
@@ -198,4 +209,4 @@ class Watcher:
             self._count("dropped")
         if dropped:
             self._publish(self.catalogue)
-            self._has_dropped = True
+            self._has_freed = True

@@ -135,8 +135,29 @@ def process() -> Sequence[Panel]:
                 f"sum by (model, version, format, device) (dtem_model_info{{{MODEL}}})",
                 "{{model}} {{version}}, {{format}} on {{device}}",
             ),
-            width=8,
+            width=6,
             shows_name=True,
+        ),
+        stat(
+            "Default model",
+            "Instances per model and version of requests that name none, and those whose default DTEM_DEFAULT_MODEL "
+            "names. Two models: the instances disagree.",
+            "suffix:instances",
+            Query("count by (model, version) (dtem_default_model_info)", "{{model}} {{version}}"),
+            Query("sum(dtem_default_model_configured)", "configured"),
+            width=5,
+            shows_name=True,
+            may_be_zero=True,
+        ),
+        stat(
+            "Refused versions by model",
+            "Bad versions in the store, which are not served. /models and the log have the file and the reason. See "
+            "DtemServeVersionRefused in the runbook.",
+            "none",
+            Query("max by (model) (dtem_refused_versions)", "{{model}}"),
+            width=4,
+            shows_name=True,
+            may_be_zero=True,
         ),
         stat(
             "Model reloads by result",
@@ -144,7 +165,7 @@ def process() -> Sequence[Panel]:
             "has the file and the reason.",
             "none",
             Query("sum by (result) (dtem_reloads_total)", "{{result}}"),
-            width=8,
+            width=5,
             shows_name=True,
             may_be_zero=True,
         ),
@@ -153,7 +174,7 @@ def process() -> Sequence[Panel]:
             "If short without a deployment, the instance was restarted: see DtemServeRestarting in the runbook.",
             "dtdurations",
             Query(f"time() - process_start_time_seconds{{{SERVICE}}}", "{{instance}}"),
-            width=8,
+            width=4,
             shows_name=True,
         ),
         timeseries(

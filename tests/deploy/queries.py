@@ -32,7 +32,8 @@ LOWER_BOUNDS = {"bytes": 1e6}
 MAY_BE_ZERO = {panel.title for row in rows() for panel in row.panels if panel.may_be_zero} | {
     "DtemServeFailing",
     "DtemServeStalled",
-    "DtemServeReloadRefused",
+    "DtemServeVersionRefused",
+    "DtemServeDefaultUnnamed",
     "DtemServeRestarting",
 }
 

@@ -218,7 +218,7 @@ def test_refused_version_fires_its_alert_and_no_other(watched: Watched) -> None:
     assert firing() == []
     publish(watched.store, spoil=change_byte)
     wait_until(lambda: firing() != [])
-    assert firing() == ["DtemServeReloadRefused"]
+    assert firing() == ["DtemServeVersionRefused"]
 
 
 @pytest.mark.container

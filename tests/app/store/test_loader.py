@@ -1,5 +1,7 @@
+import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from app.backends import ENGINES, open_backend
 from app.errors import StoreError
 from app.store.catalogue import Catalogue
+from app.store.files import MAX_MANIFEST_BYTES
 from app.store.loader import StoreOptions, load_catalogue
 from app.store.manifest import Manifest
 from tests.app.conftest import ONNX, OPTIONS
@@ -77,16 +80,19 @@ def test_load_catalogue_ignores_unfinished_and_temporary_folders(
     (tmp_path / "manifest.schema.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         assert list(load(tmp_path).models["tiny"]) == [1]
-    assert len([record for record in caplog.records if "ignored folder, not a finished version" in record.message]) == 3
+    ignored = [record.getMessage() for record in caplog.records if "ignored folder" in record.message]
+    assert [message.partition("tiny/")[2] for message in ignored] == [
+        "2: not finished: it has no manifest.json",
+        "5.tmp: not a version number; accepted: [1-9][0-9]{0,8}",
+    ]
 
 
 def test_load_catalogue_serves_several_models(tmp_path: Path) -> None:
     write_store(tmp_path, name="b")
     write_store(tmp_path, name="a")
-    assert load(tmp_path).default_model == "a"
     assert load(tmp_path, StoreOptions("onnx", "float32", "b")).default_model == "b"
-    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c: no such model; accepted: a, b"):
-        load(tmp_path, StoreOptions("onnx", "float32", "c"))
+    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL is not set, and there are 2 models; accepted: a, b"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
@@ -181,7 +187,7 @@ def break_graph(folder: Path) -> None:
 
 
 def link_outside(folder: Path) -> None:
-    outside = folder.parents[1] / "outside.onnx"
+    outside = folder.parents[2] / "outside.onnx"
     (folder / "tome-r8.onnx").rename(outside)
     (folder / "tome-r8.onnx").symlink_to(outside)
 
@@ -189,6 +195,35 @@ def link_outside(folder: Path) -> None:
 def replace_file_by_folder(folder: Path) -> None:
     (folder / "tome-r8.onnx").unlink()
     (folder / "tome-r8.onnx").mkdir()
+
+
+def replace_file_by_fifo(folder: Path) -> None:
+    (folder / "tome-r8.onnx").unlink()
+    os.mkfifo(folder / "tome-r8.onnx")
+
+
+def replace_manifest_by_fifo(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+
+
+def replace_file_by_socket(folder: Path) -> None:
+    (folder / "tome-r8.onnx").unlink()
+    # A relative path, since that of a socket has at most 107 bytes.
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("tome-r8.onnx")
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "tome-r8.onnx").unlink()
+        (folder / "tome-r8.onnx").symlink_to(target)
+
+    return apply
+
+
+def make_manifest_huge(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", MAX_MANIFEST_BYTES + 1)
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -232,20 +267,69 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "golden of other size": (resize_golden, "golden.npz", "pixels is uint8 (2, 9, 8, 3), expected uint8 (2, 8, 8, 3)"),
     "golden without images": (empty_golden, "golden.npz", "pixels is"),
     "broken graph": (break_graph, "tome-r16.onnx", "ONNX Runtime cannot load the graph"),
-    "link outside": (link_outside, "tome-r8.onnx", "is a symlink to a file outside its folder"),
-    "folder for a file": (replace_file_by_folder, "tome-r8.onnx", "directory"),
+    "link outside": (link_outside, "tome-r8.onnx", "outside the model store"),
+    "link to nothing": (link_to("nothing"), "tome-r8.onnx", "No such file"),
+    "link to itself": (link_to("tome-r8.onnx"), "tome-r8.onnx", "Too many levels of symbolic links"),
+    "link to a device": (link_to("/dev/zero"), "tome-r8.onnx", "is a device, expected a regular file"),
+    "FIFO": (replace_file_by_fifo, "tome-r8.onnx", "is a FIFO, expected a regular file"),
+    "FIFO for a manifest": (replace_manifest_by_fifo, "manifest.json", "is a FIFO, expected a regular file"),
+    "unlisted FIFO": (lambda folder: os.mkfifo(folder / "pipe"), "pipe", "not listed"),
+    "socket": (replace_file_by_socket, "tome-r8.onnx", "is a socket, expected a regular file"),
+    "hidden file": (lambda folder: (folder / ".weights").touch(), ".weights", "not listed"),
+    "hidden folder": (lambda folder: (folder / ".git").mkdir(), ".git", "not listed"),
+    "huge manifest": (make_manifest_huge, "manifest.json", "has more than 32000000 bytes"),
+    "folder for a file": (replace_file_by_folder, "tome-r8.onnx", "is a folder, expected a regular file"),
 }
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_load_catalogue_refuses_a_broken_store_naming_file_and_reason(tmp_path: Path, name: str) -> None:
     breakage, file, reason = BREAKAGES[name]
-    breakage(write_store(tmp_path))
+    store = tmp_path / "store"
+    breakage(write_store(store))
     with pytest.raises(StoreError) as caught:
-        load(tmp_path)
+        load(store)
     assert file in caught.value.file
     assert reason in caught.value.reason
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_load_catalogue_serves_the_good_version_beside_bad_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_store(tmp_path)
+    for number, (breakage, _, _) in enumerate(BREAKAGES.values(), 2):
+        breakage(write_store(tmp_path, version=str(number)))
+    results: list[str] = []
+    catalogue = load_catalogue(tmp_path, open_backend("onnxruntime", OPTIONS), ONNX, results.append)
+    assert (list(catalogue.models["tiny"]), results) == ([1], ["refused"] * len(BREAKAGES))
+    for number, (_, file, reason) in enumerate(BREAKAGES.values(), 2):
+        refusal = catalogue.refused["tiny", number]
+        assert file in refusal.file
+        assert reason.replace("tiny/1", f"tiny/{number}") in refusal.reason
+        (line,) = [line for line in caplog.text.splitlines() if f"refused tiny version {number} " in line]
+        assert line.endswith(f": {refusal.file}: {refusal.reason}")
+
+
+def test_load_catalogue_accepts_leftovers_and_links_within_the_store(tmp_path: Path) -> None:
+    folder = write_store(tmp_path)
+    for leftover in (".nfs0000000001a2", ".DS_Store", "._tome-r8.onnx", ".manifest.json.swp"):
+        (folder / leftover).write_bytes(b"not listed")
+    (tmp_path / "blobs").mkdir()
+    # As in the cache of Hugging Face's hub.
+    for path in (path for path in folder.iterdir() if not path.name.startswith(".")):
+        blob = path.rename(tmp_path / "blobs" / digest(path)["sha256"])
+        path.symlink_to(os.path.relpath(blob, folder))
+    assert load(tmp_path).find(None, None).rates("tome") == [0, 8, 16]
+
+
+def test_load_catalogue_needs_a_good_version_of_the_default_model(tmp_path: Path) -> None:
+    write_store(tmp_path, name="a")
+    change_byte(write_store(tmp_path, name="b"))
+    assert load(tmp_path).default_model == "a"
+    with pytest.raises(StoreError, match=r"b/1/tome-r8\.onnx: SHA-256"):
+        load(tmp_path, StoreOptions("onnx", "float32", "b"))
 
 
 def test_load_catalogue_refuses_a_default_missing_in_the_format(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
+import errno
 import gc
 import logging
 import os
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import app.store.scan as scan_module
 from app.backends import BackendOptions, open_backend
+from app.errors import TemporaryStoreError
 from app.observability.record import RequestRecord
 from app.settings import Settings
 from app.store.catalogue import ServedModel
 from app.store.loader import StoreOptions, load_catalogue, load_version
+from app.store.refusals import RETRY_SECONDS
+from app.store.scan import Scan
 from app.store.selection import Query, select
 from app.store.watcher import Watcher
 from tests.app.api.test_models import sample
@@ -197,14 +203,21 @@ def test_changed_files_of_a_served_version_are_ignored_with_one_warning(
     assert (deployment.n_loads, deployment.serving_version()) == (0, "tiny/1")
 
 
-def test_other_models_are_added_and_removed(deployment: Deployment) -> None:
+def test_default_model_stays_when_another_is_published(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
     publish(deployment.root, name="alpha", version="7")
     deployment.watcher.update()
-    assert (deployment.served, deployment.serving_version()) == (["alpha/7", "tiny/1"], "alpha/7")
+    assert (deployment.served, deployment.serving_version()) == (["alpha/7", "tiny/1"], "tiny/1")
+    assert deployment.serving_version("?model=alpha") == "alpha/7"
+    assert deployment.client.get("/models").json()["default"] == {"name": "tiny", "version": "1"}
+    assert sample(deployment.client, 'dtem_default_model_info{model="tiny",version="1"}') == 1
+    assert "the default model stays tiny, but the next start needs DTEM_DEFAULT_MODEL" in caplog.text
     publish(deployment.root, name="zeta", version="1")
+    shutil.rmtree(deployment.root / "alpha")
     shutil.rmtree(deployment.root / "tiny")
     deployment.watcher.update()
-    assert deployment.served == ["alpha/7", "zeta/1"]
+    assert (deployment.served, deployment.serving_version()) == (["tiny/1", "zeta/1"], "tiny/1")
 
 
 def test_configured_default_model_stays_the_default(tmp_path: Path, make_client: ClientFactory) -> None:
@@ -216,6 +229,69 @@ def test_configured_default_model_stays_the_default(tmp_path: Path, make_client:
     shutil.rmtree(tmp_path / "tiny")
     deployment.watcher.update()
     assert deployment.served == ["alpha/2", "tiny/1"]
+
+
+def test_refused_version_is_shown_until_it_is_gone(deployment: Deployment) -> None:
+    folder = publish(deployment.root, spoil=change_byte)
+    (deployment.root / "tiny" / "v3").mkdir()
+    deployment.watcher.update()
+    document = deployment.client.get("/models").json()
+    (refused,), (ignored,) = document["refused"], document["ignored"]
+    assert (refused["name"], refused["version"], refused["reason"][:20]) == ("tiny", "2", "tome-r8.onnx: SHA-25")
+    assert ignored["folder"] == "tiny/v3"
+    assert sample(deployment.client, 'dtem_refused_versions{model="tiny"}') == 1
+    shutil.rmtree(folder)
+    (deployment.root / "tiny" / "v3").rmdir()
+    deployment.watcher.update()
+    document = deployment.client.get("/models").json()
+    assert (document["refused"], document["ignored"]) == ([], [])
+    assert sample(deployment.client, 'dtem_refused_versions{model="tiny"}') == 0
+
+
+def test_misnamed_folder_is_logged_once(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    (deployment.root / "tiny" / "latest").mkdir()
+    for _ in range(3):
+        deployment.watcher.update()
+    assert [record.getMessage().rpartition("/")[2] for record in caplog.records if "ignored" in record.message] == [
+        "latest: not a version number; accepted: [1-9][0-9]{0,8}"
+    ]
+
+
+def test_version_refused_for_a_passing_reason_is_tried_again(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    load = deployment.watcher._load
+
+    def fail(folder: Path) -> ServedModel:
+        deployment.n_loads += 1
+        raise TemporaryStoreError(folder, "Permission denied")
+
+    deployment.watcher._load = fail
+    publish(deployment.root)
+    for seconds in (0.0, RETRY_SECONDS - 1, RETRY_SECONDS + 1):
+        now = seconds
+        deployment.watcher.update()
+    assert (deployment.n_loads, deployment.counted("refused"), caplog.text.count("refused tiny version 2")) == (2, 1, 1)
+    deployment.watcher._load = load
+    now = 3 * RETRY_SECONDS
+    deployment.watcher.update()
+    assert deployment.served == ["tiny/1", "tiny/2"]
+
+
+def test_model_whose_folder_cannot_be_read_stays_served(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: Path, found: Scan) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(scan_module, "_scan_model", fail)
+    deployment.watcher.update()
+    assert deployment.served == ["tiny/1"]
+    assert deployment.client.get("/models").json()["ignored"] == [
+        {"folder": "tiny", "reason": "cannot be read: Permission denied"}
+    ]
 
 
 def test_unreadable_store_drops_nothing(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:

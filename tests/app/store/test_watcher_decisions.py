@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.errors import StoreError
 from app.store.loader import choose_default
-from app.store.watcher import Signature, Version, compare, keep_last, scan
+from app.store.scan import Signature, Version, scan
+from app.store.watcher import compare, keep_last
 from tests.app.tiny_store import write_store
 
 versions = st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 3))
@@ -40,7 +42,7 @@ def test_compare_is_idempotent(
 
 @given(st.sets(versions, min_size=1), st.sets(versions))
 def test_default_model_always_keeps_a_version(served: set[Version], gone: set[Version]) -> None:
-    default = choose_default({name for name, _ in served}, None)
+    default = max(served)[0]
     kept = keep_last(served, gone, default)
     left = (served - gone) | ({kept} if kept else set())
     assert default in {name for name, _ in left}
@@ -49,19 +51,41 @@ def test_default_model_always_keeps_a_version(served: set[Version], gone: set[Ve
         assert kept in gone
 
 
-def test_choose_default_returns_the_configured_model_or_the_first_by_name() -> None:
-    assert choose_default(["b", "a"], None) == "a"
-    assert choose_default(["b", "a"], "b") == "b"
+def test_choose_default_returns_the_configured_or_the_only_model(tmp_path: Path) -> None:
+    assert choose_default(tmp_path, ["a"], {}, None) == "a"
+    assert choose_default(tmp_path, ["b", "a"], {}, "b") == "b"
+    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL is not set, and there are 2 models; accepted: a, b"):
+        choose_default(tmp_path, ["b", "a"], {}, None)
+    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c: no such model; accepted: a, b"):
+        choose_default(tmp_path, ["b", "a"], {}, "c")
 
 
-def test_scan_ignores_unfinished_folders_silently(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scan_lists_finished_versions_and_why_others_are_ignored(tmp_path: Path) -> None:
     write_store(tmp_path)
     write_store(tmp_path, version="2").rename(tmp_path / "tiny" / ".2.tmp")
     write_store(tmp_path, name="other").parent.rename(tmp_path / ".other")
-    (tmp_path / "tiny" / "3").mkdir()
+    write_store(tmp_path, name="Upper")
+    for name in ("3", "v4", "05", "latest"):
+        (tmp_path / "tiny" / name).mkdir()
+    (tmp_path / "lost+found").mkdir()
     (tmp_path / "tiny" / "notes.txt").touch()
-    assert list(scan(tmp_path)) == [("tiny", 1)]
-    assert caplog.records == []
+    found = scan(tmp_path)
+    assert (list(found.versions), found.unreadable) == ([("tiny", 1)], set())
+    assert sorted(found.ignored) == ["Upper", "tiny/05", "tiny/3", "tiny/latest", "tiny/v4"]
+    assert found.ignored["tiny/3"] == "not finished: it has no manifest.json"
+    assert found.ignored["tiny/v4"] == "not a version number; accepted: [1-9][0-9]{0,8}"
+
+
+def test_scan_follows_links_and_survives_those_that_lead_nowhere(tmp_path: Path) -> None:
+    folder = write_store(tmp_path)
+    before = scan(tmp_path)
+    (folder / "golden.npz").rename(tmp_path / "blob")
+    (folder / "golden.npz").symlink_to(tmp_path / "blob")
+    assert scan(tmp_path) == before
+    os.utime(tmp_path / "blob", ns=(1, 1))
+    assert scan(tmp_path) != before
+    (tmp_path / "blob").unlink()
+    assert list(scan(tmp_path).versions) == [("tiny", 1)]
 
 
 def test_scan_detects_a_changed_file(tmp_path: Path) -> None:
