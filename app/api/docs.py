@@ -1,50 +1,64 @@
-"""`GET /docs`: Swagger UI. Its scripts are loaded from a CDN, so the browser needs internet access."""
+"""`GET /docs`: Swagger UI. Its files are part of the service, so the browser needs no other origin."""
 
-import base64
-import hashlib
-import re
+from html import escape
+from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse
 
+FOLDER = Path(__file__).parent / "swagger_ui"
 DOCS_PATH = "/docs"
-SWAGGER_UI = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/"
-INLINE_SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
+MEDIA_TYPES = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+    "start.js": "text/javascript",
+}
+# Swagger UI's icons are data URLs in its style sheet.
+CONTENT_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+# Relative addresses also work behind the path prefix of a proxy. Those that begin with docs/ are next to this page.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
 
 
 def make_router(title: str) -> APIRouter:
     router = APIRouter()
-    page = get_swagger_ui_html(
-        # Relative, so that it also works behind the path prefix of a proxy.
-        openapi_url="openapi.json",
-        title=title,
-        swagger_js_url=f"{SWAGGER_UI}swagger-ui-bundle.js",
-        swagger_css_url=f"{SWAGGER_UI}swagger-ui.css",
-        swagger_favicon_url="data:,",
-    )
-    page.headers["Content-Security-Policy"] = content_policy(bytes(page.body).decode())
+    page = HTMLResponse(PAGE.format(title=escape(title)), headers={"Content-Security-Policy": CONTENT_POLICY})
 
     @router.get(DOCS_PATH, include_in_schema=False)
     async def show_docs() -> HTMLResponse:
         return page
 
+    for name in MEDIA_TYPES:
+        _add_file(router, name)
     return router
 
 
-def content_policy(page: str) -> str:
-    """Make a policy that allows the resources of the page, and its inline scripts by their digests."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()) for script in INLINE_SCRIPT.findall(page)]
-    scripts = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
-    return "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {SWAGGER_UI} {scripts}",
-            f"style-src {SWAGGER_UI} 'unsafe-inline'",
-            "img-src data:",
-            "connect-src 'self'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        ]
-    )
+def _add_file(router: APIRouter, name: str) -> None:
+    @router.get(f"{DOCS_PATH}/{name}", include_in_schema=False)
+    async def show_file() -> FileResponse:
+        return FileResponse(FOLDER / name, media_type=MEDIA_TYPES[name])

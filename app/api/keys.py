@@ -13,7 +13,7 @@ from app.settings import Settings
 # Visible ASCII without the comma: valid in a header and in a comma-separated list.
 WELL_FORMED = re.compile(r"[!-+\--~]+")
 # Probes of orchestrators send no key.
-OPEN_PREFIXES = ("/health/", "/v2/health/")
+OPEN_PREFIXES = ("/health/", "/v2/health/", "/docs/")
 OPEN_PATHS = ("/docs", "/openapi.json")
 REALM = 'Bearer realm="dtem-serve"'
 

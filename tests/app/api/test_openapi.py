@@ -119,7 +119,3 @@ def test_classify_documents_its_parameters(document: dict[str, Any]) -> None:
 
 def test_openapi_has_no_framework_error_schema(document: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in document["components"]["schemas"]
-
-
-def test_docs_are_served(client: TestClient) -> None:
-    assert "openapi.json" in client.get("/docs").text
