@@ -11,12 +11,17 @@ from app.errors import BackendError, SettingsError
 from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings
-from app.store.loader import StoreOptions, load_catalogue, load_version
+from app.store.footprint import MemoryRule
+from app.store.loader import StoreOptions, load_version
 from app.store.preprocessing import limit_pillow
+from app.store.start import load_catalogue
 from app.store.watcher import Watcher
-from app.system.memory import return_large_blocks
+from app.system.memory import free_bytes, return_large_blocks
 
 logger = logging.getLogger(__name__)
+
+# While a version is loaded, a run may take longer than when it is served: the first one is slow, and so is a busy CPU.
+STALLS_PER_RUN = 6
 
 
 def prepare_process() -> None:
@@ -46,8 +51,14 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
         backend = open_backend(settings.engine, options)
     except BackendError as error:
         raise SettingsError(f"DTEM_ENGINE={settings.engine} DTEM_DEVICE={settings.device}: {error}") from error
-    graph_format = ENGINES[settings.engine].graph_format
-    wanted = StoreOptions(graph_format, settings.precision, settings.default_model, settings.max_batch_images)
+    wanted = StoreOptions(
+        ENGINES[settings.engine].graph_format,
+        settings.precision,
+        settings.default_model,
+        settings.max_batch_images,
+        make_memory_rule(settings),
+        STALLS_PER_RUN * settings.stall_seconds,
+    )
     catalogue = load_catalogue(settings.model_store, backend, wanted, service.metrics.count_reload)
     reason = "the only model" if settings.default_model is None else "DTEM_DEFAULT_MODEL"
     logger.info("the default model is %s: %s", catalogue.default_model, reason)
@@ -59,3 +70,10 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
         publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),
         count=service.metrics.count_reload,
     )
+
+
+def make_memory_rule(settings: Settings) -> MemoryRule | None:
+    """Return None for a GPU: its memory is not the container's, and its engine refuses what does not fit."""
+    if settings.device != "cpu":
+        return None
+    return MemoryRule(settings.max_batch_images, settings.share_weights, free_bytes)

@@ -28,6 +28,10 @@ class TemporaryStoreError(StoreError):
     """The reason can pass without a change of the file: a permission, the network, memory."""
 
 
+class NotEnoughMemory(TemporaryStoreError):
+    """The version would exceed the memory limit of the container or the machine."""
+
+
 class BackendError(Exception):
     """The engine failed. Exceptions of its library are translated to this one."""
 

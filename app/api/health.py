@@ -1,5 +1,7 @@
 """`GET /health/live`, `/health/ready` and `/metrics`, for orchestrators and Prometheus."""
 
+import asyncio
+
 from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -36,6 +38,8 @@ def make_router(service: Service) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **describe_problems(401)},
     )
     async def show_metrics() -> Response:
+        # In a thread, because the kernel takes milliseconds to count.
+        await asyncio.to_thread(service.metrics.memory.read)
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router

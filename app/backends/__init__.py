@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,18 @@ class Runner(Protocol):
         """Compute the outputs of a batch.
 
         Shapes: pixels (B, H, W, 3); each output (B, …)
+        Raises: BackendError.
+        """
+        ...
+
+
+@runtime_checkable
+class InterruptibleRunner(Runner, Protocol):
+    """A loaded graph whose run can be ended: one that loops for ever would hang the start."""
+
+    def run_within(self, pixels: Pixels, max_seconds: float) -> Outputs:
+        """Compute the outputs of a batch, or give up after this time.
+
         Raises: BackendError.
         """
         ...

@@ -1,5 +1,6 @@
 """ONNX Runtime, on the CPU or on CUDA."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,8 +74,24 @@ class OnnxRunner:
         self._roles, self._names = list(outputs), list(outputs.values())
 
     def run(self, pixels: Pixels) -> Outputs:
+        return self._run(pixels, None)
+
+    def run_within(self, pixels: Pixels, max_seconds: float) -> Outputs:
+        options = onnxruntime.RunOptions()
+        timer = threading.Timer(max_seconds, setattr, (options, "terminate", True))
+        timer.start()
         try:
-            arrays = self._session.run(self._names, {self._input_name: pixels})
+            return self._run(pixels, options)
+        except BackendError as error:
+            if options.terminate:
+                raise BackendError(f"ONNX Runtime did not finish a run within {max_seconds:g} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _run(self, pixels: Pixels, options: onnxruntime.RunOptions | None) -> Outputs:
+        try:
+            arrays = self._session.run(self._names, {self._input_name: pixels}, options)
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot run the graph: {_first_line(error)}") from error
         return {role: np.asarray(array) for role, array in zip(self._roles, arrays, strict=True)}

@@ -15,6 +15,7 @@ from app.observability.record import RequestRecord
 from app.store.catalogue import Labels
 from app.store.refusals import ReloadResult
 from app.system.cgroups import memory_limit_bytes
+from app.system.memory import MemoryGauge
 
 BUCKETS_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUCKETS_TOKENS = (2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 1024)
@@ -72,6 +73,9 @@ class Metrics:
         self._in_flight = Gauge("dtem_in_flight_images", "Images decoding, queued or running", registry=registry)
         limit = Gauge("dtem_memory_limit_bytes", "Memory limit of the container or host", registry=registry)
         limit.set(memory_limit_bytes())
+        self.memory = MemoryGauge()
+        used = Gauge("dtem_memory_bytes", "Memory used, shared pages counted once", registry=registry)
+        used.set_function(lambda: float(self.memory.read()))
 
     def _create_at_zero(self) -> None:
         """Create the counters of rare events at 0: an alert on `increase` misses the first event of a new series."""

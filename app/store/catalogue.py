@@ -81,8 +81,9 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version in the store that is not served. retry_at: by the monotonic clock, if the reason can pass.
+    """A version in the store that is not served.
 
+    retry_at: by the monotonic clock, if the reason can pass. is_too_large: nothing is known against it but its size.
     It holds no exception, whose traceback would keep the graphs that were loaded before the failure.
     """
 
@@ -90,6 +91,7 @@ class Refusal:
     file: str
     reason: str
     retry_at: float | None = None
+    is_too_large: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Loader: find, verify, load and warm up the model versions of a store."""
+"""Loader: verify, load and warm up one model version."""
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from app.backends import Backend, Outputs, Pixels, Runner
+from app.backends import Backend, InterruptibleRunner, Outputs, Pixels, Runner
 from app.errors import BackendError, StoreError
-from app.store.catalogue import Catalogue, Refusal, ServedModel, ServedVariant
+from app.store.catalogue import ServedModel, ServedVariant
 from app.store.costs import CostTable, batch_buckets
 from app.store.files import read_manifest_file, verify_files
+from app.store.footprint import MemoryRule, require_memory
 from app.store.manifest import MANIFEST_FILE, Manifest, Variant, VariantKey
 from app.store.outputs import GMACS, TASKS, TOKENS, GraphOutput, list_outputs
-from app.store.refusals import ReloadResult, load_or_refuse, log_ignored
-from app.store.scan import Scan, Version, scan
-from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -30,76 +28,17 @@ GMACS_RTOL = 1e-5
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Which variants to serve, and up to which batch size."""
+    """Which variants to serve, and up to which batch size.
+
+    memory: None to load a version whatever it needs. max_run_seconds: of a batch, while it is verified and timed.
+    """
 
     graph_format: str
     precision: str
     default_model: str | None
     max_batch_images: int = 1
-
-
-def load_catalogue(
-    folder: Path, backend: Backend, options: StoreOptions, count: Callable[[ReloadResult], object] = lambda result: None
-) -> Catalogue:
-    """Load every good version of every model. The others are logged, counted and refused, as at a reload.
-
-    Raises: StoreError if the store cannot be read, or if there is no default model with a good version.
-    """
-    found = scan_at_start(folder)
-    models: dict[str, dict[int, ServedModel]] = {}
-    refused: dict[Version, Refusal] = {}
-    for version in order_for_start(found.versions, options.default_model):
-        loaded = load_or_refuse(
-            folder, version, found.versions[version], lambda path: load_version(path, backend, options)
-        )
-        if isinstance(loaded, Refusal):
-            refused[version] = loaded
-            count("refused")
-        else:
-            models.setdefault(version[0], {})[version[1]] = loaded
-    if refused:
-        # What was loaded of them before they failed.
-        return_freed_memory()
-    default_model = choose_default(folder, models, refused, options.default_model)
-    return Catalogue(models, default_model, refused, found.ignored)
-
-
-def scan_at_start(folder: Path) -> Scan:
-    """Raises: StoreError."""
-    try:
-        found = scan(folder)
-    except FileNotFoundError as error:
-        raise StoreError(error.filename or folder, error.strerror or str(error)) from error
-    log_ignored(folder, found.ignored, {})
-    if not found.versions:
-        raise StoreError(folder, f"no models found (expected <model>/<version>/{MANIFEST_FILE})")
-    return found
-
-
-def order_for_start(versions: Iterable[Version], default_model: str | None) -> list[Version]:
-    """Sort versions so that memory, if it is short, goes to the default model and to the highest versions."""
-    return sorted(versions, key=lambda version: (version[0] != default_model, version[0], -version[1]))
-
-
-def choose_default(
-    folder: Path, served: Collection[str], refused: Mapping[Version, Refusal], configured: str | None
-) -> str:
-    """Return the model of requests that name none: the configured one, else the only one that can be served.
-
-    Nothing else decides, such as names or dates: a model published later would change what clients get.
-    Raises: StoreError.
-    """
-    if configured in served or (configured is None and len(served) == 1):
-        return configured or next(iter(served))
-    if configured is None and served:
-        names = ", ".join(sorted(served))
-        reason = f"DTEM_DEFAULT_MODEL is not set, and there are {len(served)} models; accepted: {names}"
-        raise StoreError(folder, reason)
-    bad = [version for version in refused if configured in (None, version[0])]
-    if bad:
-        raise StoreError(refused[bad[0]].file, refused[bad[0]].reason)
-    names = ", ".join(sorted({*served, *(name for name, _ in refused)}))
-    raise StoreError(folder, f"DTEM_DEFAULT_MODEL={configured}: no such model; accepted: {names}")
+    memory: MemoryRule | None = None
+    max_run_seconds: float = 60.0
 
 
 def load_version(
@@ -111,18 +50,22 @@ def load_version(
     """
     manifest = read_manifest(folder)
     require_task(folder, manifest)
-    verify_files(folder, manifest, n_threads)
     specs = choose_variants(folder, manifest, options)
+    if options.memory is not None:
+        require_memory(folder, manifest, specs, options.memory)
+    verify_files(folder, manifest, n_threads)
     outputs = {spec.key: list_outputs(manifest, spec) for spec in specs}
     golden = read_golden(folder, manifest, outputs)
     runners = load_runners(folder, manifest, {spec.file: outputs[spec.key] for spec in specs}, backend, n_threads)
-    found = {name: run(folder / name, runner, golden.pixels) for name, runner in runners.items()}
+    found = {
+        name: run(folder / name, runner, golden.pixels, options.max_run_seconds) for name, runner in runners.items()
+    }
     for spec in specs:
         compare_golden(folder, spec, outputs[spec.key], found[spec.file], golden, manifest.golden.atol)
     unmerged_gmacs = max(spec.gmacs for spec in specs)
     variants = {}
     for spec in specs:
-        costs = measure(folder / spec.file, runners[spec.file], golden.pixels, options.max_batch_images)
+        costs = measure(folder / spec.file, runners[spec.file], golden.pixels, options)
         variants[spec.key] = ServedVariant(spec, runners[spec.file], costs=costs, unmerged_gmacs=unmerged_gmacs)
         variants[spec.key].latency.add(costs.seconds(1))
     logger.info("loaded %s version %s: %d variants", manifest.name, manifest.version, len(variants))
@@ -237,9 +180,11 @@ def load_runners(
         return dict(zip(files, pool.map(load, files), strict=True))
 
 
-def run(path: Path, runner: Runner, pixels: Pixels) -> Outputs:
+def run(path: Path, runner: Runner, pixels: Pixels, max_seconds: float) -> Outputs:
     """Raises: StoreError."""
     try:
+        if isinstance(runner, InterruptibleRunner):
+            return runner.run_within(pixels, max_seconds)
         return runner.run(pixels)
     except BackendError as error:
         raise StoreError(path, str(error)) from error
@@ -267,18 +212,18 @@ def compare_golden(
         raise StoreError(path, f"{spec.id}: golden GMACs differ from the export")
 
 
-def measure(path: Path, runner: Runner, pixels: Pixels, max_batch_images: int) -> CostTable:
+def measure(path: Path, runner: Runner, pixels: Pixels, options: StoreOptions) -> CostTable:
     """Warm up a variant, and time it at batch 1 and at the largest batch; interpolate linearly between them.
 
     Raises: StoreError.
     """
     seconds = {}
-    for size in sorted({1, max_batch_images}):
+    for size in sorted({1, options.max_batch_images}):
         batch = np.resize(pixels, (size, *pixels.shape[1:]))
         started_at = time.perf_counter()
-        run(path, runner, batch)
+        run(path, runner, batch, options.max_run_seconds)
         seconds[size] = time.perf_counter() - started_at
-    return CostTable(CostTable(seconds).by_size(batch_buckets(max_batch_images)))
+    return CostTable(CostTable(seconds).by_size(batch_buckets(options.max_batch_images)))
 
 
 def _describe(error: ValidationError) -> str:

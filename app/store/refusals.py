@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from app.errors import StoreError, TemporaryStoreError
+from app.errors import NotEnoughMemory, StoreError, TemporaryStoreError
 from app.store.catalogue import Refusal, ServedModel
 from app.store.scan import Signature, Version, folder_of
 
@@ -32,7 +32,7 @@ def load_or_refuse(
         if previous is None or previous.reason != error.reason:
             until = "for now" if can_pass else "until its files change"
             logger.error("refused %s version %d %s: %s", *version, until, error)
-        return Refusal(signature, error.file, error.reason, retry_at)
+        return Refusal(signature, error.file, error.reason, retry_at, isinstance(error, NotEnoughMemory))
     except Exception as error:
         # Whatever it breaks, a bad version must not stop the good ones.
         logger.exception("refused %s version %d until its files change", *version)

@@ -178,10 +178,11 @@ def process() -> Sequence[Panel]:
             shows_name=True,
         ),
         timeseries(
-            "Resident memory by instance",
-            "Each new version adds a step. Continuous growth is a leak. The Overview compares it with the limit.",
+            "Memory by instance",
+            "Shared pages count once. Each new version adds a step. Continuous growth is a leak. The Overview compares "
+            "it with the limit.",
             "bytes",
-            Query(f"process_resident_memory_bytes{{{SERVICE}}}", "{{instance}}"),
+            Query("dtem_memory_bytes", "{{instance}}"),
             width=6,
         ),
         timeseries(

@@ -26,7 +26,7 @@ def overview() -> Sequence[Panel]:
     requests, all_requests = (per_second("dtem_requests_total", where=where) for where in (MODEL, ""))
     failed, refused = (per_second("dtem_requests_total", where=f'code=~"{codes}"') for codes in ("500|503", "429"))
     saved, used = per_second("dtem_gmacs_saved_total"), per_second("dtem_gmacs_total")
-    memory = f"max(process_resident_memory_bytes{{{SERVICE}}} / dtem_memory_limit_bytes)"
+    memory = "max(dtem_memory_bytes / dtem_memory_limit_bytes)"
     return [
         stat(
             "Ready",

@@ -12,7 +12,8 @@ from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings
 from app.store.catalogue import Catalogue
-from app.store.loader import StoreOptions, load_catalogue
+from app.store.loader import StoreOptions
+from app.store.start import load_catalogue
 from tests.app.tiny_store import write_store
 
 # Timeout; a test that reaches it has failed.

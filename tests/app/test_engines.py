@@ -17,7 +17,8 @@ from app.main import create_app
 from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import read_settings
-from app.store.loader import StoreOptions, load_catalogue
+from app.store.loader import StoreOptions
+from app.store.start import load_catalogue
 from tests.app.odd_images import encode, make_photo
 from tests.app.tiny_store import ATM_BIAS, expected_costs, expected_logits
 

@@ -3,11 +3,13 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper
 import onnx.numpy_helper
 import pytest
 
@@ -15,8 +17,9 @@ from app.backends import ENGINES, open_backend
 from app.errors import StoreError
 from app.store.catalogue import Catalogue
 from app.store.files import MAX_MANIFEST_BYTES
-from app.store.loader import StoreOptions, load_catalogue
+from app.store.loader import StoreOptions
 from app.store.manifest import Manifest
+from app.store.start import load_catalogue
 from tests.app.conftest import ONNX, OPTIONS
 from tests.app.tiny_store import (
     ATM_BIAS,
@@ -322,6 +325,33 @@ def test_load_catalogue_accepts_leftovers_and_links_within_the_store(tmp_path: P
         blob = path.rename(tmp_path / "blobs" / digest(path)["sha256"])
         path.symlink_to(os.path.relpath(blob, folder))
     assert load(tmp_path).find(None, None).rates("tome") == [0, 8, 16]
+
+
+def test_load_catalogue_refuses_a_graph_that_loops_for_ever(tmp_path: Path) -> None:
+    folder = write_store(tmp_path)
+    graph = onnx.load_model(folder / "tome-r8.onnx", load_external_data=False)
+    helper = onnx.helper
+    same = [helper.make_node("Identity", [f"{name}_in"], [f"{name}_out"]) for name in ("go", "value")]
+    body = helper.make_graph(
+        same,
+        "body",
+        [
+            helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_in", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value_in", onnx.TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_out", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value_out", onnx.TensorProto.FLOAT, None),
+        ],
+    )
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "go"))
+    graph.graph.node[-1].output[0] = "first"
+    graph.graph.node.append(helper.make_node("Loop", ["", "go", "first"], ["logits"], body=body))
+    (folder / "tome-r8.onnx").write_bytes(graph.SerializeToString())
+    renew_digests(folder)
+    with pytest.raises(StoreError, match=r"tome-r8\.onnx: ONNX Runtime did not finish a run within 0\.5 s"):
+        load(tmp_path, replace(ONNX, max_run_seconds=0.5))
 
 
 def test_load_catalogue_needs_a_good_version_of_the_default_model(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from app.errors import TemporaryStoreError
 from app.observability.record import RequestRecord
 from app.settings import Settings
 from app.store.catalogue import ServedModel
-from app.store.loader import StoreOptions, load_catalogue, load_version
+from app.store.loader import StoreOptions, load_version
 from app.store.refusals import RETRY_SECONDS
 from app.store.scan import Scan
 from app.store.selection import Query, select
+from app.store.start import load_catalogue
 from app.store.watcher import Watcher
 from tests.app.api.test_models import sample
 from tests.app.conftest import ClientFactory, wait_until

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import StoreError
-from app.store.loader import choose_default
 from app.store.scan import Signature, Version, scan
+from app.store.start import choose_default
 from app.store.watcher import compare, keep_last
 from tests.app.tiny_store import write_store
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from app.backends import BackendOptions, open_backend
-from app.store.loader import StoreOptions, load_catalogue
+from app.store.loader import StoreOptions
+from app.store.start import load_catalogue
 from benchmarks.servers.partial_store import publish_part, rates_of, reduce_manifest
 from tests.app.tiny_store import write_store
 
