@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 N_LOADING_THREADS = 4
 GMACS_RTOL = 1e-5
+# Unpacked. A few images take some MB; a small archive can unpack to any size.
+MAX_GOLDEN_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,14 @@ def read_golden(folder: Path, manifest: Manifest, outputs: Mapping[VariantKey, S
     path = folder / manifest.golden.file
     try:
         with np.load(path, allow_pickle=False) as archive:
+            _require_small(path, sum(member.file_size for member in archive.zip.infolist()))
             pixels = np.asarray(archive["pixels"])
             found = {
                 key: {output.role: np.asarray(archive[f"{output.role}/{key}"]) for output in of_variant}
                 for key, of_variant in outputs.items()
             }
+    except StoreError:
+        raise
     except KeyError as error:
         raise StoreError(path, f"missing array: {error.args[0]}") from error
     except Exception as error:
@@ -141,6 +146,11 @@ def read_golden(folder: Path, manifest: Manifest, outputs: Mapping[VariantKey, S
     for key, of_variant in outputs.items():
         _require_outputs(path, f"/{key}", found[key], of_variant, len(pixels))
     return Golden(pixels, found)
+
+
+def _require_small(path: Path, n_bytes: int) -> None:
+    if n_bytes > MAX_GOLDEN_BYTES:
+        raise StoreError(path, f"unpacks to {n_bytes} bytes; accepted: at most {MAX_GOLDEN_BYTES}")
 
 
 def _require_outputs(path: Path, suffix: str, found: Outputs, expected: Sequence[GraphOutput], n_images: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from app.backends import ENGINES, open_backend
 from app.errors import StoreError
+from app.store import loader
 from app.store.catalogue import Catalogue
 from app.store.files import MAX_MANIFEST_BYTES
 from app.store.loader import StoreOptions
@@ -325,6 +326,20 @@ def test_load_catalogue_accepts_leftovers_and_links_within_the_store(tmp_path: P
         blob = path.rename(tmp_path / "blobs" / digest(path)["sha256"])
         path.symlink_to(os.path.relpath(blob, folder))
     assert load(tmp_path).find(None, None).rates("tome") == [0, 8, 16]
+
+
+def test_load_catalogue_refuses_golden_outputs_that_unpack_to_a_large_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_store(tmp_path)
+    monkeypatch.setattr(loader, "MAX_GOLDEN_BYTES", 100_000)
+    with np.load(folder / "golden.npz") as archive:
+        arrays = {key: archive[key] for key in archive}
+    np.savez_compressed(folder / "golden.npz", **arrays, zeros=np.zeros(100_000, np.uint8))
+    renew_digests(folder)
+    assert (folder / "golden.npz").stat().st_size < 10_000
+    with pytest.raises(StoreError, match=r"golden\.npz: unpacks to 1\d{5} bytes; accepted: at most 100000"):
+        load(tmp_path)
 
 
 def test_load_catalogue_refuses_a_graph_that_loops_for_ever(tmp_path: Path) -> None:
