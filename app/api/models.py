@@ -1,7 +1,5 @@
 """`GET /models`: the variants of each model, with cost, accuracy and measured latency."""
 
-from pathlib import Path
-
 from fastapi import APIRouter, Depends
 
 from app.api.parameters import accept_parameters
@@ -20,10 +18,9 @@ from app.api.schemas import (
     describe_problems,
 )
 from app.serving.service import Service
-from app.store.catalogue import LatencyLog, Refusal, ServedModel, ServedVariant
+from app.store.catalogue import LatencyLog, ServedModel, ServedVariant
 from app.store.costs import batch_buckets
 from app.store.manifest import VariantKey
-from app.store.scan import Version
 
 
 def make_router(service: Service) -> APIRouter:
@@ -42,7 +39,10 @@ def make_router(service: Service) -> APIRouter:
         return ModelsDocument(
             default=ModelName(name=default.name, version=default.version),
             models=models,
-            refused=[_describe_refusal(version, catalogue.refused[version]) for version in sorted(catalogue.refused)],
+            refused=[
+                RefusedVersion(name=name, version=str(number), reason=refusal.summary)
+                for (name, number), refusal in sorted(catalogue.refused.items())
+            ],
             ignored=[IgnoredFolder(folder=name, reason=catalogue.ignored[name]) for name in sorted(catalogue.ignored)],
         )
 
@@ -75,12 +75,6 @@ def _describe_model(model: ServedModel, service: Service) -> ModelDocument:
         default=DefaultDocument(policy=manifest.default.policy, r=manifest.default.r),
         variants=[_describe_variant(model.variants[key], service) for key in sorted(model.variants, key=_order)],
     )
-
-
-def _describe_refusal(version: Version, refusal: Refusal) -> RefusedVersion:
-    """Describe a refused version. Clients do not learn where the store is: the log has the whole path."""
-    name, number = version
-    return RefusedVersion(name=name, version=str(number), reason=f"{Path(refusal.file).name}: {refusal.reason}")
 
 
 def _order(key: VariantKey) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from app.backends import Runner
@@ -92,6 +93,11 @@ class Refusal:
     reason: str
     retry_at: float | None = None
     is_too_large: bool = False
+
+    @property
+    def summary(self) -> str:
+        """The file and the reason. Clients do not learn where the store is: the log has the whole path."""
+        return f"{Path(self.file).name}: {self.reason}"
 
 
 @dataclass(frozen=True)

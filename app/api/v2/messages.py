@@ -96,8 +96,8 @@ class ModelConfig(BaseModel):
 class IndexEntry(BaseModel):
     name: str
     version: str
-    state: Literal["READY"]
-    reason: Literal[""]
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
 
 
 class Envelope(BaseModel):

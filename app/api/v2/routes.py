@@ -83,8 +83,14 @@ def _add_server_routes(router: APIRouter, service: Service) -> None:
 
     @router.post("/repository/index", summary="List all model versions", responses=describe_errors(401, 422, 503))
     async def list_repository() -> list[IndexEntry]:
-        manifests = [model.manifest for model in service.require_ready().all_models()]
-        return [IndexEntry(name=item.name, version=item.version, state="READY", reason="") for item in manifests]
+        catalogue = service.require_ready()
+        manifests = [model.manifest for model in catalogue.all_models()]
+        served = [IndexEntry(name=item.name, version=item.version, state="READY", reason="") for item in manifests]
+        refused = [
+            IndexEntry(name=name, version=str(number), state="UNAVAILABLE", reason=refusal.summary)
+            for (name, number), refusal in sorted(catalogue.refused.items())
+        ]
+        return served + refused
 
 
 def _add_overall_statistics(router: APIRouter, service: Service, handler: InferHandler) -> None:

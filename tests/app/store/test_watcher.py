@@ -240,6 +240,8 @@ def test_refused_version_is_shown_until_it_is_gone(deployment: Deployment) -> No
     (refused,), (ignored,) = document["refused"], document["ignored"]
     assert (refused["name"], refused["version"], refused["reason"][:20]) == ("tiny", "2", "tome-r8.onnx: SHA-25")
     assert ignored["folder"] == "tiny/v3"
+    index = deployment.client.post("/v2/repository/index").json()
+    assert index[1:] == [{**refused, "state": "UNAVAILABLE"}]
     assert sample(deployment.client, 'dtem_refused_versions{model="tiny"}') == 1
     shutil.rmtree(folder)
     (deployment.root / "tiny" / "v3").rmdir()
