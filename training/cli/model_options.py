@@ -42,7 +42,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--architecture", help="a timm name, e.g. deit_small_patch16_224")
     model.add_argument("--weights", help="'pretrained' (timm's own) or a local safetensors file")
     model.add_argument("--arguments", type=json.loads, default={}, help="JSON arguments for timm.create_model")
-    model.add_argument("--task", default=CLASSIFY, choices=TASKS, help="task of --architecture; default: %(default)s")
+    model.add_argument(
+        "--task", default=CLASSIFY, choices=TASKS, help="of --run or --architecture; default: %(default)s"
+    )
     model.add_argument(
         "--embedding", type=Path, help="embedding of DTEM, a safetensors file; default: that of the run or version"
     )
@@ -79,7 +81,7 @@ def chosen_model(options: argparse.Namespace) -> ChosenModel:
 def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     if options.run:
         recipe = json.loads((options.run / "recipe.json").read_text())
-        name, arguments, task = recipe["architecture"], recipe["arguments"], find_task(recipe.get("task", CLASSIFY))
+        name, arguments, task = recipe["architecture"], recipe["arguments"], find_task(options.task)
         vit = task.load(name, weights=options.run / "weights.safetensors", **arguments)
         dataset = find_dataset(recipe.get("data", {}).get("source", REFERENCE_DATASET))
         rule = dataset.rule(lambda: input_rule(vit))

@@ -7,6 +7,7 @@ image.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def _row(entry: dict[str, Any], arrays: Any) -> Row:
     if row.key not in arrays:
         raise ValueError(f"row {row.key} has no array")
     scores = unpack(arrays[row.key], measure.name, row.n_images)
-    if (found := measure.summarise(scores)[0]) != value:
+    if not math.isclose(found := measure.summarise(scores)[0], value, rel_tol=1e-9):
         raise ValueError(f"row {row.key} has {measure.label} {value}, its array {found}")
     return replace(row, scores=scores)
 

@@ -26,7 +26,7 @@ from training.models.variants import variant_key
 from training.tasks import find_task
 
 BATCH_SIZE = 50
-_MEASURED = "measured.json"  # in the work folder only, to resume from
+_MEASURED = "measurements.json"  # in the work folder only, to resume from
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatc
         assert export.main(plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
-        json.loads((work / "measured.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
+        json.loads((work / "measurements.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
     )
     monkeypatch.setattr(measured_rows, "measure", interrupt)
     assert export.main(plan) == 0
