@@ -9,6 +9,7 @@ from app.api.schemas import (
     IgnoredFolder,
     LatencyMs,
     MeasuredAccuracy,
+    MeasuredScore,
     ModelDocument,
     ModelName,
     ModelsDocument,
@@ -20,7 +21,7 @@ from app.api.schemas import (
 from app.serving.service import Service
 from app.store.catalogue import LatencyLog, ServedModel, ServedVariant
 from app.store.costs import batch_buckets
-from app.store.manifest import VariantKey
+from app.store.manifest import Accuracy, Score, VariantKey
 
 
 def make_router(service: Service) -> APIRouter:
@@ -96,10 +97,17 @@ def _describe_variant(variant: ServedVariant, service: Service) -> VariantDocume
         schedule=list(spec.schedule),
         data_dependent=spec.data_dependent,
         promise=spec.promise,
-        accuracy=None if spec.accuracy is None else MeasuredAccuracy(**spec.accuracy.model_dump()),
+        accuracy=_describe_accuracy(spec.accuracy),
         latency_ms=_describe_latency(variant.latency),
         run_ms=[RunMs(batch_size=n, expected=round(seconds * 1e3, 3)) for n, seconds in runs.items()],
     )
+
+
+def _describe_accuracy(accuracy: Accuracy | Score | None) -> MeasuredAccuracy | MeasuredScore | None:
+    if accuracy is None:
+        return None
+    document = MeasuredAccuracy if isinstance(accuracy, Accuracy) else MeasuredScore
+    return document(**accuracy.model_dump())
 
 
 def _describe_latency(latency: LatencyLog) -> LatencyMs | None:

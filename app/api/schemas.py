@@ -34,15 +34,27 @@ class ModelName(BaseModel):
     version: str
 
 
-class MeasuredAccuracy(BaseModel):
-    """Top-1 accuracy, measured when the model was exported."""
+class Measurement(BaseModel):
+    """Images and interval of a measurement, made when the model was exported."""
 
-    top1: float
     ci95: tuple[float, float]
     dataset: str
     split: str
     n_images: int
     date: datetime.date
+
+
+class MeasuredAccuracy(Measurement):
+    """Top-1 accuracy."""
+
+    top1: float
+
+
+class MeasuredScore(Measurement):
+    """The accuracy of a task other than classification."""
+
+    measure: str
+    value: float
 
 
 class TimingsMs(BaseModel):
@@ -119,7 +131,7 @@ class VariantDocument(BaseModel):
         description="whether token counts depend on the image; then `gmacs`, `tokens` and `schedule` are means"
     )
     promise: str | None = Field(description="how a result depends on the other images in the batch")
-    accuracy: MeasuredAccuracy | None
+    accuracy: MeasuredAccuracy | MeasuredScore | None
     latency_ms: LatencyMs | None
     run_ms: list[RunMs]
 

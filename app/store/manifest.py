@@ -7,7 +7,7 @@ import datetime
 import json
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 MANIFEST_FILE = "manifest.json"
 
@@ -93,7 +93,7 @@ class Output(Part):
     """Names of the graph's outputs; `app.store.outputs` has their types and shapes."""
 
     name: Text = Field(description="output of the task; for `classify`, the logits")
-    dtype: Literal["float32"]
+    dtype: Literal["float32", "int64"]
     tokens: Text | None = Field(
         default=None, description="adaptive policies, int64: tokens entering each block, and tokens left"
     )
@@ -105,8 +105,9 @@ class FileDigest(Part):
     bytes: Count
 
 
-class Accuracy(Part):
-    top1: Fraction
+class Measured(Part):
+    """Images and interval of a measurement."""
+
     dataset: Text
     split: Text
     n_images: PositiveInt
@@ -118,6 +119,38 @@ class Accuracy(Part):
         if self.ci95[0] > self.ci95[1]:
             raise ValueError(f"ci95 {list(self.ci95)} is not in ascending order")
         return self
+
+
+class Accuracy(Measured):
+    """Top-1, of task `classify`."""
+
+    top1: Fraction
+
+    @property
+    def measure(self) -> str:
+        return "top1"
+
+    @property
+    def value(self) -> float:
+        return self.top1
+
+
+class Score(Measured):
+    """The measure of another task, such as the mean intersection over union of segmentation."""
+
+    measure: Name
+    value: Fraction
+
+
+def _kind_of_measurement(entry: Any) -> str:
+    is_score = "measure" in entry if isinstance(entry, dict) else isinstance(entry, Score)
+    return "score" if is_score else "accuracy"
+
+
+# A discriminator, so that an invalid entry has the errors of its own kind only.
+Measurement = Annotated[
+    Annotated[Accuracy, Tag("accuracy")] | Annotated[Score, Tag("score")], Discriminator(_kind_of_measurement)
+]
 
 
 class Spread(Part):
@@ -144,7 +177,7 @@ class Variant(Part):
     data_dependent: bool = Field(
         description="whether token counts depend on the image; if so, `tokens`, `schedule` and `gmacs` are means"
     )
-    accuracy: Accuracy | None
+    accuracy: Measurement | None
     gmacs_spread: Spread | None = Field(default=None, description="over images; data-dependent variants only")
     calibration: FileName | None = Field(default=None, description="file of the merging thresholds")
     promise: Text | None = Field(default=None, description="how results depend on the rest of the batch")

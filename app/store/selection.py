@@ -19,7 +19,8 @@ from app.errors import (
 from app.store.catalogue import Catalogue, ServedModel, ServedVariant
 
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?([eE][+-]?[0-9]{1,2})?|\.[0-9]{1,12}")
+# Every float that JSON documents contain is accepted: 20 decimals are the most that Python writes.
+NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,20})?([eE][+-]?[0-9]{1,2})?|\.[0-9]{1,20}")
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 SELECTORS = ("r", "max_gmacs", "min_accuracy", "deadline_ms")
 DEFAULT_TOP_K = 5
@@ -54,7 +55,7 @@ class Query(BaseModel):
         "its 95th percentile",
     )
     min_accuracy: Fraction = Field(
-        default=None, description="select the cheapest variant with at least this measured top-1, from 0 to 1"
+        default=None, description="select the cheapest variant with at least this measured accuracy, from 0 to 1"
     )
     deadline_ms: Milliseconds = Field(
         default=None,
@@ -184,9 +185,9 @@ def within_max_r(candidates: Sequence[ServedVariant], max_r: int) -> Sequence[Se
 
 
 def accuracy_rank(variant: ServedVariant) -> tuple[float, float]:
-    """Rank by measured top-1. Unmeasured variants rank below all measured ones, by GMACs."""
+    """Rank by measured accuracy. Unmeasured variants rank below all measured ones, by GMACs."""
     accuracy = variant.spec.accuracy
-    return (-1.0, variant.spec.gmacs) if accuracy is None else (accuracy.top1, 0.0)
+    return (-1.0, variant.spec.gmacs) if accuracy is None else (accuracy.value, 0.0)
 
 
 def most_accurate_within(candidates: Sequence[ServedVariant], max_gmacs: float) -> ServedVariant:
@@ -204,9 +205,10 @@ def cheapest_as_accurate_as(candidates: Sequence[ServedVariant], min_accuracy: f
     good = [variant for variant in measured if accuracy_rank(variant)[0] >= min_accuracy]
     if not good:
         best = max(candidates, key=accuracy_rank)
-        top1 = None if best.spec.accuracy is None else best.spec.accuracy.top1
-        detail = f"No variant of policy {best.spec.policy!r} has a measured top-1 of at least {min_accuracy}."
-        raise BudgetNotMet(detail, **_refused("min_accuracy", min_accuracy, best), maximum=top1)
+        accuracy = best.spec.accuracy
+        measure, maximum = ("accuracy", None) if accuracy is None else (accuracy.measure, accuracy.value)
+        detail = f"No variant of policy {best.spec.policy!r} has a measured {measure} of at least {min_accuracy}."
+        raise BudgetNotMet(detail, **_refused("min_accuracy", min_accuracy, best), maximum=maximum)
     return good[-1]
 
 

@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from app.backends import ENGINES
 from benchmarks.gpu.page import write_page
+from benchmarks.gpu.step import STEPS
 from deploy.local.process import ROOT
 
 # A step is not begun with less.
@@ -43,14 +46,14 @@ class Step:
         return f"{self.name} {self.model}".strip()
 
 
-def plan(models: list[str]) -> list[Step]:
-    """List the steps, the first model's first: what comes last is the first to be lost."""
+def plan(models: list[str], names: Sequence[str] = tuple(STEPS)) -> list[Step]:
+    """List the steps of these names, the first model's first: what comes last is the first to be lost."""
     steps = [Step("machine", 90), Step("tests", 90)]
     for index, model in enumerate(models):
         steps.append(Step("offline", 110, model))
         steps += [Step("training", 60, model)] if index == 0 else []
         steps += [Step("store", 120, model), Step("service", 110, model, needs=f"store {model}")]
-    return steps
+    return [step for step in steps if step.name in names]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,16 +62,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--seconds", type=float, default=460, help="limit for all steps together")
     parser.add_argument("--out", type=Path, help="<out>.json, .md, .png and .log; default docs/results/gpu")
+    parser.add_argument("--engine", choices=ENGINES, default="torchscript", help="of the service; default %(default)s")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="default: all")
     options = parser.parse_args(arguments)
     size = "smoke" if options.smoke else "full"
     out = options.out or ROOT / ("runs/gpu-smoke" if options.smoke else "docs/results/gpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     models = ["deit-s"] if options.smoke else ["deit-s", "vit-b"]
-    report: Report = {"size": size, "date": datetime.now(UTC).strftime("%Y-%m-%d"), "steps": []}
+    report: Report = {
+        "size": size,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "engine": options.engine,
+        "steps": [],
+    }
     ends_at = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as work, out.with_suffix(".log").open("wb") as log:
-        for step in plan(models):
-            entry = run_step(step, report, size, Path(work), log, ends_at - time.monotonic())
+        for step in plan(models, options.steps):
+            entry = run_step(step, report, size, options.engine, Path(work), log, ends_at - time.monotonic())
             report["steps"].append(entry)
             write_page(report, out, is_final=False)
             print(f"{entry['step']}: {entry['outcome']}, {entry['seconds']:.0f} s {entry['reason']}", flush=True)
@@ -76,7 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(entry["outcome"] != "done" for entry in report["steps"]))
 
 
-def run_step(step: Step, report: Report, size: str, work: Path, log: IO[bytes], left_seconds: float) -> Report:
+def run_step(
+    step: Step, report: Report, size: str, engine: str, work: Path, log: IO[bytes], left_seconds: float
+) -> Report:
     """Run a step and return its entry: outcome, reason, seconds and rows."""
     entry: Report = {"step": step.key, "outcome": "skipped", "reason": "", "seconds": 0.0, "rows": []}
     done = [other["step"] for other in report["steps"] if other["outcome"] == "done"]
@@ -86,12 +98,12 @@ def run_step(step: Step, report: Report, size: str, work: Path, log: IO[bytes], 
         return {**entry, "reason": "no time left"}
     found = work / f"{step.key.replace(' ', '-')}.jsonl"
     found.touch()
-    command = [sys.executable, "-m", "benchmarks.gpu.step", step.name, "--size", size, "--model", step.model]
+    command = [sys.executable, "-m", "benchmarks.gpu.step", step.name, "--size", size, "--engine", engine]
     started_at, limit = time.monotonic(), min(step.limit_seconds, left_seconds)
     log.write(f"\n== {step.key}\n".encode())
     log.flush()
     process = subprocess.Popen(
-        [*command, "--work", str(work), "--rows", str(found)],
+        [*command, "--model", step.model, "--work", str(work), "--rows", str(found)],
         cwd=ROOT,
         env={**os.environ, **({"OMP_NUM_THREADS": "1"} if size == "smoke" else {})},  # threads that wait for each other
         stdout=log,

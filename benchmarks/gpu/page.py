@@ -129,8 +129,9 @@ def _speed(row: Row | None) -> str:
 
 def _service(report: Report) -> str:
     parts = [_exports(report), _parity(report), _load(report), _decode(report)]
+    engine = report.get("engine", "torchscript")
     text = (
-        "`python -m app` with the TorchScript engine in float32, policy `tome`. Requests/s of clients in one Python "
+        f"`python -m app` with the engine {engine} in float32, policy `tome`. Requests/s of clients in one Python "
         "process that ask again as soon as they are answered; a JPEG is decoded and resized by the service, pixels "
         "come as a binary tensor over `/v2`. The bare loop is the same graphs through the same backend: no HTTP, no "
         "queue, batches from the host's memory."

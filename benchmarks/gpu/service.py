@@ -36,7 +36,6 @@ from training.data.preprocessing import InputRule, read_pixels
 from training.export.parity import MIN_MARGIN, decisions
 from training.models.classifier import ServedClassifier, input_rule
 
-ENGINE = "torchscript"
 JPEG, PIXELS = "jpeg", "pixels"
 N_IMAGES, N_COMPARED = 32, 12
 # Other images than those of the export.
@@ -76,7 +75,7 @@ def _rows(size: Size, model: str, work: Path) -> Iterator[Row]:
 
 def service_settings(size: Size) -> dict[str, str]:
     return {
-        "engine": ENGINE,
+        "engine": size.engine,
         "device": size.device,
         "max_batch_images": str(size.max_batch_images),
         **size.settings,
@@ -104,15 +103,14 @@ def _decode(jpegs: Sequence[bytes], rule: InputRule, least_seconds: float) -> It
 
 def _bare_loop(size: Size, folder: Path, pixels: Tensor) -> Iterator[Row]:
     manifest = json.loads((folder / "manifest.json").read_text())
-    backend = open_backend(ENGINE, BackendOptions(size.device, n_cores(), share_weights=False))
+    backend = open_backend(size.engine, BackendOptions(size.device, n_cores(), share_weights=False))
     batch = pixels.repeat(-(-size.max_batch_images // len(pixels)), 1, 1, 1)[: size.max_batch_images].numpy()
     runners: dict[int, Runner] = {}
     for r in size.rates:
-        before = torch.cuda.memory_allocated() if size.device == "cuda" else 0
+        before = _device_bytes(size)
         file = next(one["file"] for one in manifest["variants"] if (one["policy"], one["r"]) == ("tome", r))
         runners[r] = backend.load(folder / file, "pixels", {"logits": "logits"})
-        after = torch.cuda.memory_allocated() if size.device == "cuda" else 0
-        yield {"kind": "loaded", "r": r, "device_bytes": after - before}
+        yield {"kind": "loaded", "r": r, "device_bytes": _device_bytes(size) - before}
     runs = {r: functools.partial(runner.run, batch) for r, runner in runners.items()}
     seconds = time_interleaved(runs, size.n_rounds, clock_of(size.device), "bare loop")
     for r, values in seconds.items():

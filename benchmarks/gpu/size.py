@@ -25,6 +25,7 @@ class Size:
     """Units: sides in numbers of a matrix; seconds of one timing and of one load.
 
     forms: of attention, beside the plain one that is exported.
+    engine: of the service, a name in `ENGINES`.
     load_rates: the first is what the others are compared with, as with `rates`.
     """
 
@@ -46,6 +47,7 @@ class Size:
     training_batch: int
     training_rates: tuple[int, ...]
     settings: Mapping[str, str]
+    engine: str = "torchscript"
 
 
 SMALL_MODEL = Architecture(

@@ -10,8 +10,10 @@ import importlib
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
+from app.backends import ENGINES
 from benchmarks.gpu.size import SIZES
 
 # Imported when chosen: a package that one step lacks must not cost the others.
@@ -32,13 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--model", default="", help="one of the size's models, for steps that are of one")
+    parser.add_argument("--engine", choices=ENGINES, required=True, help="of the service")
     parser.add_argument("--work", type=Path, required=True, help="folder that the steps share")
     parser.add_argument("--rows", type=Path, required=True, help="file for the rows, one JSON object a line")
     options = parser.parse_args(arguments)
     with options.rows.open("a", encoding="utf-8") as out:
         try:
             module = importlib.import_module(STEPS[options.step])
-            for row in module.rows(SIZES[options.size], options.model, options.work):
+            size = replace(SIZES[options.size], engine=options.engine)
+            for row in module.rows(size, options.model, options.work):
                 print(json.dumps(row, allow_nan=False), file=out, flush=True)
         except Exception as error:  # noqa: BLE001  # whatever it is, the report says so and the next step runs
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""The project's own export of random weights: TorchScript, on the CPU, each graph proved against eager."""
+"""The project's own export of random weights, on the CPU, each graph proved against eager."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app.backends import ENGINES
 from benchmarks.gpu.commit import read_commit
 from benchmarks.gpu.models import RandomImages, draw_pixels, make_vit
 from benchmarks.gpu.size import Size
@@ -37,7 +38,7 @@ def rows(size: Size, model: str, work: Path) -> Iterator[Row]:
         recipe="random weights, seed 0, for measurements of speed alone",
         rates=size.rates,
         default_r=size.rates[-1],
-        formats=("torchscript",),
+        formats=(ENGINES[size.engine].graph_format,),
         git_commit=read_commit().removesuffix("-dirty"),
     )
     source = RandomImages(draw_pixels(size.n_store_images, rule), int(vit.num_classes))

@@ -47,7 +47,7 @@ def test_a_step_that_takes_too_long_is_ended_and_its_rows_are_kept(
 
     monkeypatch.setattr(subprocess, "Popen", start_other)
     with (tmp_path / "log").open("wb") as log:
-        entry = report.run_step(report.Step("machine", 3), {"steps": []}, "smoke", tmp_path, log, 100)
+        entry = report.run_step(report.Step("machine", 3), {"steps": []}, "smoke", "torchscript", tmp_path, log, 100)
     assert (entry["outcome"], entry["reason"]) == ("cut short", "took more than 3 s")
     assert entry["rows"] == [json.loads(row)]
 
@@ -56,9 +56,11 @@ def test_a_step_is_skipped_with_its_reason(tmp_path: Path) -> None:
     step = report.Step("service", 9, "deit-s", needs="store deit-s")
     failed: dict[str, Any] = {"steps": [{"step": "store deit-s", "outcome": "failed"}]}
     with (tmp_path / "log").open("wb") as log:
-        assert report.run_step(step, failed, "smoke", tmp_path, log, 100)["reason"] == "needs store deit-s"
+        assert (
+            report.run_step(step, failed, "smoke", "torchscript", tmp_path, log, 100)["reason"] == "needs store deit-s"
+        )
         done: dict[str, Any] = {"steps": [{"step": "store deit-s", "outcome": "done"}]}
-        assert report.run_step(step, done, "smoke", tmp_path, log, 1)["reason"] == "no time left"
+        assert report.run_step(step, done, "smoke", "torchscript", tmp_path, log, 1)["reason"] == "no time left"
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,4 +1,4 @@
-"""Measure top-1 and GMACs of merging policies over rates: a table, a JSON file and a plot.
+"""Measure accuracy and GMACs of merging policies over rates: a table, a JSON file and a plot.
 
 A published model:  python -m training.cli.evaluate --published model_store/reference/5 --out docs/results/policies
 A training run:     python -m training.cli.evaluate --run runs/reference-dtem --rates 8,16
@@ -11,7 +11,7 @@ Rows already in <out>.json are kept, so an interrupted evaluation resumes.
 `training.cli.calibrate` found.
 --published VERSION --measured reports what the export measured on the exported graphs. With --policies or
 --calibrations it also measures, in PyTorch on the same images, the rows that are missing.
-<out>.npz records which images each row got right, for `python -m training.cli.compare`.
+<out>.npz records the scores of each row, image by image, for `python -m training.cli.compare`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ from training.evaluate.results import (
 from training.evaluate.table import (
     evaluate,
     evaluate_adaptive,
+    frozen_policy,
     in_order,
     markdown,
     planned,
     plot,
-    policy_classifier,
 )
 from training.merging.policies import FIXED_POLICIES, check_policies, supported_policies
-from training.models.classifier import AdaptiveClassifier, ServedClassifier
+from training.models.frozen import FrozenModule
 from training.models.variants import variant_key
 from training.models.weights import weights_digest
+from training.tasks import frozen_calibration
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,8 +97,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if len(set(keys)) < len(keys):
         raise ValueError(f"calibrations {', '.join(keys)}: expected each policy, metric and drop at most once")
 
-    def classifiers(policy: str, r: int) -> ServedClassifier:
-        return policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding)
+    def frozen(policy: str, r: int) -> FrozenModule:
+        return frozen_policy(chosen.task, policy, chosen.vit, chosen.rule, r, chosen.embedding)
 
     def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
         n_batches = -(-len(source) // options.batch_size)
@@ -107,13 +108,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         supported = supported_policies(has_embedding=chosen.embedding is not None)
         policies = chosen_policies(options, chosen, default=",".join(policy.name for policy in supported))
         plan = [(policy, r) for policy, r in planned(policies, options.rates) if variant_key(policy, r) not in done]
-        for row in evaluate(classifiers, chosen.rule, batches, plan):
+        for row in evaluate(frozen, batches, plan):
             rows.append(row)
             write_evaluation(options.out, about, in_order(rows))
     for key, calibration in zip(keys, calibrations, strict=True):
-        classifier = AdaptiveClassifier(calibration.model(chosen.vit, chosen.embedding), chosen.rule).eval()
+        module = frozen_calibration(chosen.task, chosen.vit, chosen.rule, calibration, chosen.embedding)
         if key not in done:
-            rows.append(evaluate_adaptive(calibration, classifier, batches))
+            rows.append(evaluate_adaptive(calibration, module, batches))
             write_evaluation(options.out, about, in_order(rows))
     if not rows:
         asked = f"--policies {options.policies} at --rates {options.rates}"
@@ -132,7 +133,7 @@ def _published(options: argparse.Namespace) -> Evaluation:
 def _write_report(options: argparse.Namespace, about: dict[str, Any], rows: Sequence[Row]) -> None:
     table = markdown(rows, about)
     title = f"Accuracy and GMACs of {about['model']}"
-    summary = "Top-1 and GMACs of each merging policy at each rate."
+    summary = "Accuracy and GMACs of each merging policy at each rate."
     with_suffix(options.out, ".md").write_text(report(title, summary, options.command_line, table))
     title = f"{about['model']}, {about['n_images']} images of {about['dataset']}"
     plot(rows, with_suffix(options.out, ".png"), title)

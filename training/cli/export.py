@@ -47,7 +47,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrations", type=calibrations, help="comma-separated files of training.cli.calibrate")
     parser.add_argument("--formats", default="onnx", help=f"comma-separated, of {', '.join(FORMAT_NAMES)}")
     parser.add_argument("--precisions", default=FLOAT32, help=f"comma-separated, of {', '.join(PRECISIONS)}")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit from eager")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a result from eager")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -65,6 +65,7 @@ def _export(options: argparse.Namespace) -> None:
         formats=tuple(options.formats.split(",")),
         precisions=tuple(options.precisions.split(",")),
         parity_tolerance=options.tolerance,
+        task=chosen.task.name,
     )
     source = chosen_source(options, chosen.rule)
     published = publish(
@@ -78,7 +79,7 @@ def _export(options: argparse.Namespace) -> None:
         options.published,
     )
     print(f"published {published.folder}")
-    print("largest difference of a logit from eager, at batch sizes 1, 2 and 32:")
+    print("largest difference of a result from eager, at batch sizes 1, 2 and 32:")
     for name, difference in published.parity.items():
         print(f"  {name:20} {difference:.1e}")
 

@@ -14,9 +14,10 @@ from training.data.digits import SPLITS
 from training.data.preprocessing import InputRule
 from training.data.sources import DATASETS, REFERENCE_DATASET, Source, find_dataset, open_source
 from training.models.calibration import Calibration, CalibrationMismatch, load_calibration
-from training.models.classifier import input_rule
+from training.models.classifier import CLASSIFY, input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
-from training.models.vit import load_vit
+from training.tasks import TASKS, find_task
+from training.tasks.task import Task
 
 EMBEDDING = "embedding.safetensors"
 
@@ -31,6 +32,7 @@ class ChosenModel:
     rule: InputRule
     recipe: str
     embedding: DecoupledEmbedding | None = None
+    task: Task = TASKS[CLASSIFY]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--architecture", help="a timm name, e.g. deit_small_patch16_224")
     model.add_argument("--weights", help="'pretrained' (timm's own) or a local safetensors file")
     model.add_argument("--arguments", type=json.loads, default={}, help="JSON arguments for timm.create_model")
+    model.add_argument(
+        "--task", default=CLASSIFY, choices=TASKS, help="of --run or --architecture; default: %(default)s"
+    )
     model.add_argument(
         "--embedding", type=Path, help="embedding of DTEM, a safetensors file; default: that of the run or version"
     )
@@ -76,22 +81,24 @@ def chosen_model(options: argparse.Namespace) -> ChosenModel:
 def _chosen_vit(options: argparse.Namespace) -> ChosenModel:
     if options.run:
         recipe = json.loads((options.run / "recipe.json").read_text())
-        name, arguments = recipe["architecture"], recipe["arguments"]
-        vit = load_vit(name, weights=options.run / "weights.safetensors", **arguments)
+        name, arguments, task = recipe["architecture"], recipe["arguments"], find_task(options.task)
+        vit = task.load(name, weights=options.run / "weights.safetensors", **arguments)
         dataset = find_dataset(recipe.get("data", {}).get("source", REFERENCE_DATASET))
         rule = dataset.rule(lambda: input_rule(vit))
-        return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"])
+        return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"], task=task)
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]
-        vit = load_vit(name, weights=options.published / "weights.safetensors", **arguments)
-        return ChosenModel(vit.eval(), name, arguments, _rule_of(manifest["input"]), manifest["training"]["recipe"])
+        task, rule = find_task(manifest.get("task", CLASSIFY)), _rule_of(manifest["input"])
+        vit = task.load(name, weights=options.published / "weights.safetensors", **arguments)
+        return ChosenModel(vit.eval(), name, arguments, rule, manifest["training"]["recipe"], task=task)
     if not options.weights:
         raise ValueError("--architecture needs --weights: 'pretrained' or a safetensors file")
     weights = "pretrained" if options.weights == "pretrained" else Path(options.weights)
-    vit = load_vit(options.architecture, weights=weights, **options.arguments)  # type: ignore[arg-type]
+    task = find_task(options.task)
+    vit = task.load(options.architecture, weights=weights, **options.arguments)
     origin = f"timm {options.architecture}, weights {options.weights}"
-    return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin)
+    return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin, task=task)
 
 
 def newest_version(model: Path) -> Path | None:

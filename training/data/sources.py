@@ -27,7 +27,10 @@ REFERENCE_INPUT = InputRule(height=112, width=112, resize_shorter_side=112)
 
 
 class Source(Protocol):
-    """Images with labels. Shapes: an item is uint8 (H, W, 3) and the index of its class."""
+    """Images with labels. Shapes: an item is uint8 (H, W, 3) and its label.
+
+    A label is the index of a class, or what the measure of another task compares with.
+    """
 
     @property
     def name(self) -> str: ...
@@ -46,7 +49,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]: ...
 
 
 @dataclass

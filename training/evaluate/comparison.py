@@ -14,6 +14,7 @@ from training.evaluate.paired import PairedCounts, count_pairs
 from training.evaluate.results import Evaluation, Row
 from training.evaluate.table import error_bars
 from training.merging.policies import UNMERGED
+from training.tasks.measure import TOP1
 
 _SAME_IMAGES = ("dataset", "split", "n_images")
 
@@ -84,7 +85,10 @@ def _selected(evaluation: Evaluation, selection: str) -> list[Row]:
 
 
 def _compared(base: Evaluation, base_row: Row, other: Evaluation, other_row: Row) -> Comparison:
-    counts = count_pairs(base_row.is_right, other_row.is_right)
+    for row in (base_row, other_row):
+        if row.measure != TOP1.name:
+            raise ValueError(f"row {row.key} was measured by {row.measure}: only {TOP1.label} is compared in pairs")
+    counts = count_pairs(base_row.scores, other_row.scores)
     low, high = counts.interval()
     return Comparison(
         base=_side(base, base_row),
@@ -99,7 +103,7 @@ def _compared(base: Evaluation, base_row: Row, other: Evaluation, other_row: Row
 
 
 def _side(evaluation: Evaluation, row: Row) -> Side:
-    return Side(str(evaluation.about.get("model")), row.policy, row.r, row.top1, row.gmacs, row.series, row.setting)
+    return Side(str(evaluation.about.get("model")), row.policy, row.r, row.value, row.gmacs, row.series, row.setting)
 
 
 def markdown(found: Sequence[Comparison]) -> str:

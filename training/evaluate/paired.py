@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from training.evaluate.accuracy import Z95
+from training.tasks.measure import Z95
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files of an evaluation: figures in `<out>.json`, right answers by image in `<out>.npz`.
+"""Files of an evaluation: figures in `<out>.json`, scores by image in `<out>.npz`.
 
 The JSON file lists the finished rows. The arrays allow any two rows to be compared later, image by
 image.
@@ -7,6 +7,7 @@ image.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from training.merging.policies import find_policy
 from training.models.variants import FLOAT32, variant_key
+from training.tasks import find_measure
+from training.tasks.measure import TOP1
 
 
 @dataclass(frozen=True)
@@ -26,23 +29,25 @@ class Row:
     Units: gmacs per image, for an adaptive policy the mean, with the 5th and 95th percentile;
         max_accuracy_drop, the bound of the calibration, in points; images_per_second of inference
         alone.
-    Shapes: is_right bool (n_images,), in the order of the images
+    value: of the measure of that name, from 0 to 1.
+    Shapes: scores (n_images, …), in the order of the images; for top-1, bool: which are right
     """
 
     policy: str
     r: int | None
     tokens_left: float
     gmacs: float
-    top1: float
+    value: float
     ci95: tuple[float, float]
     n_images: int
     images_per_second: float
-    is_right: NDArray[np.bool_] = field(repr=False, compare=False)
+    scores: NDArray[Any] = field(repr=False, compare=False)
     metric: str | None = None
     max_accuracy_drop: float | None = None
     gmacs_p5: float | None = None
     gmacs_p95: float | None = None
     precision: str = FLOAT32
+    measure: str = TOP1.name
 
     @property
     def key(self) -> str:
@@ -84,7 +89,7 @@ def write_evaluation(out: Path, about: dict[str, Any], rows: Sequence[Row]) -> N
     out.parent.mkdir(parents=True, exist_ok=True)
     arrays, figures = with_suffix(out, ".npz"), with_suffix(out, ".json")
     with _temporary(arrays).open("wb") as file:
-        packed: dict[str, Any] = {row.key: np.packbits(row.is_right) for row in rows}
+        packed: dict[str, Any] = {row.key: pack(row.scores) for row in rows}
         np.savez(file, **packed)
     _temporary(arrays).replace(arrays)
     content = {"about": about, "rows": [_entry(row) for row in rows]}
@@ -103,7 +108,7 @@ def read_evaluation(file: Path) -> Evaluation:
     array_file = file.with_suffix(".npz")
     if not array_file.is_file():
         raise FileNotFoundError(
-            f"no {array_file}, which says which images each row of {file} got right: evaluate again"
+            f"no {array_file}, which has the scores of each row of {file}, image by image: evaluate again"
         )
     try:
         content = json.loads(file.read_text())
@@ -128,21 +133,47 @@ def finished_rows(out: Path, about: dict[str, Any]) -> list[Row]:
     return read_evaluation(file).rows
 
 
+def pack(scores: NDArray[Any]) -> NDArray[Any]:
+    """Pack bools into bits; other scores are kept as they are."""
+    return np.packbits(scores) if scores.dtype == bool else scores
+
+
+def unpack(packed: NDArray[Any], measure: str, n_images: int) -> NDArray[Any]:
+    """Return the scores that `pack` packed."""
+    return np.unpackbits(packed, count=n_images).astype(bool) if measure == TOP1.name else packed
+
+
+def value_entry(measure: str, value: float) -> dict[str, Any]:
+    """Return the entry of a measure, in evaluations and in the manifest."""
+    return {TOP1.name: value} if measure == TOP1.name else {"measure": measure, "value": value}
+
+
 def _entry(row: Row) -> dict[str, Any]:
-    entry = {name: value for name, value in asdict(row).items() if name != "is_right" and value is not None}
+    """Return a row as JSON, without what is absent or unmarked."""
+    entry: dict[str, Any] = {}
+    for name, value in asdict(row).items():
+        if name == "value":
+            entry |= value_entry(row.measure, value)
+        elif name not in ("scores", "measure") and value is not None:
+            entry[name] = value
     if row.precision == FLOAT32:
         del entry["precision"]
     return entry
 
 
 def _row(entry: dict[str, Any], arrays: Any) -> Row:
-    row = Row(**{"r": None, **entry, "ci95": tuple(entry["ci95"])}, is_right=np.empty(0, bool))
+    stated = dict(entry)
+    measure = find_measure(stated.pop("measure", TOP1.name))
+    value = stated.pop(TOP1.name if measure is TOP1 else "value")
+    row = Row(
+        **{"r": None, **stated, "ci95": tuple(entry["ci95"])}, value=value, measure=measure.name, scores=np.empty(0)
+    )
     if row.key not in arrays:
         raise ValueError(f"row {row.key} has no array")
-    is_right = np.unpackbits(arrays[row.key], count=row.n_images).astype(bool)
-    if is_right.mean() != row.top1:
-        raise ValueError(f"row {row.key} has top-1 {row.top1}, its array {is_right.mean()}")
-    return replace(row, is_right=is_right)
+    scores = unpack(arrays[row.key], measure.name, row.n_images)
+    if not math.isclose(found := measure.summarise(scores)[0], value, rel_tol=1e-9):
+        raise ValueError(f"row {row.key} has {measure.label} {value}, its array {found}")
+    return replace(row, scores=scores)
 
 
 def _temporary(file: Path) -> Path:

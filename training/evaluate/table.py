@@ -9,31 +9,33 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
 from training.evaluate.accuracy import Measurement, measure
 from training.evaluate.results import Row, adaptive_key
 from training.merging.policies import FIXED_POLICIES, POLICIES, UNMERGED, Policy, check_policies, find_policy
 from training.models.calibration import Calibration
-from training.models.classifier import AdaptiveClassifier, ServedClassifier, frozen_classifier
 from training.models.embedding import DecoupledEmbedding
-from training.models.macs import count_macs
+from training.models.frozen import FrozenModule
 from training.models.variants import FLOAT32
+from training.tasks import find_measure, find_task
+from training.tasks.measure import TOP1
+from training.tasks.task import Task
 
 _RANDOM_SEED = 1
 
 
-def policy_classifier(
-    policy: str, model: Any, rule: InputRule, r: int, embedding: DecoupledEmbedding | None
-) -> ServedClassifier:
+def frozen_policy(
+    task: Task, policy: str, model: nn.Module, rule: InputRule, r: int, embedding: DecoupledEmbedding | None
+) -> FrozenModule:
     """Return the model under a policy at a rate.
 
-    Raises: as `check_policies`, `frozen_classifier`.
+    Raises: as `check_policies` and the task's `freeze`.
     """
     check_policies([policy], embedding)
     metric: Any = FIXED_POLICIES[policy].resolve_metric(embedding)
-    return frozen_classifier(model, rule, r, metric=metric, metric_seed=_RANDOM_SEED)
+    return task.freeze(model, rule, r, metric=metric, metric_seed=_RANDOM_SEED)
 
 
 def planned(policies: Sequence[str], rates: Sequence[int]) -> list[tuple[str, int]]:
@@ -43,78 +45,80 @@ def planned(policies: Sequence[str], rates: Sequence[int]) -> list[tuple[str, in
 
 
 def evaluate(
-    classifiers: Callable[[str, int], ServedClassifier],
-    rule: InputRule,
+    frozen: Callable[[str, int], FrozenModule],
     batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
     plan: Sequence[tuple[str, int]],
 ) -> Iterable[Row]:
     """Yield a row for each policy and rate of the plan.
 
-    classifiers: return the classifier of a policy and rate. batches: return the images, in the same
-        order each time, given a title for the progress bar.
-    Raises: what `classifiers` raises for any entry of the plan, before the first image is read.
+    frozen: return the model under a policy at a rate. batches: return the images, in the same order
+        each time, given a title for the progress bar.
+    Raises: what `frozen` raises for any entry of the plan, before the first image is read.
     """
     for policy, r in plan:
-        classifiers(policy, r)
+        frozen(policy, r)
     for policy, r in plan:
-        classifier = classifiers(policy, r)
-        gmacs = count_macs(classifier.model, (rule.height, rule.width)) / 1e9
-        result = measure(torch.inference_mode()(classifier.forward), batches(f"{policy} r={r}"))
-        yield fixed_row(policy, r, classifier.model.tokens[-1], gmacs, result)
+        module = frozen(policy, r)
+        by = find_task(module.task).measure
+        result = measure(torch.inference_mode()(module.forward), batches(f"{policy} r={r}"), by=by)
+        yield fixed_row(policy, r, module.model.tokens[-1], module.gmacs(), result)
 
 
 def fixed_row(
     policy: str, r: int, tokens_left: int, gmacs: float, result: Measurement, precision: str = FLOAT32
 ) -> Row:
-    """Return the row of a classifier with a fixed rate."""
+    """Return the row of a model with a fixed rate."""
     return Row(
         policy=policy,
         r=r,
         tokens_left=tokens_left,
         gmacs=gmacs,
-        top1=result.top1,
+        value=result.value,
         ci95=result.ci95,
-        n_images=len(result.is_right),
+        n_images=len(result.scores),
         images_per_second=result.images_per_second,
-        is_right=result.is_right,
+        scores=result.scores,
         precision=precision,
+        measure=result.measure.name,
     )
 
 
 def evaluate_adaptive(
-    calibration: Calibration, classifier: AdaptiveClassifier, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]
+    calibration: Calibration, module: FrozenModule, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]
 ) -> Row:
     """Measure an adaptive model.
 
     Units: GMACs of each image by itself, without the padding of its batch
     """
     key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
-    result = measure(torch.inference_mode()(classifier.forward), batches(key))
+    by = find_task(module.task).measure
+    result = measure(torch.inference_mode()(module.forward), batches(key), by=by)
     return adaptive_row(calibration, result)
 
 
 def adaptive_row(calibration: Calibration, result: Measurement, precision: str = FLOAT32) -> Row:
-    """Return the row of an adaptive classifier.
+    """Return the row of an adaptive model.
 
-    Raises: ValueError where the classifier was not adaptive.
+    Raises: ValueError where the model was not adaptive.
     """
     if result.gmacs is None or result.tokens is None:
-        raise ValueError("the classifier returned no token counts and no GMACs: it is not adaptive")
+        raise ValueError("the model returned no token counts and no GMACs: it is not adaptive")
     return Row(
         policy=calibration.policy,
         r=None,
         tokens_left=float(result.tokens[:, -1].mean()),
         gmacs=float(result.gmacs.mean(dtype=float)),
-        top1=result.top1,
+        value=result.value,
         ci95=result.ci95,
-        n_images=len(result.is_right),
+        n_images=len(result.scores),
         images_per_second=result.images_per_second,
-        is_right=result.is_right,
+        scores=result.scores,
         metric=calibration.metric,
         max_accuracy_drop=calibration.max_accuracy_drop,
         gmacs_p5=float(np.percentile(result.gmacs, 5)),
         gmacs_p95=float(np.percentile(result.gmacs, 95)),
         precision=precision,
+        measure=result.measure.name,
     )
 
 
@@ -134,8 +138,9 @@ def _place(row: Row) -> float:
 
 def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """Render the rows as a Markdown table with a note on their meaning. about: see `Evaluation`"""
+    label = _measure_label(rows)
     lines = [
-        "| policy | r | tokens left | GMACs | top-1 % | 95 % interval |",
+        f"| policy | r | tokens left | GMACs | {label} % | 95 % interval |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     is_adaptive = any(row.r is None for row in rows)
@@ -143,20 +148,25 @@ def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
         low, high = (f"{100 * bound:.2f}" for bound in row.ci95)
         lines.append(
             f"| {row.series} | {row.setting.removeprefix('r=')} | {_tokens(row)} | {_gmacs(row)} "
-            f"| {100 * row.top1:.2f} | {low} … {high} |"
+            f"| {100 * row.value:.2f} | {low} … {high} |"
         )
     lines += [
         "",
         f"{about['n_images']} images of {about['dataset']}, split {about['split']}. "
-        f"GMACs of one image, merging included{_ADAPTIVE_NOTE if is_adaptive else ''}.",
+        f"GMACs of one image, merging included{_adaptive_note(label) if is_adaptive else ''}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-_ADAPTIVE_NOTE = (
-    "; for adaptive policies the mean (5th … 95th percentile of images). `drop` is the loss of top-1, in points, that "
-    "the calibration of the thresholds allowed"
-)
+def _measure_label(rows: Sequence[Row]) -> str:
+    return find_measure(rows[0].measure).label if rows else TOP1.label
+
+
+def _adaptive_note(label: str) -> str:
+    return (
+        "; for adaptive policies the mean (5th … 95th percentile of images). "
+        f"`drop` is the loss of {label}, in points, that the calibration of the thresholds allowed"
+    )
 
 
 def _tokens(row: Row) -> str:
@@ -170,7 +180,7 @@ def _gmacs(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], file: Path, title: str) -> None:
-    """Draw top-1 against GMACs, one line per series, with intervals, and r along the top.
+    """Draw accuracy against GMACs, one line per series, with intervals, and r along the top.
 
     Baselines may leave the plotted range: they lose so much that the other lines would coincide.
     """
@@ -181,14 +191,14 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
     for series in dict.fromkeys(row.series for row in rows):
         line = [row for row in rows if row.series == series]
         policy = _policy(line[0])
-        lowest = 100 * min(row.top1 for row in line)
+        lowest = 100 * min(row.value for row in line)
         if policy is not UNMERGED:
             line = sorted(unmerged + line, key=lambda row: -row.gmacs)
         intervals = [row.ci95 for row in line]
         axes.errorbar(
             [row.gmacs for row in line],
-            [100 * row.top1 for row in line],
-            yerr=error_bars([100 * row.top1 for row in line], [(100 * low, 100 * high) for low, high in intervals]),
+            [100 * row.value for row in line],
+            yerr=error_bars([100 * row.value for row in line], [(100 * low, 100 * high) for low, high in intervals]),
             color=policy.colour,
             marker="o" if line[-1].r is not None else "D",
             markersize=4,
@@ -196,7 +206,7 @@ def plot(rows: Sequence[Row], file: Path, title: str) -> None:
             label=f"{series} (down to {lowest:.1f} %)" if policy.is_baseline else series,
             zorder=3 if policy is UNMERGED else 2,
         )
-    axes.set(xlabel="GMACs per image", ylabel="top-1 %")
+    axes.set(xlabel="GMACs per image", ylabel=f"{_measure_label(rows)} %")
     if shown := [row for row in rows if not _policy(row).is_baseline]:
         low, high = min(row.ci95[0] for row in shown), max(row.ci95[1] for row in shown)
         axes.set_ylim(100 * (low - 0.2 * (high - low)), 100 * (high + 0.1 * (high - low)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.export.onnx_format import OPSET, OnnxClassifier, export_onnx
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
-from training.models.classifier import FrozenClassifier
+from training.models.frozen import FrozenModule
 from training.models.variants import FLOAT32
 
 Exported: TypeAlias = Callable[[Tensor], Any]
@@ -25,7 +25,7 @@ Exported: TypeAlias = Callable[[Tensor], Any]
 class GraphFormat:
     """One format at one precision.
 
-    write: (classifier, example uint8 (B, H, W, 3), graph file, weights file of the version) -> the
+    write: (module, example uint8 (B, H, W, 3), graph file, weights file of the version) -> the
         names of the files that the graph requires. A converter of another precision writes its own
         weights next to the graph.
     load: run a graph on the CPU, as the service does.
@@ -38,7 +38,7 @@ class GraphFormat:
     precision: str
     suffix: str
     opset: int | None
-    write: Callable[[FrozenClassifier, Tensor, Path, Path], list[str]]
+    write: Callable[[FrozenModule, Tensor, Path, Path], list[str]]
     load: Callable[[Path], Exported]
     parity_tolerance: float | None = None
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
-from training.evaluate.results import Row
+from training.evaluate.results import Row, value_entry
 from training.export.formats import GraphFormat
 from training.models.embedding import DecoupledEmbedding
-from training.models.tasks import Output
 from training.models.variants import variant_id
+from training.tasks.task import Output
 
 WEIGHTS, EMBEDDING = "weights.safetensors", "embedding.safetensors"
 EVALUATION = "evaluation"
@@ -78,7 +78,7 @@ def variant_entries(
 
 def accuracy_entry(row: Row, source: Source, date: str) -> dict[str, Any]:
     return {
-        "top1": row.top1,
+        **value_entry(row.measure, row.value),
         "dataset": source.name,
         "split": source.split,
         "n_images": row.n_images,

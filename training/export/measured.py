@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.data.preprocessing import InputRule
 from training.data.sources import Source, pixel_batches
 from training.evaluate.accuracy import measure
-from training.evaluate.results import Row, read_evaluation
+from training.evaluate.results import Row, pack, read_evaluation, unpack
 from training.evaluate.table import adaptive_row, fixed_row
 from training.export.formats import GraphFormat
 from training.export.manifest import EVALUATION, MANIFEST, WEIGHTS, sha256
 from training.models.calibration import Calibration
-from training.models.classifier import FrozenClassifier
-from training.models.macs import count_macs
+from training.models.frozen import FrozenModule
 from training.models.variants import variant_key
+from training.tasks import find_task
 
 BATCH_SIZE = 50
-_MEASURED = "measured.json"  # in the work folder only, to resume from
+_MEASURED = "measurements.json"  # in the work folder only, to resume from
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Graph:
 
     policies: tuple[str, ...]
     r: int | None
-    classifier: FrozenClassifier
+    module: FrozenModule
     calibration: Calibration | None = None
 
     def key(self, precision: str) -> str:
@@ -48,7 +48,6 @@ def measured_row(
     graph: Graph,
     graph_format: GraphFormat,
     name: str,
-    rule: InputRule,
     source: Source,
     work: Path,
     predecessor: Path | None,
@@ -58,13 +57,13 @@ def measured_row(
     An earlier measurement of identical files on the same images is reused: that of an interrupted
     export, or of the predecessor, a published version.
     """
-    model = graph.classifier.model
+    module, model = graph.module, graph.module.model
     kept = work / _MEASURED
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
     if key in known:
         entry, packed, tokens, date = known[key]
-        return Row(**{**entry, "is_right": _unpacked(packed, len(source))}), tokens, date
+        return Row(**{**entry, "scores": _read_scores(packed, entry["measure"], len(source))}), tokens, date
     tokens = [float(count) for count in model.tokens]
     if published := _published(predecessor, graph, graph_format, name, source, work):
         row, date = published
@@ -73,21 +72,27 @@ def measured_row(
         batches = tqdm(
             pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
         )
-        result = measure(exported, batches, n_parallel=os.cpu_count() or 1)
+        by = find_task(module.task).measure
+        result = measure(exported, batches, n_parallel=os.cpu_count() or 1, by=by)
         if graph.calibration is not None and result.tokens is not None:
             row = adaptive_row(graph.calibration, result, graph_format.precision)
             tokens = result.tokens.mean(axis=0).tolist()
         else:
-            gmacs = count_macs(model, (rule.height, rule.width)) / 1e9
-            row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result, graph_format.precision)
-    entry = {**asdict(row), "is_right": None}
-    known[key] = [entry, np.packbits(row.is_right).tobytes().hex(), tokens, date]
+            precision, gmacs = graph_format.precision, module.gmacs()
+            row = fixed_row(graph.policies[0], graph.r or 0, int(tokens[-1]), gmacs, result, precision)
+    known[key] = [{**asdict(row), "scores": None}, _written_scores(row.scores), tokens, date]
     kept.write_text(json.dumps(known))
     return row, tokens, date
 
 
-def _unpacked(packed: str, n_images: int) -> NDArray[np.bool_]:
-    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=n_images).astype(bool)
+def _written_scores(scores: NDArray[Any]) -> str:
+    with BytesIO() as file:
+        np.save(file, pack(scores))
+        return file.getvalue().hex()
+
+
+def _read_scores(written: str, measure: str, n_images: int) -> NDArray[Any]:
+    return unpack(np.load(BytesIO(bytes.fromhex(written))), measure, n_images)
 
 
 def _published(

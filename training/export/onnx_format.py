@@ -16,13 +16,13 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from training.export.weights import reference_weights, tensor_places
-from training.models.classifier import FrozenClassifier
-from training.models.tasks import graph_outputs
+from training.models.frozen import FrozenModule
+from training.tasks import graph_outputs
 
 OPSET = 20
 
 
-def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> list[str]:
+def export_onnx(module: FrozenModule, example: Tensor, file: Path, weights: Path) -> list[str]:
     """Write the graph, which references the weights file; return the files that it requires.
 
     The batch is the only dynamic axis of a graph with fixed r. In adaptive graphs token counts
@@ -34,12 +34,12 @@ def export_onnx(classifier: FrozenClassifier, example: Tensor, file: Path, weigh
         # The exporter warns about its own internals.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            classifier,
+            module,
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixels"],
-            output_names=[output.name for output in graph_outputs(classifier)],
+            output_names=[output.name for output in graph_outputs(module)],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten.linear.default: _linear},
             verbose=False,

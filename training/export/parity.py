@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from training.merging.matching import Matching, cosine_scores
 from training.models.adaptive import AdaptiveVisionTransformer
-from training.models.classifier import AdaptiveClassifier, FrozenClassifier, ServedClassifier
-from training.models.tasks import graph_outputs, output_tensors
+from training.models.frozen import FrozenModule
+from training.tasks import graph_outputs
+from training.tasks.task import GMACS, output_tensors
 
 MIN_MARGIN = 3e-6
 """Fifty roundings of float32. The median margin over images of a trained model is 2e-6."""
@@ -60,27 +61,27 @@ def _recorded(model: Any, name: str, record: Callable[..., None]) -> Iterator[No
 
 
 @torch.no_grad()
-def decisions(classifier: FrozenClassifier, pixels: Tensor) -> Decisions:
+def decisions(module: FrozenModule, pixels: Tensor) -> Decisions:
     """Measure each image's smallest margin between a chosen score and the next best.
 
     For an adaptive model, differences between scores and the threshold count too.
     """
-    decide = _adaptive_decisions if classifier.is_adaptive else _fixed_decisions
-    parts = [decide(classifier, part) for part in torch.split(pixels, _BATCH)]  # type: ignore[arg-type]
+    decide = _adaptive_decisions if module.is_adaptive else _fixed_decisions
+    parts = [decide(module, part) for part in torch.split(pixels, _BATCH)]
     return Decisions(torch.cat([part.margin for part in parts]), torch.cat([part.sharing for part in parts]))
 
 
-def _fixed_decisions(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
+def _fixed_decisions(module: FrozenModule, pixels: Tensor) -> Decisions:
     margin = torch.full((len(pixels),), float("inf"))
     sharing = torch.zeros(len(pixels), dtype=torch.int64)
     seen: list[tuple[int, Tensor]] = []
-    model = classifier.model
+    model = module.model
 
     def record(metric: Tensor, r: int) -> None:
         seen.append((r, cosine_scores(metric, model.n_protected)))
 
     with _recorded(model, "decide", record):
-        classifier(pixels)
+        module(pixels)
     for r, scores in seen:
         best, partner = scores.max(-1)
         ranked = best.sort(-1, descending=True)
@@ -95,18 +96,18 @@ def _fixed_decisions(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
     return Decisions(margin, sharing)
 
 
-def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decisions:
+def _adaptive_decisions(module: FrozenModule, pixels: Tensor) -> Decisions:
     margin = torch.full((len(pixels),), float("inf"))
     sharing = torch.zeros(len(pixels), dtype=torch.int64)
     seen: list[tuple[float, Tensor]] = []
-    model = classifier.model
+    model = cast(AdaptiveVisionTransformer, module.model)
     limits = model.thresholds.per_block(len(model.vit.blocks))
 
     def record(block: int, metric: Tensor, size: Tensor) -> None:
         seen.append((limits[block], model.candidates(block, metric, size).scores))
 
     with _recorded(model, "decide_similar", record):
-        classifier(pixels)
+        module(pixels)
     for threshold, scores in seen:
         # Absent tokens score -inf, so their margins are infinite.
         best, partner = scores.max(-1)
@@ -121,9 +122,7 @@ def _adaptive_decisions(classifier: AdaptiveClassifier, pixels: Tensor) -> Decis
     return Decisions(margin, sharing)
 
 
-def parity_pixels(
-    classifier: FrozenClassifier, pixels: Tensor, n_images: int, found: Decisions | None = None
-) -> Tensor:
+def parity_pixels(module: FrozenModule, pixels: Tensor, n_images: int, found: Decisions | None = None) -> Tensor:
     """Return the first images with clear decisions and shared destinations.
 
     Shapes: uint8 (n, H, W, 3)
@@ -132,39 +131,40 @@ def parity_pixels(
     found: the decisions on the pixels, if they are already known.
     Raises: ParityError where too few images qualify.
     """
-    found = found or decisions(classifier, pixels)
+    found = found or decisions(module, pixels)
     is_fit = found.margin >= MIN_MARGIN
-    if isinstance(classifier, AdaptiveClassifier):
-        chosen = _extremes(classifier, pixels[is_fit & (found.sharing > 0)], n_images)
+    if module.is_adaptive:
+        chosen = _extremes(module, pixels[is_fit & (found.sharing > 0)], n_images)
     else:
-        if any(classifier.model.schedule):
+        if any(module.model.schedule):
             is_fit &= found.sharing > 0
         chosen = pixels[is_fit][:n_images]
     if len(chosen) < n_images:
         raise ParityError(
             f"only {len(chosen)} of {len(pixels)} images have decision margins of at least {MIN_MARGIN} and shared "
-            f"destinations under {_merging(classifier)}; {n_images} are needed"
+            f"destinations under {_merging(module)}; {n_images} are needed"
         )
     return chosen
 
 
 @torch.no_grad()
-def _extremes(classifier: AdaptiveClassifier, pixels: Tensor, n_images: int) -> Tensor:
+def _extremes(module: FrozenModule, pixels: Tensor, n_images: int) -> Tensor:
     """Return images with the most and the fewest GMACs, alternating."""
     if not len(pixels):
         return pixels
-    falling = torch.cat([classifier(part)[2] for part in torch.split(pixels, _BATCH)]).argsort(descending=True)
+    gmacs = graph_outputs(module).index(GMACS)
+    falling = torch.cat([module(part)[gmacs] for part in torch.split(pixels, _BATCH)]).argsort(descending=True)
     alternating = torch.stack([falling, falling.flip(0)], dim=1).flatten()[: len(falling)]
     return pixels[alternating][:n_images]
 
 
-def _merging(classifier: FrozenClassifier) -> str:
-    model = classifier.model
+def _merging(module: FrozenModule) -> str:
+    model = module.model
     return str(model.thresholds) if isinstance(model, AdaptiveVisionTransformer) else f"schedule {list(model.schedule)}"
 
 
 def golden_pixels(
-    classifiers: Sequence[FrozenClassifier],
+    modules: Sequence[FrozenModule],
     decided: Sequence[Decisions],
     candidates: Tensor,
     further: Iterable[Tensor],
@@ -184,8 +184,8 @@ def golden_pixels(
     more = iter(further)
     while len(golden) < n_images and (pixels := next(more, None)) is not None:
         n_seen += len(pixels)
-        for classifier in classifiers:
-            pixels = pixels[decisions(classifier, pixels).margin >= MIN_MARGIN]
+        for module in modules:
+            pixels = pixels[decisions(module, pixels).margin >= MIN_MARGIN]
         golden = torch.cat([golden, pixels])[:n_images]
     if len(golden) < n_images:
         raise ParityError(
@@ -197,7 +197,7 @@ def golden_pixels(
 
 @torch.no_grad()
 def largest_difference(
-    classifier: FrozenClassifier,
+    module: FrozenModule,
     exported: Callable[[Tensor], Any],
     pixels: Tensor,
     batches: tuple[int, ...] = BATCHES,
@@ -209,10 +209,10 @@ def largest_difference(
         that differ.
     """
     largest = 0.0
-    outputs = graph_outputs(classifier)
+    outputs = graph_outputs(module)
     for n_images in batches:
         batch = pixels[:n_images]
-        eager, found = output_tensors(classifier(batch)), output_tensors(exported(batch))
+        eager, found = output_tensors(module(batch)), output_tensors(exported(batch))
         if [(part.dtype, part.shape) for part in found] != [(part.dtype, part.shape) for part in eager]:
             shapes = [f"{part.dtype} {tuple(part.shape)}" for part in (*found, *eager)]
             raise ParityError(

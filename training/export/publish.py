@@ -39,11 +39,12 @@ from training.export.measured import BATCH_SIZE, Graph, measured_row
 from training.export.parity import ParityError, decisions, golden_pixels, largest_difference, parity_pixels
 from training.merging.policies import UNMERGED, default_policy, supported_policies
 from training.models.calibration import Calibration
-from training.models.classifier import AdaptiveClassifier, frozen_classifier
+from training.models.classifier import CLASSIFY
 from training.models.embedding import DecoupledEmbedding
-from training.models.tasks import TASKS, graph_outputs, output_tensors
 from training.models.variants import FLOAT32, variant_key
 from training.models.weights import save_weights
+from training.tasks import find_task, frozen_calibration, graph_outputs
+from training.tasks.task import Task, output_tensors
 
 N_GOLDEN = 4
 _N_CANDIDATES = 512
@@ -56,7 +57,7 @@ _N_PARITY = 32
 class Plan:
     """The name, rates, formats and tolerances of an export. Units: tolerances in logits
 
-    default_policy: None means dtem where there is an embedding, else tome.
+    task: a name in `TASKS`. default_policy: None means dtem where there is an embedding, else tome.
     git_commit: of the code that exports; None asks git.
     """
 
@@ -73,13 +74,14 @@ class Plan:
     parity_tolerance: float = 1e-4
     golden_tolerance: float = 1e-3
     git_commit: str | None = None
+    task: str = CLASSIFY
 
     def __post_init__(self) -> None:
         if self.default_r not in self.rates:
             raise ValueError(f"default_r {self.default_r}: expected one of the rates {list(self.rates)}")
         if len(set(self.rates)) != len(self.rates) or min(self.rates) < 0:
             raise ValueError(f"rates {list(self.rates)}: expected distinct numbers of at least 0")
-        _ = self.graph_formats
+        _ = self.graph_formats, find_task(self.task)
 
     @property
     def graph_formats(self) -> list[GraphFormat]:
@@ -117,9 +119,9 @@ def publish(
         outside a git checkout; jsonschema.ValidationError where the manifest does not match the
         schema.
     """
-    graphs = _planned(vit, rule, plan.rates, embedding, calibrations)
+    task = find_task(plan.task)
+    graphs = _planned(task, vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
-    task = TASKS[graphs[0].classifier.task]
     commit = plan.git_commit or git_commit()
     target = store / plan.name / plan.version
     if target.exists():
@@ -131,7 +133,7 @@ def publish(
         embedding.save(work / EMBEDDING)
     for calibration in calibrations:
         calibration.save(work / calibration_file(calibration.policy))
-    parity, variants = _export_all(rule, source, plan, graphs, work, predecessor)
+    parity, variants = _export_all(source, plan, graphs, work, predecessor)
     wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *parity}
     wanted |= {file for variant in variants for file in variant["requires"]}
     wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
@@ -159,6 +161,7 @@ def publish(
 
 
 def _planned(
+    task: Task,
     vit: nn.Module,
     rule: InputRule,
     rates: Sequence[int],
@@ -168,9 +171,9 @@ def _planned(
     """List the graphs. At r = 0 all fixed policies share the unmerged graph."""
     merging = [policy for policy in supported_policies(has_embedding=embedding is not None) if policy is not UNMERGED]
     names = (UNMERGED.name, *(policy.name for policy in merging))
-    unmerged = [Graph(names, 0, frozen_classifier(vit, rule, 0))] if 0 in rates else []
+    unmerged = [Graph(names, 0, task.freeze(vit, rule, 0))] if 0 in rates else []
     fixed = [
-        Graph((policy.name,), r, frozen_classifier(vit, rule, r, metric=policy.resolve_metric(embedding)))
+        Graph((policy.name,), r, task.freeze(vit, rule, r, metric=policy.resolve_metric(embedding)))
         for policy in merging
         for r in rates
         if r
@@ -179,13 +182,7 @@ def _planned(
     if len(set(policies)) < len(policies):
         raise ValueError(f"calibrations of {', '.join(policies)}: expected one of each policy")
     adaptive = [
-        Graph(
-            (calibration.policy,),
-            None,
-            AdaptiveClassifier(calibration.model(vit, embedding), rule).eval(),
-            calibration,
-        )
-        for calibration in calibrations
+        Graph((one.policy,), None, frozen_calibration(task, vit, rule, one, embedding), one) for one in calibrations
     ]
     return unmerged + fixed + adaptive
 
@@ -204,7 +201,7 @@ def _checked_default(plan: Plan, graphs: Sequence[Graph], embedding: DecoupledEm
 
 
 def _export_all(
-    rule: InputRule, source: Source, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
+    source: Source, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Write, verify and measure each graph, and write the golden file.
 
@@ -213,27 +210,27 @@ def _export_all(
     parity: dict[str, float] = {}
     variants: list[dict[str, Any]] = []
     rows: dict[str, Row] = {}
-    classifiers = [graph.classifier for graph in graphs]
+    modules = [graph.module for graph in graphs]
     candidates, *_ = _pixel_chunks(source, 0, _N_CANDIDATES)
-    decided = [decisions(classifier, candidates) for classifier in classifiers]
+    decided = [decisions(module, candidates) for module in modules]
     further = _pixel_chunks(source, _N_CANDIDATES, _N_FURTHER)
-    golden = {"pixels": golden_pixels(classifiers, decided, candidates, further, N_GOLDEN)}
+    golden = {"pixels": golden_pixels(modules, decided, candidates, further, N_GOLDEN)}
     for graph, found in zip(graphs, decided, strict=True):
-        pixels = parity_pixels(graph.classifier, candidates, _N_PARITY, found)
+        pixels = parity_pixels(graph.module, candidates, _N_PARITY, found)
         for graph_format in plan.graph_formats:
             name = graph.key(graph_format.precision) + graph_format.suffix
-            requires = graph_format.write(graph.classifier, pixels[:2], work / name, work / WEIGHTS)
+            requires = graph_format.write(graph.module, pixels[:2], work / name, work / WEIGHTS)
             exported = graph_format.load(work / name)
-            parity[name] = largest_difference(graph.classifier, exported, pixels)
+            parity[name] = largest_difference(graph.module, exported, pixels)
             tolerance = graph_format.parity_tolerance or plan.parity_tolerance
             if parity[name] > tolerance:
                 raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {tolerance:.0e}")
-            row, tokens, date = measured_row(exported, graph, graph_format, name, rule, source, work, predecessor)
+            row, tokens, date = measured_row(exported, graph, graph_format, name, source, work, predecessor)
             # Formats of one precision share a row, that of the first.
             rows.setdefault(row.key, row)
             accuracy = accuracy_entry(row, source, date)
             variants += variant_entries(graph.policies, name, requires, graph_format, row, tokens, accuracy)
-            reference = graph.classifier if graph_format.parity_tolerance is None else exported
+            reference = graph.module if graph_format.parity_tolerance is None else exported
             golden |= _golden_outputs(graph, graph_format.precision, reference, golden["pixels"])
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
     np.savez(work / GOLDEN, **arrays)
@@ -246,7 +243,7 @@ def _golden_outputs(
     graph: Graph, precision: str, reference: Callable[[Tensor], Any], pixels: Tensor
 ) -> dict[str, Tensor]:
     """Return the reference outputs by golden key, <output>/<variant key>, for every policy."""
-    outputs = zip(graph_outputs(graph.classifier), output_tensors(reference(pixels)), strict=True)
+    outputs = zip(graph_outputs(graph.module), output_tensors(reference(pixels)), strict=True)
     found = {output.name: tensor for output, tensor in outputs}
     return {
         f"{name}/{variant_key(policy, graph.r, precision)}": tensor

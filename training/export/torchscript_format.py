@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.models.classifier import FrozenClassifier
+from training.models.frozen import FrozenModule
 
 
-def export_torchscript(
-    classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path | None = None
-) -> list[str]:
+def export_torchscript(module: FrozenModule, example: Tensor, file: Path, weights: Path | None = None) -> list[str]:
     """Trace and save the graph, which contains its weights: it requires no other file.
 
     Shapes: example uint8 (B, H, W, 3) with B >= 2
@@ -23,7 +21,7 @@ def export_torchscript(
         # Ignore the deprecation, and that traced shapes become constants, as intended.
         warnings.simplefilter("ignore")
         traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-            classifier, (example,), check_trace=False
+            module, (example,), check_trace=False
         )
         torch.jit.freeze(traced).save(str(file))
     return []

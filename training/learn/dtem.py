@@ -234,7 +234,7 @@ class DtemTraining:
                 logits: Tensor = classifier(pixels.to(device))
             return logits.cpu()
 
-        return measure(classify, validation.batches).top1
+        return measure(classify, validation.batches).value
 
     def _progress(self, last: int) -> Any:
         return tqdm(

@@ -21,5 +21,6 @@ def unmerge(tokens: Tensor, source: Tensor) -> Tensor:
     """
     if tokens.shape[:2] != source.shape[:2]:
         raise ValueError(f"tokens {tuple(tokens.shape)} and source {tuple(source.shape)} differ in images or tokens")
-    owner = source.argmax(dim=1, keepdim=True).transpose(1, 2)  # (B, N_in, 1)
-    return torch.take_along_dim(tokens, owner, dim=1)
+    owner = source.argmax(dim=1).unsqueeze(-1)  # (B, N_in, 1)
+    # torch.export would fix the batch size of take_along_dim.
+    return tokens.gather(1, owner.expand(-1, -1, tokens.shape[-1]))

@@ -1,69 +1,47 @@
-"""Modules to export: uint8 pixels in, logits out, with normalisation and model in one graph."""
+"""Classifiers to export: uint8 pixels in, logits out."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
 from training.models.adaptive import AdaptiveVisionTransformer
-from training.models.tasks import CLASSIFY
+from training.models.calibration import Calibration
+from training.models.embedding import DecoupledEmbedding
+from training.models.frozen import FrozenModule
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
+CLASSIFY = "classify"
 
-class ServedClassifier(nn.Module):
-    """A merging ViT with the service's input: scaling and normalisation are part of it."""
+
+class ServedClassifier(FrozenModule):
+    """A classifier with a fixed number of tokens."""
 
     task, is_adaptive = CLASSIFY, False
-
-    def __init__(self, model: MergingVisionTransformer, rule: InputRule) -> None:
-        super().__init__()
-        self.model = model
-        self.scale: Tensor
-        self.offset: Tensor
-        mean, std = torch.tensor(rule.mean), torch.tensor(rule.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
-        self.register_buffer("offset", (-mean / std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Shapes: uint8 (B, H, W, 3) -> float32 (B, classes)"""
         logits: Tensor = self.model(self.normalised(pixels))
         return logits.float()
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Shapes: uint8 (B, H, W, 3) -> float32 (B, 3, H, W)"""
-        channels: Tensor = pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
-        return channels
 
-
-class AdaptiveClassifier(nn.Module):
-    """An adaptive ViT with the same input, which also returns tokens and GMACs of each image."""
+class AdaptiveClassifier(FrozenModule):
+    """A classifier whose tokens depend on the image; it also returns each image's tokens and GMACs."""
 
     task, is_adaptive = CLASSIFY, True
-
-    def __init__(self, model: AdaptiveVisionTransformer, rule: InputRule) -> None:
-        super().__init__()
-        self.served = ServedClassifier(model, rule)
-
-    @property
-    def model(self) -> AdaptiveVisionTransformer:
-        model: Any = self.served.model
-        return model  # type: ignore[no-any-return]
+    model: AdaptiveVisionTransformer
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, the tokens before each block and at the end, and GMACs.
 
         Shapes: uint8 (B, H, W, 3) -> float32 (B, classes), int64 (B, blocks + 1), float32 (B,)
         """
-        logits, tokens = self.model.forward_counted(self.served.normalised(pixels))
+        logits, tokens = self.model.forward_counted(self.normalised(pixels))
         # Divide in float64: float32 rounds MACs above 2**24.
         gmacs = self.model.macs(tokens).double() / 1e9
         return logits.float(), tokens, gmacs.float()
-
-
-FrozenClassifier: TypeAlias = ServedClassifier | AdaptiveClassifier
 
 
 def input_rule(vit: nn.Module) -> InputRule:
@@ -98,3 +76,10 @@ def frozen_classifier(
     if model.schedule[0] != r:
         raise ValueError(f"the first block cannot remove r={r} of {model.tokens[0]} tokens, only {model.schedule[0]}")
     return ServedClassifier(model, rule).eval()
+
+
+def adaptive_classifier(
+    vit: nn.Module, rule: InputRule, calibration: Calibration, embedding: DecoupledEmbedding | None
+) -> AdaptiveClassifier:
+    """Return a ViT with calibrated thresholds, for evaluation or export. Raises: CalibrationMismatch"""
+    return AdaptiveClassifier(calibration.model(vit, embedding), rule).eval()

@@ -52,18 +52,22 @@ def matching_macs(vit: nn.Module, schedule: Sequence[int], *, embedding_dim: int
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int]) -> int:
-    """Count the MACs of one image from the operators that run, merging included.
+    """Count the MACs of one image, as `count_macs_of`."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    parameter = next(model.parameters())
+    return count_macs_of(model, torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+
+
+def count_macs_of(model: nn.Module, example: Tensor) -> int:
+    """Count the MACs of an input from the operators that run, merging included.
 
     Counted are matmuls, convolutions and attention, not additions, norms, sorts and copies.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    parameter = next(model.parameters())
-    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(image)
+            model(example)
     finally:
         model.train(was_training)
     return int(counter.get_total_flops()) // 2

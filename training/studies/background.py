@@ -26,14 +26,14 @@ from training.cli.model_options import ChosenModel, add_model_options, chosen_mo
 from training.data.digits import Scene, digit_patches, draw
 from training.data.sources import REFERENCE_DATASET
 from training.evaluate.results import with_suffix
-from training.evaluate.table import planned, policy_classifier
+from training.evaluate.table import frozen_policy, planned
 from training.merging.policies import FIXED_POLICIES, UNMERGED
-from training.models.classifier import ServedClassifier
+from training.models.frozen import FrozenModule
 from training.models.weights import weights_digest
 from training.studies.background_report import MergedImage, markdown, picture, plot
 from training.studies.patches import BackgroundRow, Measured, patch_figures, summarise
 
-Classifiers = dict[tuple[str, int], ServedClassifier]
+Classifiers = dict[tuple[str, int], FrozenModule]
 DEFAULT = "tome,dtem"
 
 
@@ -64,7 +64,8 @@ def _measure_background(options: argparse.Namespace) -> None:
     if UNMERGED.name in policies or not plan:
         raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: expected some that merge, r above 0")
     classifiers = {
-        (policy, r): policy_classifier(policy, chosen.vit, chosen.rule, r, chosen.embedding) for policy, r in plan
+        (policy, r): frozen_policy(chosen.task, policy, chosen.vit, chosen.rule, r, chosen.embedding)
+        for policy, r in plan
     }
     rows = summarise(_measured(classifiers, options), base=policies[0])
     _write(options, chosen, rows)
@@ -93,7 +94,7 @@ def _scene_batches(options: argparse.Namespace) -> Iterator[list[Scene]]:
 
 
 @torch.inference_mode()
-def _source(classifier: ServedClassifier, pixels: Tensor) -> NDArray[np.bool_]:
+def _source(classifier: FrozenModule, pixels: Tensor) -> NDArray[np.bool_]:
     """Return the patches of each token. Shapes: uint8 (B, H, W, 3) -> bool (B, tokens, patches)"""
     channels = pixels.permute(0, 3, 1, 2).float() * classifier.scale + classifier.offset
     source = classifier.model.forward_features(channels, with_source=True).source
@@ -104,11 +105,11 @@ def _source(classifier: ServedClassifier, pixels: Tensor) -> NDArray[np.bool_]:
     return found
 
 
-def _patch_pixels(classifier: ServedClassifier) -> int:
+def _patch_pixels(classifier: FrozenModule) -> int:
     return int(classifier.model.vit.patch_embed.patch_size[0])
 
 
-def _merged_images(classifiers: dict[str, ServedClassifier], scenes: list[Scene]) -> list[MergedImage]:
+def _merged_images(classifiers: dict[str, FrozenModule], scenes: list[Scene]) -> list[MergedImage]:
     pixels = torch.from_numpy(np.stack([scene.image for scene in scenes]))
     tokens = {policy: _source(classifier, pixels).argmax(1) for policy, classifier in classifiers.items()}
     return [

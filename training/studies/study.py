@@ -98,9 +98,9 @@ def _evaluated(
             {
                 "variant": name,
                 "r": r,
-                "top1": found.top1,
+                "top1": found.value,
                 "ci95": list(found.ci95),
-                "n_images": len(found.is_right),
+                "n_images": len(found.scores),
                 "n_trained": n_trained,
             }
         )

@@ -60,12 +60,13 @@ def describe_run(results: Results, record: RequestRecord) -> dict[str, Any]:
     Under load the images of a request may run as several variants; `r` and accuracy are those of the cheapest.
     """
     spec = min((result.variant.spec for result in results), key=lambda spec: spec.gmacs)
+    accuracy = spec.accuracy
     described = {
         "policy": spec.policy,
         "r": spec.r,
         "gmacs": fmean(result.gmacs for result in results),
-        "accuracy_top1": None if spec.accuracy is None else spec.accuracy.top1,
-        "accuracy_dataset": None if spec.accuracy is None else spec.accuracy.dataset,
+        **({} if accuracy is None else {f"accuracy_{accuracy.measure}": accuracy.value}),
+        "accuracy_dataset": None if accuracy is None else accuracy.dataset,
         "batch_size": max(result.batch_size for result in results),
         "degraded": any(result.is_degraded for result in results),
         **{f"{stage}_ms": duration for stage, duration in record.durations_ms().items()},

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from app.errors import (
 )
 from app.store.catalogue import Catalogue, ServedModel, ServedVariant
 from app.store.manifest import VariantKey
-from app.store.selection import Query, select
+from app.store.selection import Query, read_fraction, select
 from tests.app.simulation import make_served
 
 Variants = dict[VariantKey, ServedVariant]
@@ -94,6 +95,11 @@ def test_select_refuses_a_rate_for_an_adaptive_policy(catalogue: Catalogue, r: s
     with pytest.raises(InvalidParameter, match="policy 'atm' is adaptive and has no rates") as caught:
         select(catalogue, Query(policy="atm", r=r))
     assert caught.value.members == {"field": "r", "value": r, "policy": "atm", "accepted": []}
+
+
+@pytest.mark.parametrize("value", [2 / 3, 0.01484715594608751, 0.00012345678901234567, 1e-05, 1 - 2**-53, 0.0, 1.0])
+def test_accuracies_that_models_state_are_accepted(value: float) -> None:
+    assert read_fraction(json.dumps(value)) == value
 
 
 # As of the reference model: accuracy falls at high rates, but a low rate can be more accurate than rate 0.

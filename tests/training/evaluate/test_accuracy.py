@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.evaluate.accuracy import measure, wilson_interval
+from training.evaluate.accuracy import measure
+from training.tasks.measure import wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_measure_compares_images_with_labels_and_times_inference_only() -> None:
     pixels[:, 0, 0, 0] = torch.tensor([0, 1, 2, 3, 4, 0, 1])
     labels = torch.tensor([0, 1, 2, 0, 0, 0, 2])
     result = measure(first_pixel, [(pixels[:4], labels[:4]), (pixels[4:6], labels[4:6]), (pixels[6:], labels[6:])], 2)
-    assert result.is_right.tolist() == [True, True, True, False, False, True, False]
-    assert result.top1 == pytest.approx(4 / 7)
+    assert result.scores.tolist() == [True, True, True, False, False, True, False]
+    assert result.value == pytest.approx(4 / 7)
     assert result.ci95[0] < 4 / 7 < result.ci95[1]
     assert result.images_per_second == pytest.approx(7 / result.inference_seconds)

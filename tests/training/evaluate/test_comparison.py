@@ -42,14 +42,14 @@ def _compared(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_compare_pairs_policies_at_the_rates_that_both_have(evaluation: str, tmp_path: Path) -> None:
     (found,) = _compared(tmp_path, evaluation)
-    counts = count_pairs(ROWS[2].is_right, ROWS[3].is_right)
+    counts = count_pairs(ROWS[2].scores, ROWS[3].scores)
     assert [(side["policy"], side["r"]) for side in (found["base"], found["other"])] == [("tome", 8), ("dtem", 8)]
-    assert found["difference_points"] == pytest.approx(100 * (ROWS[3].top1 - ROWS[2].top1))
+    assert found["difference_points"] == pytest.approx(100 * (ROWS[3].value - ROWS[2].value))
     assert found["ci95_points"] == pytest.approx([100 * bound for bound in counts.interval()])
     assert found["mcnemar_p"] == counts.mcnemar()
     assert found["gmacs_percent"] == pytest.approx(5)
     table = (tmp_path / "result.md").read_text()
-    assert f"| tome r=8 | dtem r=8 | {100 * ROWS[2].top1:.2f} | {100 * ROWS[3].top1:.2f} |" in table
+    assert f"| tome r=8 | dtem r=8 | {100 * ROWS[2].value:.2f} | {100 * ROWS[3].value:.2f} |" in table
     with Image.open(tmp_path / "result.png") as picture:
         assert len(set(picture.convert("RGB").get_flattened_data())) > 50
 
@@ -66,8 +66,8 @@ def test_two_evaluations_are_compared_on_the_same_images(evaluation: str, tmp_pa
     write_evaluation(tmp_path / "two", {**ABOUT, "model": "runs/two"}, trained)
     (found,) = _compared(tmp_path, evaluation, str(tmp_path / "two.json"), "--base", "none")
     assert (found["base"]["model"], found["other"]["model"]) == ("runs/one", "runs/two")
-    assert found["base"]["top1"] == ROWS[0].top1
-    assert found["other"]["top1"] == trained[0].top1
+    assert found["base"]["top1"] == ROWS[0].value
+    assert found["other"]["top1"] == trained[0].value
     assert found["gmacs_percent"] == pytest.approx(-47.5)
     assert "| runs/one none r=0 | runs/two dtem r=8 |" in (tmp_path / "result.md").read_text()
 

@@ -81,7 +81,7 @@ def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
 def test_rows_record_which_images_were_right(command: list[str], embedding: list[str], tmp_path: Path) -> None:
     assert evaluate.main([*command, *embedding]) == 0
     found = read_evaluation(tmp_path / "result.json")
-    assert all(row.is_right.shape == (24,) and row.is_right.mean() == row.top1 for row in found.rows)
+    assert all(row.scores.shape == (24,) and row.scores.mean() == row.value for row in found.rows)
     chosen = chosen_model(_options(command))
     classifier = frozen_classifier(chosen.vit, chosen.rule, 30)
     is_right: list[bool] = []
@@ -90,7 +90,7 @@ def test_rows_record_which_images_were_right(command: list[str], embedding: list
         with torch.inference_mode():
             is_right += (classifier(pixels).argmax(1) == labels).tolist()
     row = next(row for row in found.rows if row.key == "tome-r30")
-    assert row.is_right.tolist() == is_right
+    assert row.scores.tolist() == is_right
 
 
 def _options(command: list[str]) -> argparse.Namespace:
@@ -123,7 +123,7 @@ def test_adaptive_policies_have_separate_rows(command: list[str], adaptive: list
         parts = [classifier(pixels) for pixels, _ in batches]
     logits, tokens, gmacs = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
     labels = torch.cat([labels for _, labels in batches])
-    assert row.is_right.tolist() == (logits.argmax(1) == labels).tolist()
+    assert row.scores.tolist() == (logits.argmax(1) == labels).tolist()
     assert (row.r, row.metric, row.max_accuracy_drop) == (None, "features", 0.5)
     assert row.gmacs == pytest.approx(float(gmacs.mean()), rel=1e-6)
     assert row.tokens_left == pytest.approx(float(tokens[:, -1].double().mean()))
@@ -170,7 +170,7 @@ def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -
         Image.fromarray(scene.image).save(folder / f"{index}.png")
     assert evaluate.main([*command, "--data", str(tmp_path / "val"), "--rates", "0", "--n-images", "3"]) == 0
     found = read_evaluation(tmp_path / "result.json")
-    assert (found.about["split"], found.about["n_images"], len(found.rows[0].is_right)) == ("val", 3, 3)
+    assert (found.about["split"], found.about["n_images"], len(found.rows[0].scores)) == ("val", 3, 3)
 
 
 def test_another_embedding_is_another_evaluation(
@@ -197,11 +197,11 @@ def test_a_row_is_never_without_its_array(tmp_path: Path, monkeypatch: pytest.Mo
             write_evaluation(out, {}, [row(2), row(3)])
     found = read_evaluation(tmp_path / "v1.2.json").rows
     assert [one.r for one in found] == [2]
-    assert found[0].is_right.tolist() == row(2).is_right.tolist()
+    assert found[0].scores.tolist() == row(2).scores.tolist()
     write_evaluation(out, {}, [row(2), row(3)])
-    assert [one.is_right.tolist() for one in read_evaluation(tmp_path / "v1.2.json").rows] == [
-        row(2).is_right.tolist(),
-        row(3).is_right.tolist(),
+    assert [one.scores.tolist() for one in read_evaluation(tmp_path / "v1.2.json").rows] == [
+        row(2).scores.tolist(),
+        row(3).scores.tolist(),
     ]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v1.2.json", "v1.2.npz"]
 

@@ -12,7 +12,7 @@ from training.cli import export
 from training.data.digits import draw
 from training.export import formats
 from training.export.formats import GraphFormat
-from training.models.classifier import FrozenClassifier
+from training.models.frozen import FrozenModule
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +37,9 @@ def quick_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
     In precision int8 the logits are off by 0.05, as those of a quantised graph are.
     """
-    classifiers: dict[str, FrozenClassifier] = {}
+    classifiers: dict[str, FrozenModule] = {}
 
-    def write(classifier: FrozenClassifier, example: Tensor, file: Path, weights: Path) -> list[str]:
+    def write(classifier: FrozenModule, example: Tensor, file: Path, weights: Path) -> list[str]:
         classifiers[file.name] = classifier
         file.write_text(file.name)
         return [weights.name]

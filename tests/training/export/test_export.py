@@ -163,7 +163,7 @@ def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatc
         assert export.main(plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
-        json.loads((work / "measured.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
+        json.loads((work / "measurements.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
     )
     monkeypatch.setattr(measured_rows, "measure", interrupt)
     assert export.main(plan) == 0
@@ -205,7 +205,7 @@ def test_measurements_of_identical_files_are_taken_from_the_published_version(
     variants = json.loads((store / "tiny" / "2" / "manifest.json").read_text())["variants"]
     dates = {(variant["policy"], variant["r"]): variant["accuracy"]["date"] for variant in variants}
     assert dates["dtem", 8] == dates["tome", 8] == "2026-01-02" < dates["tome", 16]
-    assert after["dtem-r8"].is_right.tolist() == before["dtem-r8"].is_right.tolist()
+    assert after["dtem-r8"].scores.tolist() == before["dtem-r8"].scores.tolist()
     assert "tome-r16" not in before
 
 

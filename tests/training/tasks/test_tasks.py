@@ -1,11 +1,14 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from training import tasks
 from training.export.manifest import output_entry
-from training.models import tasks
-from training.models.tasks import CLASSIFY, TASKS, Output, Task, graph_outputs, output_tensors
+from training.models.classifier import CLASSIFY
+from training.tasks import TASKS, find_measure, find_task, graph_outputs
+from training.tasks.task import output_tensors
 
 
 def test_classification_returns_logits_and_for_adaptive_graphs_the_costs() -> None:
@@ -25,11 +28,17 @@ def test_manifest_lists_outputs_by_role() -> None:
     }
 
 
-def test_one_entry_adds_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = Task("segment", (Output("masks", role="name", dtype="float32"),))
-    monkeypatch.setattr(tasks, "TASKS", {**TASKS, "segment": masks})
-    module = SimpleNamespace(task="segment", is_adaptive=False)
-    assert [output.name for output in graph_outputs(module)] == ["masks"]
+def test_outputs_of_a_module_are_those_of_its_task() -> None:
+    module: Any = SimpleNamespace(task=CLASSIFY, is_adaptive=False)
+    assert [output.name for output in graph_outputs(module)] == ["logits"]
+
+
+def test_unknown_tasks_and_measures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tasks.TASKS, "other", TASKS[CLASSIFY])
+    with pytest.raises(ValueError, match="task segment: expected one of classify, other"):
+        find_task("segment")
+    with pytest.raises(ValueError, match="measure miou: expected one of top1"):
+        find_measure("miou")
 
 
 def test_one_output_and_several_are_a_tuple() -> None:
