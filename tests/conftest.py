@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from tests.deploy.ray_server import RayServer
 
 REQUIRE_TOOLS = "--require-tools"
+# Besides Docker; `.ci/containers` installs them.
+PROGRAMS = ("prometheus", "promtool", "kubectl", "wrk", "nginx", "haproxy", "java", "node", "curl")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         REQUIRE_TOOLS,
         action="store_true",
-        help="fail, instead of skipping, a test that needs a GPU, Docker, Prometheus, kubectl, wrk or chromium",
+        help="fail, instead of skipping, a test that needs a GPU, chromium, or what .ci/containers installs",
     )
 
 
@@ -50,7 +52,7 @@ def missing_for_containers() -> tuple[str, ...]:
     missing = [] if _succeeds("docker", "info") else ["a Docker engine that answers"]
     if not _succeeds("docker", "compose", "version") and shutil.which("docker-compose") is None:
         missing.append("Docker Compose")
-    return (*missing, *_missing_programs("prometheus", "promtool", "kubectl", "wrk"))
+    return (*missing, *_missing_programs(*PROGRAMS))
 
 
 @cache

@@ -7,7 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONTAINER_TEST = "tests/deploy/test_alerts.py"
-REASON = "missing here: a Docker engine that answers, Docker Compose, prometheus, promtool, kubectl, wrk"
+REASON = (
+    "missing here: a Docker engine that answers, Docker Compose, prometheus, promtool, kubectl, wrk, nginx, haproxy, "
+    "java, node, curl"
+)
 
 
 def run_without_tools(*arguments: str) -> tuple[int, str]:
