@@ -11,6 +11,7 @@ from app.errors import BackendError, SettingsError
 from app.observability.metrics import Metrics
 from app.serving.service import Service
 from app.settings import Settings
+from app.store.catalogue import Catalogue
 from app.store.footprint import MemoryRule
 from app.store.loader import StoreOptions, load_version
 from app.store.preprocessing import limit_pillow
@@ -60,8 +61,7 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
         STALLS_PER_RUN * settings.stall_seconds,
     )
     catalogue = load_catalogue(settings.model_store, backend, wanted, service.metrics.count_reload)
-    reason = "the only model" if settings.default_model is None else "DTEM_DEFAULT_MODEL"
-    logger.info("the default model is %s: %s", catalogue.default_model, reason)
+    _log_default(catalogue, settings.default_model)
     return Watcher(
         settings,
         catalogue,
@@ -70,6 +70,14 @@ def load(settings: Settings, service: Service, loop: asyncio.AbstractEventLoop) 
         publish=lambda catalogue: loop.call_soon_threadsafe(service.publish, catalogue),
         count=service.metrics.count_reload,
     )
+
+
+def _log_default(catalogue: Catalogue, configured: str | None) -> None:
+    if configured is None and len(catalogue.models) > 1:
+        logger.warning("the default model is %s, the oldest; set DTEM_DEFAULT_MODEL", catalogue.default_model)
+        return
+    reason = "the only model" if configured is None else "DTEM_DEFAULT_MODEL"
+    logger.info("the default model is %s: %s", catalogue.default_model, reason)
 
 
 def make_memory_rule(settings: Settings) -> MemoryRule | None:

@@ -47,8 +47,8 @@ class Settings(BaseModel):
     model_store: Path = Field(default=Path("model_store"), description="folder with <model>/<version>/manifest.json")
     default_model: str | None = Field(
         default=None,
-        description="model of requests that name none; required if the store has several models at start. "
-        "default: the only model",
+        description="model of requests that name none; set it if the store has several models. "
+        "default: the model whose first version is the oldest at start",
     )
     engine: EngineName = Field(default="onnxruntime", description="engine that runs the graphs")
     precision: str = Field(default="float32", description="precision of the graphs to run")

@@ -1,20 +1,26 @@
 """Start: load a whole store, and decide which model is the default."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from pydantic import AwareDatetime, BaseModel
 
 from app.backends import Backend
 from app.errors import StoreError
 from app.store.catalogue import Catalogue, Refusal, ServedModel
+from app.store.files import read_manifest_file
 from app.store.loader import StoreOptions, load_version
 from app.store.manifest import MANIFEST_FILE
 from app.store.refusals import ReloadResult, load_or_refuse, log_ignored
-from app.store.scan import Scan, Version, scan
+from app.store.scan import Scan, Version, folder_of, scan
 from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN_AGE = (math.inf, math.inf)
 
 
 def load_catalogue(
@@ -39,7 +45,8 @@ def load_catalogue(
             refused.pop(version, None)
             models.setdefault(version[0], {})[version[1]] = loaded
 
-    default_model = options.default_model or sole_model(found.versions)
+    by_age = sort_by_age(folder, found.versions)
+    default_model = options.default_model or by_age[0]
     for name, versions in group_for_start(found.versions, default_model).items():
         for version in versions:
             attempt(version, options)
@@ -50,7 +57,7 @@ def load_catalogue(
     if refused:
         # What was loaded of them before they failed.
         return_freed_memory()
-    default_model = choose_default(folder, models, refused, options.default_model)
+    default_model = choose_default(folder, [name for name in by_age if name in models], refused, options.default_model)
     return Catalogue(models, default_model, refused, found.ignored)
 
 
@@ -66,10 +73,26 @@ def scan_at_start(folder: Path) -> Scan:
     return found
 
 
-def sole_model(versions: Iterable[Version]) -> str | None:
-    """Return the name of the only model, or None if there are several."""
-    names = {name for name, _ in versions}
-    return next(iter(names)) if len(names) == 1 else None
+def sort_by_age(folder: Path, versions: Iterable[Version]) -> list[str]:
+    """Sort the models by when their first version was created: a publication now comes last."""
+    ages: dict[str, tuple[float, float]] = {}
+    for version in versions:
+        ages[version[0]] = min(_age(folder_of(folder, version)), ages.get(version[0], UNKNOWN_AGE))
+    return sorted(ages, key=lambda name: (ages[name], name))
+
+
+def _age(folder: Path) -> tuple[float, float]:
+    """Return when a version was created and, since copies say the same, when its manifest was written."""
+    try:
+        created = _Dated.model_validate_json(read_manifest_file(folder)).created
+        return created.timestamp(), (folder / MANIFEST_FILE).stat().st_mtime
+    except (StoreError, OSError, ValueError):
+        # It will be refused.
+        return UNKNOWN_AGE
+
+
+class _Dated(BaseModel):
+    created: AwareDatetime
 
 
 def group_for_start(versions: Iterable[Version], default_model: str | None) -> dict[str, list[Version]]:
@@ -86,21 +109,15 @@ def find_too_large(versions: Iterable[Version], refused: Mapping[Version, Refusa
 
 
 def choose_default(
-    folder: Path, served: Collection[str], refused: Mapping[Version, Refusal], configured: str | None
+    folder: Path, served: Sequence[str], refused: Mapping[Version, Refusal], configured: str | None
 ) -> str:
-    """Return the model of requests that name none: the configured one, else the only one that can be served.
+    """Return the model of requests that name none: the configured one, else the oldest.
 
-    Nothing else decides, such as names or dates: a model published later would change what clients get.
+    served: the models with a good version, the oldest first.
     Raises: StoreError.
     """
-    # A model without a good version is no choice. One that does not fit into memory is: at another start it may.
-    choices = {*served, *(version[0] for version, refusal in refused.items() if refusal.is_too_large)}
-    if configured in served or (configured is None and len(choices) == len(served) == 1):
-        return configured or next(iter(served))
-    if configured is None and len(choices) > 1:
-        names = ", ".join(sorted(choices))
-        reason = f"DTEM_DEFAULT_MODEL is not set, and there are {len(choices)} models; accepted: {names}"
-        raise StoreError(folder, reason)
+    if configured in served or (configured is None and served):
+        return configured or served[0]
     bad = [version for version in refused if configured in (None, version[0])]
     if bad:
         raise StoreError(refused[bad[0]].file, refused[bad[0]].reason)

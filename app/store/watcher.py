@@ -190,7 +190,7 @@ class Watcher:
         if self._is_default_configured or name in {served for served, _ in self._models}:
             return
         logger.warning(
-            "the default model stays %s, but the next start needs DTEM_DEFAULT_MODEL: %s is another model",
+            "the default model stays %s; set DTEM_DEFAULT_MODEL, since %s is another model",
             self._default_model,
             name,
         )

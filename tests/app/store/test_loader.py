@@ -94,9 +94,8 @@ def test_load_catalogue_ignores_unfinished_and_temporary_folders(
 def test_load_catalogue_serves_several_models(tmp_path: Path) -> None:
     write_store(tmp_path, name="b")
     write_store(tmp_path, name="a")
-    assert load(tmp_path, StoreOptions("onnx", "float32", "b")).default_model == "b"
-    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL is not set, and there are 2 models; accepted: a, b"):
-        load(tmp_path)
+    assert load(tmp_path, StoreOptions("onnx", "float32", "a")).default_model == "a"
+    assert load(tmp_path).default_model == "b"
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])

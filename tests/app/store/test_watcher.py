@@ -213,7 +213,7 @@ def test_default_model_stays_when_another_is_published(
     assert deployment.serving_version("?model=alpha") == "alpha/7"
     assert deployment.client.get("/models").json()["default"] == {"name": "tiny", "version": "1"}
     assert sample(deployment.client, 'dtem_default_model_info{model="tiny",version="1"}') == 1
-    assert "the default model stays tiny, but the next start needs DTEM_DEFAULT_MODEL" in caplog.text
+    assert "the default model stays tiny; set DTEM_DEFAULT_MODEL, since alpha is another model" in caplog.text
     publish(deployment.root, name="zeta", version="1")
     shutil.rmtree(deployment.root / "alpha")
     shutil.rmtree(deployment.root / "tiny")

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.errors import StoreError
 from app.store.scan import Signature, Version, scan
-from app.store.start import choose_default
+from app.store.start import choose_default, sort_by_age
 from app.store.watcher import compare, keep_last
 from tests.app.tiny_store import write_store
 
@@ -51,13 +52,26 @@ def test_default_model_always_keeps_a_version(served: set[Version], gone: set[Ve
         assert kept in gone
 
 
-def test_choose_default_returns_the_configured_or_the_only_model(tmp_path: Path) -> None:
-    assert choose_default(tmp_path, ["a"], {}, None) == "a"
-    assert choose_default(tmp_path, ["b", "a"], {}, "b") == "b"
-    with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL is not set, and there are 2 models; accepted: a, b"):
-        choose_default(tmp_path, ["b", "a"], {}, None)
+def test_choose_default_returns_the_configured_or_the_oldest_model(tmp_path: Path) -> None:
+    assert choose_default(tmp_path, ["b", "a"], {}, "a") == "a"
+    assert choose_default(tmp_path, ["b", "a"], {}, None) == "b"
     with pytest.raises(StoreError, match="DTEM_DEFAULT_MODEL=c: no such model; accepted: a, b"):
         choose_default(tmp_path, ["b", "a"], {}, "c")
+
+
+def test_models_are_sorted_by_their_first_version(tmp_path: Path) -> None:
+    created = {("new", 1): "2027-01-01", ("old", 9): "2028-01-01", ("old", 2): "2026-01-01", ("bad", 1): "yesterday"}
+    for (name, number), date in created.items():
+        folder = write_store(tmp_path, name, str(number))
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"created": f"{date}T12:00:00Z"}))
+    assert sort_by_age(tmp_path, created) == ["old", "new", "bad"]
+
+
+def test_a_copy_of_a_model_is_younger_than_its_original(tmp_path: Path) -> None:
+    for name, written_at in (("b", 1), ("a", 2)):
+        os.utime(write_store(tmp_path, name) / "manifest.json", (written_at, written_at))
+    assert sort_by_age(tmp_path, [("a", 1), ("b", 1)]) == ["b", "a"]
 
 
 def test_scan_lists_finished_versions_and_why_others_are_ignored(tmp_path: Path) -> None:
