@@ -7,6 +7,7 @@ must not keep others out.
 
 import asyncio
 import time
+from typing import NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,17 +46,19 @@ class _InFlight:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.n_bytes = max_bytes, 0
-        # Uploads that wait for their client.
+        # Uploads that wait for their client, or for room.
         self.receiving: set[_CountedBody] = set()
         self._n_waiting = 0
 
     async def make_room(self, body: "_CountedBody") -> bool:
         """Evict slower uploads until the bytes in flight are within the limit. Returns whether they are."""
-        until = time.monotonic() + ROOM_SECONDS
+        now = time.monotonic()
+        until, rate = now + ROOM_SECONDS, max(STALLED_BYTES_PER_SECOND, body.rate(now))
         while self.n_bytes > self.max_bytes:
             now = time.monotonic()
-            slowest = min(self.receiving, key=lambda other: other.precedence(now), default=None)
-            if slowest is not None and slowest.rate(now) < max(STALLED_BYTES_PER_SECOND, body.rate(now)):
+            others = (other for other in self.receiving if other is not body)
+            slowest = min(others, key=lambda other: other.precedence(now), default=None)
+            if slowest is not None and slowest.rate(now) < rate:
                 slowest.evict()
             elif slowest is None or now >= until or self._n_waiting >= MAX_WAITING:
                 return False
@@ -119,35 +122,15 @@ class _CountedBody:
 
     async def receive(self) -> Message:
         """Raises: BodyTooLarge, before the first byte if Content-Length says so; QueueFull; UploadEvicted."""
-        message: Message = {}
-        if not self._is_declared_too_large:
-            message = await self._receive_counted()
-        if self._is_declared_too_large or self._n_bytes > self._max_bytes:
-            self._is_refused = True
-            raise BodyTooLarge(f"Request body exceeds {self._max_bytes} bytes.", max_body_bytes=self._max_bytes)
-        if self._in_flight.n_bytes > self._in_flight.max_bytes and not await self._in_flight.make_room(self):
-            self._is_refused = True
-            detail = f"Request bodies in flight exceed {self._in_flight.max_bytes} bytes."
-            raise QueueFull(detail, retry_after_seconds=1)
-        return message
-
-    async def _receive_counted(self) -> Message:
-        # After the last byte, only a disconnect can follow.
-        message = await (self._receive() if self._is_complete else self._receive_evictable())
-        n_bytes = len(message.get("body", b""))
-        self._is_complete = not message.get("more_body", False)
-        self._n_bytes += n_bytes
-        self._rate.add(n_bytes, time.monotonic())
-        if not self._is_released:
-            self.n_kept += n_bytes
-            self._in_flight.n_bytes += n_bytes
-        return message
-
-    async def _receive_evictable(self) -> Message:
+        if self._is_declared_too_large:
+            self._refuse_size()
+        if self._is_complete:
+            # Only a disconnect can follow.
+            return await self._receive()
         self._receiving = asyncio.current_task()
         self._in_flight.receiving.add(self)
         try:
-            return await self._receive()
+            return await self._receive_counted()
         except asyncio.CancelledError:
             if not self._is_evicted or self._receiving is None or self._receiving.uncancel():
                 raise
@@ -157,6 +140,27 @@ class _CountedBody:
         raise UploadEvicted(
             "The upload was too slow while the request bodies in flight reached their limit.", retry_after_seconds=1
         )
+
+    async def _receive_counted(self) -> Message:
+        message = await self._receive()
+        n_bytes = len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        self._n_bytes += n_bytes
+        self._rate.add(n_bytes, time.monotonic())
+        if not self._is_released:
+            self.n_kept += n_bytes
+            self._in_flight.n_bytes += n_bytes
+        if self._n_bytes > self._max_bytes:
+            self._refuse_size()
+        if self._in_flight.n_bytes > self._in_flight.max_bytes and not await self._in_flight.make_room(self):
+            self._is_refused = True
+            detail = f"Request bodies in flight exceed {self._in_flight.max_bytes} bytes."
+            raise QueueFull(detail, retry_after_seconds=1)
+        return message
+
+    def _refuse_size(self) -> NoReturn:
+        self._is_refused = True
+        raise BodyTooLarge(f"Request body exceeds {self._max_bytes} bytes.", max_body_bytes=self._max_bytes)
 
     def evict(self) -> None:
         """End the upload. `receive` raises UploadEvicted."""

@@ -12,7 +12,10 @@ MAX_TRAILER_BYTES = 16_384
 # Bytes that frame a body: what is allowed in any case, and for each byte of the body. Chunks of one byte take five.
 MAX_FRAMING_BYTES, MAX_FRAMING_RATIO = 16_384, 8
 
-SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+# Every few bytes may be a chunk.
+MIN_TURN_BYTES = 4096
+
+SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -31,6 +34,11 @@ class BodyReader(Protocol):
         """The number of bytes that are still to come; None if it is unknown."""
         ...
 
+    @property
+    def n_per_turn(self) -> int:
+        """The number of bytes to read before other connections get their turn."""
+        ...
+
 
 class LengthReader:
     """A body of known length."""
@@ -41,6 +49,10 @@ class LengthReader:
 
     @property
     def n_left(self) -> int:
+        return self._n_left
+
+    @property
+    def n_per_turn(self) -> int:
         return self._n_left
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
@@ -63,6 +75,10 @@ class ChunkedReader:
         self._is_after_chunk = self._is_in_trailers = False
         self._n_body = self._n_framing = self._n_trailers = 0
 
+    @property
+    def n_per_turn(self) -> int:
+        return max(MIN_TURN_BYTES, self._n_left_of_chunk)
+
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return bytes of the body, and what follows its end.
 
@@ -76,15 +92,20 @@ class ChunkedReader:
                 pieces.append(piece)
                 at += len(piece)
                 self._n_left_of_chunk -= len(piece)
-                self._n_body += len(piece)
                 continue
             end = data.find(LINE_END, at, at + MAX_LINE_BYTES)
             if end < 0:
                 self._keep(data[at:])
                 at = len(data)
-            else:
+                break
+            self._n_framing += end - at + len(LINE_END)
+            if not self._is_after_chunk:
                 self._read_line(data[at:end])
-                at = end + len(LINE_END)
+            elif end > at:
+                raise MalformedRequest("A chunk is longer than its size.")
+            else:
+                self._is_after_chunk = False
+            at = end + len(LINE_END)
         return b"".join(pieces), data[at:]
 
     def _keep(self, line: bytes) -> None:
@@ -99,25 +120,18 @@ class ChunkedReader:
         self._line = line
 
     def _read_line(self, line: bytes) -> None:
-        self._n_framing += len(line) + len(LINE_END)
-        if self._is_after_chunk:
-            if line:
-                raise MalformedRequest("A chunk is longer than its size.")
-            self._is_after_chunk = False
-        elif self._is_in_trailers:
+        if self._is_in_trailers:
             self._read_trailer(line)
-        else:
-            self._read_size(line)
-
-    def _read_size(self, line: bytes) -> None:
+            return
         match = SIZE.fullmatch(line)
         if match is None:
             raise MalformedRequest("A chunk does not begin with its size in hexadecimal digits.")
         if self._n_framing > MAX_FRAMING_BYTES + MAX_FRAMING_RATIO * self._n_body:
             raise MalformedRequest("The chunks have more extensions than content.")
-        self._n_left_of_chunk = int(match[1], 16)
-        self._is_in_trailers = not self._n_left_of_chunk
-        self._is_after_chunk = not self._is_in_trailers
+        size = int(match[1], 16)
+        self._n_left_of_chunk = size
+        self._n_body += size
+        self._is_after_chunk, self._is_in_trailers = size > 0, size == 0
 
     def _read_trailer(self, line: bytes) -> None:
         if not line:

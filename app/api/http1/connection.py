@@ -23,8 +23,6 @@ from app.api.http1.refusals import write_refusal
 from app.errors import RequestTimeout, ServiceError, status_and_code
 from app.settings import Settings
 
-# Of a chunked body, before other connections get their turn: it may have a chunk for every few bytes.
-MAX_CHUNKED_BYTES = 32_768
 # A client that still sends after its response gets the response only if what it sends is read. Closing a socket with
 # unread bytes resets it, and the client loses what it has not read yet.
 LINGER_BYTES = 256_000_000
@@ -91,7 +89,8 @@ class Connection(asyncio.Protocol):
         self._deadline = self._write_deadline = self._linger_until = math.inf
         # Bytes of the body in the current interval, and bytes discarded.
         self._n_received = self._n_discarded = 0
-        self._has_ended = self._is_scheduled = False
+        # Whether a byte of the next request has arrived, and whether the client has finished sending.
+        self._has_begun = self._has_ended = self._is_scheduled = False
 
     # The transport's calls.
 
@@ -144,7 +143,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether there is neither a request in flight nor a part of one."""
-        return self._state is State.HEAD and not self._head and not self._unread
+        return self._state is State.HEAD and not self._has_begun
 
     def shutdown(self) -> None:
         """Close now, or after the response in flight."""
@@ -171,7 +170,8 @@ class Connection(asyncio.Protocol):
             self.flow.pause_reading()
 
     def _read_head(self) -> None:
-        if not self._head:
+        if not self._has_begun:
+            self._has_begun = True
             self._deadline = self.loop.time() + self._timeouts.head
         data, self._unread = self._unread, b""
         head = b""
@@ -215,9 +215,8 @@ class Connection(asyncio.Protocol):
 
     def _read_body(self) -> None:
         assert self.cycle is not None
-        data, later = self._unread, b""
-        if self._body.n_left is None and len(data) > MAX_CHUNKED_BYTES:
-            data, later = data[:MAX_CHUNKED_BYTES], data[MAX_CHUNKED_BYTES:]
+        n_turn = self._body.n_per_turn
+        data, later = self._unread[:n_turn], self._unread[n_turn:]
         try:
             body, rest = self._body.feed(data)
         except ServiceError as error:
@@ -279,7 +278,8 @@ class Connection(asyncio.Protocol):
         if not self.cycle.keep_alive:
             self._close()
             return
-        self._state, self._deadline = State.HEAD, self.loop.time() + self.config.timeout_keep_alive
+        self._state, self._has_begun = State.HEAD, False
+        self._deadline = self.loop.time() + self.config.timeout_keep_alive
         self._read()
         if self._has_ended and self._state is not State.COMPLETE:
             # No more of this request can arrive.
@@ -342,7 +342,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         elif self._state is State.BODY:
             self._check_progress()
-        elif self._state is State.HEAD and self._head:
+        elif self._state is State.HEAD and self._has_begun:
             self._refuse(RequestTimeout(f"The head was not complete after {self._timeouts.head:g} s."), b"")
         else:
             self.transport.close()

@@ -55,10 +55,10 @@ class Exchange(RequestResponseCycle):
         await super().send(message)
 
     def _decide_to_close(self) -> None:
-        """Close after an early response, unless the rest of the body is short and certain to come."""
-        n_left = self._connection.n_left_of_body
-        if self.waiting_for_100_continue or n_left is None or n_left > MAX_REST_BYTES:
-            self.keep_alive = self.keep_alive and not self.more_body
+        """Close after an early response if the rest of the body is long, or if it may never come."""
+        n_left = self._connection.n_left_of_body or 0
+        if self.more_body and (self.waiting_for_100_continue or n_left > MAX_REST_BYTES):
+            self.keep_alive = False
 
 
 class Output:

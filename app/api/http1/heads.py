@@ -56,9 +56,6 @@ class HeadBuffer:
         self._data = b""
         self._n_lines = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._data)
-
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the head, its last line end included, and what follows it. Empty and empty if it is not complete.
 
@@ -109,7 +106,7 @@ class _Parsed:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         self.is_kept_alive = self.parser.should_keep_alive()
@@ -183,7 +180,7 @@ class _Fields:
 def _require_host(hosts: list[bytes], version: str) -> None:
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         raise MalformedRequest(f"The request has {len(hosts)} Host headers; accepted: exactly one.")
-    if hosts and not HOST.fullmatch(hosts[0].strip(b" \t")):
+    if hosts and not HOST.fullmatch(hosts[0]):
         raise MalformedRequest(f"Host: {echo(hosts[0].decode('latin-1'))!r} is not a host with an optional port.")
 
 
@@ -211,6 +208,6 @@ def _read_length(fields: _Fields, version: str) -> int | None:
         return None
     if not fields.lengths:
         return 0
-    if len(fields.lengths) > 1 or not LENGTH.fullmatch(fields.lengths[0].strip(b" \t")):
+    if len(fields.lengths) > 1 or not LENGTH.fullmatch(fields.lengths[0]):
         raise MalformedRequest("Content-Length: accepted is one number of bytes.")
     return int(fields.lengths[0])
