@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from app.api.http1.bodies import BodyReader, ChunkedReader, LengthReader
 from app.api.http1.deadlines import Deadlines
-from app.api.http1.exchange import Exchange
+from app.api.http1.exchange import Exchange, Output
 from app.api.http1.heads import Head, HeadBuffer, parse_head
 from app.api.http1.refusals import write_refusal
 from app.errors import RequestTimeout, ServiceError, status_and_code
@@ -97,6 +97,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.flow = FlowControl(self.transport)
+        self.output = Output(self)
         self.server_state.connections.add(self)  # type: ignore[arg-type]
         self._peers = {
             "server": get_local_addr(self.transport),

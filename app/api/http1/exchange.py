@@ -20,7 +20,7 @@ class Exchange(RequestResponseCycle):
     def __init__(self, connection: "Connection", scope: Any, *, expects_continue: bool, is_kept_alive: bool) -> None:
         super().__init__(
             scope=scope,
-            transport=Output(connection, self),  # type: ignore[arg-type]
+            transport=connection.output,  # type: ignore[arg-type]
             flow=connection.flow,
             logger=connection.logger,
             access_logger=connection.logger,
@@ -62,15 +62,15 @@ class Exchange(RequestResponseCycle):
 
 
 class Output:
-    """What uvicorn's cycle sees of the transport. At the end of a response the connection decides how it closes."""
+    """What uvicorn's cycles see of the transport. At the end of a response the connection decides how it closes."""
 
-    def __init__(self, connection: "Connection", exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._transport = connection.transport
+    def __init__(self, connection: "Connection") -> None:
+        self._connection = connection
         self.write = connection.transport.write
         self.is_closing = connection.transport.is_closing
 
     def close(self) -> None:
+        cycle = self._connection.cycle
         # Otherwise the application failed, and only closing at once can tell the client.
-        if not self._exchange.response_complete:
-            self._transport.close()
+        if cycle is None or not cycle.response_complete:
+            self._connection.transport.close()

@@ -22,12 +22,14 @@ END = b"\r\n\r\n"
 LINE_END = b"\r\n"
 BARE_LF = re.compile(rb"(?<!\r)\n")
 TOKEN_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]")
-VERSION = re.compile(rb"HTTP/1\.[01]")
+VERSIONS = {b"HTTP/1.1": "1.1", b"HTTP/1.0": "1.0"}
 LENGTH = re.compile(rb"[0-9]{1,18}")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # An upgrade that is not wanted is ignored (RFC 9110, 7.8). llhttp would end the message after its head instead.
 UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 IGNORED = b"x-ignored-upgrade"
+# Headers of which this connection takes notice.
+FRAMING = {b"host", b"content-length", b"transfer-encoding", b"connection", b"expect"}
 
 
 @dataclass(slots=True)
@@ -93,24 +95,45 @@ def _require_bounded(data: bytes, n_lines: int) -> None:
         )
 
 
-class _Parsed:
-    """Receives what llhttp finds in a head."""
+class _Found:
+    """What llhttp finds in a head."""
 
     def __init__(self) -> None:
         self.url = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.parser = httptools.HttpRequestParser(self)
-        self.is_kept_alive = self.is_complete = False
+        self.hosts: list[bytes] = []
+        self.lengths: list[bytes] = []
+        self.codings: list[bytes] = []
+        self.expects_continue = self.is_closing = self.is_complete = False
 
     def on_url(self, url: bytes) -> None:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value.rstrip(b" \t")))
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name in FRAMING:
+            self._note(name, value)
+        if name != IGNORED:
+            self.headers.append((name, value))
+
+    def _note(self, name: bytes, value: bytes) -> None:
+        if name == b"host":
+            self.hosts.append(value)
+        elif name == b"content-length":
+            self.lengths.append(value)
+        elif name == b"transfer-encoding":
+            self.codings += _list(value)
+        elif name == b"connection":
+            self.is_closing = self.is_closing or b"close" in _list(value)
+        else:
+            self.expects_continue = value.lower() == b"100-continue"
 
     def on_headers_complete(self) -> None:
-        self.is_kept_alive = self.parser.should_keep_alive()
         self.is_complete = True
+
+
+def _list(value: bytes) -> list[bytes]:
+    return [item.strip(b" \t").lower() for item in value.split(b",")]
 
 
 def parse_head(head: bytes) -> Head:
@@ -119,62 +142,39 @@ def parse_head(head: bytes) -> Head:
     Raises: MalformedRequest, TargetTooLong, HeadersTooLarge, UnsupportedTransferCoding.
     """
     _require_bounded(head, head.count(b"\n"))
-    parsed = _parse(UPGRADE.sub(LINE_END + IGNORED, head))
-    version = parsed.parser.get_http_version()
-    method = parsed.parser.get_method().decode("ascii")
-    if method == "CONNECT" or not parsed.is_complete:
+    # It must not refer to the parser: the garbage collector would have to free both.
+    found = _Found()
+    method = _parse(head, found)
+    version = VERSIONS.get(head[: head.index(LINE_END)][-8:])
+    if method == "CONNECT" or not found.is_complete:
         raise MalformedRequest(f"The method {echo(method)} is not for an origin server.")
-    if not VERSION.fullmatch(head[: head.index(LINE_END)].rpartition(b" ")[2]):
+    if version is None:
         raise MalformedRequest("The request line does not end with HTTP/1.1 or HTTP/1.0.")
-    fields = _Fields(parsed.headers)
-    _require_host(fields.hosts, version)
-    raw_path, query = _split(parsed.url)
+    _require_host(found.hosts, version)
+    raw_path, query = _split(found.url)
     return Head(
         method,
         raw_path,
         query,
         version,
-        fields.kept,
-        parsed.is_kept_alive and version != "1.0",
-        _read_length(fields, version),
-        fields.expects_continue,
+        found.headers,
+        version == "1.1" and not found.is_closing,
+        _read_length(found, version),
+        found.expects_continue,
     )
 
 
-def _parse(head: bytes) -> _Parsed:
-    parsed = _Parsed()
+def _parse(head: bytes, found: _Found) -> str:
+    """Let llhttp parse a head. Returns the method."""
+    parser = httptools.HttpRequestParser(found)
     try:
-        parsed.parser.feed_data(head)
+        parser.feed_data(UPGRADE.sub(LINE_END + IGNORED, head))
     except httptools.HttpParserUpgrade:
         # CONNECT.
         pass
     except httptools.HttpParserError as error:
         raise MalformedRequest(f"The head is not valid HTTP/1.1: {error}.") from error
-    return parsed
-
-
-class _Fields:
-    """The headers that frame the message, apart from all."""
-
-    def __init__(self, headers: list[tuple[bytes, bytes]]) -> None:
-        self.kept: list[tuple[bytes, bytes]] = []
-        self.hosts: list[bytes] = []
-        self.lengths: list[bytes] = []
-        self.codings: list[bytes] = []
-        self.expects_continue = False
-        for header in headers:
-            name, value = header
-            if name == IGNORED:
-                continue
-            self.kept.append(header)
-            if name == b"host":
-                self.hosts.append(value)
-            elif name == b"content-length":
-                self.lengths.append(value)
-            elif name == b"transfer-encoding":
-                self.codings += [coding.strip(b" \t").lower() for coding in value.split(b",")]
-            elif name == b"expect":
-                self.expects_continue = value.lower() == b"100-continue"
+    return str(parser.get_method(), "ascii")
 
 
 def _require_host(hosts: list[bytes], version: str) -> None:
@@ -197,7 +197,7 @@ def _split(url: bytes) -> tuple[bytes, bytes]:
     return path, parts.query or b""
 
 
-def _read_length(fields: _Fields, version: str) -> int | None:
+def _read_length(fields: _Found, version: str) -> int | None:
     """Read the length of the body. Whatever another server on the way could understand otherwise is refused."""
     if fields.codings:
         if fields.lengths or version != "1.1":
