@@ -87,8 +87,8 @@ class Connection(asyncio.Protocol):
         self._body: BodyReader = LengthReader(0)
         self.cycle: Exchange | None = None
         self._deadline = self._write_deadline = self._linger_until = math.inf
-        # Bytes of the body in the current interval, and bytes discarded.
-        self._n_received = self._n_discarded = 0
+        # Bytes of the body in the current interval, bytes discarded, and bytes that the client has not read.
+        self._n_received = self._n_discarded = self._n_unwritten = 0
         # Whether a byte of the next request has arrived, and whether the client has finished sending.
         self._has_begun = self._has_ended = self._is_scheduled = False
 
@@ -132,11 +132,12 @@ class Connection(asyncio.Protocol):
         return is_kept
 
     def pause_writing(self) -> None:
-        self._write_deadline = self.loop.time() + self._timeouts.write
+        self._await_reader()
         self.flow.pause_writing()
 
     def resume_writing(self) -> None:
-        self._write_deadline = math.inf
+        if not self.transport.is_closing():
+            self._write_deadline = math.inf
         self.flow.resume_writing()
 
     # The server's calls.
@@ -264,7 +265,10 @@ class Connection(asyncio.Protocol):
     # Responses.
 
     def on_response_complete(self) -> None:
+        assert self.cycle is not None
         self.server_state.total_requests += 1
+        # What the application has not read.
+        self.cycle.body = bytearray()
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -293,7 +297,7 @@ class Connection(asyncio.Protocol):
             return
         self.transport.close()
         # The transport may still have to write.
-        self._deadline = self.loop.time() + self._timeouts.write
+        self._await_reader()
 
     def _linger(self) -> None:
         """Discard what the client still sends, until it has read the response and closes."""
@@ -310,7 +314,8 @@ class Connection(asyncio.Protocol):
     def _discard(self, n_bytes: int) -> None:
         self._n_discarded += n_bytes
         if self._n_discarded > LINGER_BYTES:
-            self.transport.close()
+            self._unread = b""
+            self._close()
         elif self._linger_until < math.inf:
             self._deadline = min(self._linger_until, self.loop.time() + LINGER_IDLE_SECONDS)
 
@@ -336,18 +341,26 @@ class Connection(asyncio.Protocol):
 
     def check_deadline(self, now: float) -> None:
         if now >= self._write_deadline:
-            self.transport.abort()
-        elif now < self._deadline:
+            self._check_reader()
+        elif now < self._deadline or self.transport.is_closing():
             return
-        elif self.transport.is_closing():
-            self.transport.abort()
         elif self._state is State.BODY:
             self._check_progress()
         elif self._state is State.HEAD and self._has_begun:
             self._refuse(RequestTimeout(f"The head was not complete after {self._timeouts.head:g} s."), b"")
         else:
-            self.transport.close()
-            self._deadline = now + self._timeouts.write
+            self._close()
+
+    def _await_reader(self) -> None:
+        self._n_unwritten = self.transport.get_write_buffer_size()
+        self._write_deadline = self.loop.time() + self._timeouts.write
+
+    def _check_reader(self) -> None:
+        """Reset a connection whose client has read nothing since the last check."""
+        if self.transport.get_write_buffer_size() < self._n_unwritten:
+            self._await_reader()
+        else:
+            self.transport.abort()
 
     def _begin_interval(self) -> None:
         self._n_received = 0
@@ -359,7 +372,7 @@ class Connection(asyncio.Protocol):
         if self._n_received >= min_bytes or self.flow.read_paused:
             self._begin_interval()
         elif self.cycle.response_complete:
-            self.transport.close()
+            self._close()
         else:
             rate = f"{self._timeouts.min_body_rate:g} bytes/s"
             self._fail_body(RequestTimeout(f"The body arrived at less than {rate} for {self._timeouts.body:g} s."))

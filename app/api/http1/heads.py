@@ -13,7 +13,7 @@ from app.errors import HeadersTooLarge, MalformedRequest, TargetTooLong, Unsuppo
 
 MAX_TARGET_BYTES = 16_384
 # The request line included.
-MAX_HEAD_BYTES = 65_536
+MAX_HEAD_BYTES = 32_768
 MAX_HEADERS = 128
 # The request line has a method and a version too.
 MAX_LINE_BYTES = MAX_TARGET_BYTES + 64
