@@ -16,7 +16,8 @@ import uvicorn
 import uvloop
 
 from app.api.headers import server_headers
-from app.api.http1.connection import Connections, read_timeouts
+from app.api.http1.connections import Connections
+from app.api.http1.timeouts import read_timeouts
 from app.api.shutdown import ABORT_SECONDS, Server
 from app.api.tls import open_tls
 from app.bootstrap import load, make_service, prepare_process

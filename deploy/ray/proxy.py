@@ -15,7 +15,9 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from app.api.boundary import render
 from app.api.headers import server_headers, with_headers
-from app.api.http1.connection import Connection, Connections, read_timeouts
+from app.api.http1.connection import Connection
+from app.api.http1.connections import Connections
+from app.api.http1.timeouts import read_timeouts
 from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.observability.logs import name_request
 from app.settings import Settings

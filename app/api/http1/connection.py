@@ -1,13 +1,10 @@
 """Connection: one client, over one TCP or TLS connection. Requests are served one after the other."""
 
 import asyncio
-import contextlib
 import enum
 import logging
 import math
-import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 from uvicorn import Config
@@ -20,8 +17,9 @@ from app.api.http1.deadlines import Deadlines
 from app.api.http1.exchange import Exchange, Output
 from app.api.http1.heads import Head, HeadBuffer, parse_head
 from app.api.http1.refusals import write_refusal
+from app.api.http1.sockets import is_reset, keep_probing
+from app.api.http1.timeouts import Timeouts
 from app.errors import RequestTimeout, ServiceError, status_and_code
-from app.settings import Settings
 
 # A client that still sends after its response gets the response only if what it sends is read. Closing a socket with
 # unread bytes resets it, and the client loses what it has not read yet.
@@ -31,28 +29,6 @@ LINGER_IDLE_SECONDS = 2.0
 # A client that has closed its connection looks like one that has only finished sending, until something is sent to it.
 PROBE_SECONDS = 0.25
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-TCP_CLOSED = 7
-# Of connections whose peer is gone without a word: after about 90 s.
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """Bounds in time, beside uvicorn's `timeout_keep_alive` for idle connections. Units: seconds, bytes per second."""
-
-    head: float
-    body: float
-    min_body_rate: float
-    write: float
-
-
-def read_timeouts(settings: Settings) -> Timeouts:
-    return Timeouts(
-        head=settings.head_timeout_seconds,
-        body=settings.body_timeout_seconds,
-        min_body_rate=settings.min_body_bytes_per_second,
-        write=settings.write_timeout_seconds,
-    )
 
 
 class State(enum.Enum):
@@ -104,7 +80,7 @@ class Connection(asyncio.Protocol):
             "client": get_remote_addr(self.transport),
             "scheme": "https" if is_ssl(self.transport) else "http",
         }
-        _probe_peer(self.transport)
+        keep_probing(self.transport)
         self._deadline = self.loop.time() + self.config.timeout_keep_alive
         self._deadlines.add(self, self.loop)
 
@@ -388,43 +364,7 @@ class Connection(asyncio.Protocol):
             return
         if not has_probed:
             self.transport.write(CONTINUE)
-        elif _is_reset(self.transport):
+        elif is_reset(self.transport):
             self.transport.abort()
             return
         self.loop.call_later(PROBE_SECONDS, self._probe_half_closed, True)
-
-
-def _probe_peer(transport: asyncio.Transport) -> None:
-    """Notice peers that vanish: by probes while there is nothing to send, and by what they do not acknowledge."""
-    sock = transport.get_extra_info("socket")
-    # Other sockets than TCP have no such options.
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _is_reset(transport: asyncio.Transport) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(
-            transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSED
-        )
-    return True
-
-
-class Connections:
-    """Makes the connections of one server. Given to uvicorn as its protocol class."""
-
-    def __init__(self, timeouts: Timeouts, count_refusal: Callable[[str], None]) -> None:
-        self._timeouts, self._count_refusal = timeouts, count_refusal
-        self._deadlines = Deadlines()
-
-    def __call__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> Connection:
-        loop = _loop or asyncio.get_running_loop()
-        return Connection(config, server_state, app_state, loop, self._timeouts, self._deadlines, self._count_refusal)

@@ -1,6 +1,7 @@
 """Refusals: responses of the connection itself, to requests that do not reach the application."""
 
 import asyncio
+import logging
 import secrets
 
 from starlette.responses import Response
@@ -8,7 +9,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app.api.boundary import render
 from app.api.headers import with_headers
-from app.errors import ServiceError
+from app.errors import ServiceError, status_and_code
+from app.observability.logs import with_fields
+
+logger = logging.getLogger(__name__)
 
 
 def write_refusal(
@@ -16,6 +20,8 @@ def write_refusal(
 ) -> None:
     """Write the error as a complete response that announces the end of the connection."""
     request_id = secrets.token_hex(16)
+    status, code = status_and_code(error)
+    logger.debug("refused connection", extra=with_fields(status=status, code=code, request_id=request_id))
     response: Response = render(error, _path(head), request_id)
     start = with_headers(
         {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}, request_id
