@@ -163,8 +163,8 @@ def test_endless_framing_stalls_nobody_and_takes_no_memory(
     for thread in threads:
         thread.join()
     assert peak - at_rest < 50_000_000
-    # 0.1 s where CPU time is free; the threads of this test share it too.
-    assert sorted(durations)[-2] < 1, durations
+    # 0.1 s where CPU time is free; the threads of this test take it too. An endless header stalled all for 24 s.
+    assert sorted(durations)[-2] < 2, durations
 
 
 @pytest.fixture(scope="module")

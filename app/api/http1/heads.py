@@ -160,7 +160,7 @@ def parse_head(head: bytes) -> Head:
         found.headers,
         version == "1.1" and not found.is_closing,
         _read_length(found, version),
-        found.expects_continue,
+        found.expects_continue and version == "1.1",
     )
 
 
