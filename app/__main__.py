@@ -10,11 +10,14 @@ import ssl
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 import uvloop
 
 from app.api.headers import server_headers
+from app.api.http1.connections import Connections
+from app.api.http1.timeouts import read_timeouts
 from app.api.shutdown import ABORT_SECONDS, Server
 from app.api.tls import open_tls
 from app.bootstrap import load, make_service, prepare_process
@@ -107,7 +110,7 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
     """Configure uvicorn, with every choice it would otherwise derive from the installed packages."""
     return uvicorn.Config(
         create_app(service),
-        http="httptools",
+        http=cast(type[asyncio.Protocol], Connections(read_timeouts(settings), service.metrics.count_refusal)),
         loop="none",
         ws="none",
         lifespan="on",

@@ -60,6 +60,26 @@ class MalformedRequest(ServiceError):
     """The framework rejected the request."""
 
 
+class TargetTooLong(ServiceError):
+    """The request target exceeds the byte limit."""
+
+
+class HeadersTooLarge(ServiceError):
+    """The headers or the trailers exceed the limit on bytes or fields."""
+
+
+class UnsupportedTransferCoding(ServiceError):
+    """The Transfer-Encoding has another coding than chunked."""
+
+
+class RequestTimeout(ServiceError):
+    """The head or the body of the request arrived too slowly."""
+
+
+class UploadEvicted(ServiceError):
+    """The body arrived too slowly while the bodies in flight took all the bytes that they may."""
+
+
 class Unauthorized(ServiceError):
     """The API key is missing or unknown (RFC 6750)."""
 
@@ -200,6 +220,11 @@ class ShuttingDown(ServiceError):
 
 PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     MalformedRequest: (400, "malformed_request"),
+    TargetTooLong: (414, "target_too_long"),
+    HeadersTooLarge: (431, "headers_too_large"),
+    UnsupportedTransferCoding: (501, "unsupported_transfer_coding"),
+    RequestTimeout: (408, "request_timeout"),
+    UploadEvicted: (408, "upload_evicted"),
     Unauthorized: (401, "unauthorized"),
     UnknownPath: (404, "unknown_path"),
     MethodNotAllowed: (405, "method_not_allowed"),

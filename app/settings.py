@@ -98,6 +98,18 @@ class Settings(BaseModel):
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="keep-alive timeout; longer than a typical load balancer's 60 s"
     )
+    head_timeout_seconds: float = Field(
+        default=20.0, gt=0, description="maximum time from the first byte of a request to the end of its headers"
+    )
+    body_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="interval in which a request body must make progress; then 408"
+    )
+    min_body_bytes_per_second: int = Field(
+        default=1000, ge=1, description="minimum progress of a request body, averaged over that interval"
+    )
+    write_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="maximum time in which a client reads nothing of its response"
+    )
     drain_seconds: int = Field(default=20, ge=2, description="maximum time from SIGTERM to exit, grace period included")
     drain_grace_seconds: float = Field(
         default=0.0,

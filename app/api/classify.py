@@ -63,7 +63,7 @@ def make_router(service: Service) -> APIRouter:
         response_model=Classification | Results,
         responses={
             200: {"headers": SERVER_TIMING},
-            **describe_problems(400, 401, 404, 413, 415, 422, 429, 500, 503, 504),
+            **describe_problems(400, 401, 404, 408, 413, 414, 415, 422, 429, 431, 500, 501, 503, 504),
         },
         openapi_extra={"requestBody": BODY, "parameters": describe_query(), **INFERENCE},
     )

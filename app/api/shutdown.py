@@ -11,11 +11,12 @@ import struct
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.http1.connection import Connection
 from app.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Server(uvicorn.Server):
     def _close_idle(self) -> None:
         for connection in list(self.server_state.connections):
             sock = connection.transport.get_extra_info("socket")
-            if is_idle(connection) and not is_readable(sock):
+            if cast(Connection, connection).is_idle and not is_readable(sock):
                 connection.shutdown()
 
     async def _abort_requests(self) -> None:
@@ -155,16 +156,3 @@ def is_readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock.fileno(), select.POLLIN)
     return bool(poll.poll(0))
-
-
-def is_idle(connection: Any) -> bool:
-    """Return whether a uvicorn connection, of either parser, has neither a request in flight nor a part of one."""
-    cycle = connection.cycle
-    if cycle is not None and not cycle.response_complete:
-        return False
-    if hasattr(connection, "conn"):
-        # h11.
-        return not connection.conn.trailing_data[0]
-    # httptools: the scope is made at the first byte of a request, and given to the cycle after its last header.
-    begun = connection.scope
-    return begun is None or (cycle is not None and cycle.scope is begun)

@@ -1,9 +1,8 @@
 """Body: a request body, kept in the proxy until the answer starts, so that the request can be retried."""
 
-import asyncio
-import contextlib
-
 from starlette.types import Message, Receive
+
+from app.errors import ServiceError
 
 # A body up to this size is read completely and sent with its request; a longer one is streamed.
 MAX_AHEAD_BYTES = 1_000_000
@@ -19,6 +18,8 @@ class Body:
         self._n_bytes = 0
         self._is_kept, self._is_complete, self._is_released = True, False, False
         self.is_disconnected = False
+        # Why the body cannot be read to its end, for the client.
+        self.error: ServiceError | None = None
 
     @property
     def can_be_sent(self) -> bool:
@@ -52,15 +53,11 @@ class Body:
         self._is_kept, self._is_released = False, True
         self._kept = []
 
-    async def discard(self, seconds: float) -> None:
-        """Read and discard the rest for a while: closing at once could reset the connection before the client reads."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not self.is_disconnected and (await self._read()).get("more_body", False):
-                    pass
-
     async def _read(self) -> Message:
-        message = await self._receive()
+        try:
+            message = await self._receive()
+        except ServiceError as error:
+            self.error, message = error, DISCONNECT
         self.is_disconnected = self.is_disconnected or message["type"] == "http.disconnect"
         self._n_bytes += len(message.get("body", b""))
         if self._n_bytes > MAX_KEPT_BYTES:

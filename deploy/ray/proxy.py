@@ -5,15 +5,22 @@ Ray calls `middlewares` when a proxy starts; `ray.env` names it.
 
 import logging
 import time
+from functools import cache
+from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 
 from app.api.boundary import render
 from app.api.headers import server_headers, with_headers
+from app.api.http1.connection import Connection
+from app.api.http1.connections import Connections
+from app.api.http1.timeouts import read_timeouts
 from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.observability.logs import name_request
+from app.settings import Settings
 from app.store.selection import MAX_DEADLINE_MS
 from deploy.ray.body import Body
 from deploy.ray.middleware import BODY, ELAPSED, SERVED_BY
@@ -24,7 +31,6 @@ logger = logging.getLogger("ray.serve")
 # Also the most replicas that a fatal request can kill.
 MAX_ATTEMPTS = 3
 RETRY_SECONDS = 1
-DISCARD_SECONDS = 3.0
 # Leaves a replica time to answer a missed deadline itself, with 429 or 504.
 DEADLINE_GRACE_SECONDS = 0.1
 # Paths of Ray's proxies.
@@ -37,7 +43,23 @@ INTERNAL_HEADERS = {REQUEST_ID, ELAPSED, TIMEOUT, b"x-request-disconnect-disable
 
 
 def middlewares() -> list[Middleware]:
+    # Ray lets uvicorn choose the protocol class.
+    HTTP_PROTOCOLS["auto"] = "deploy.ray.proxy:connect"
     return [Middleware(RetryMiddleware)]
+
+
+@cache
+def _connections() -> Connections:
+    return Connections(read_timeouts(Settings()), _log_refusal)
+
+
+def connect(**arguments: Any) -> Connection:
+    """Make a connection of the service's own server, with its bounds, in a proxy."""
+    return _connections()(**arguments)
+
+
+def _log_refusal(code: str) -> None:
+    logger.info("refused a connection: %s", code)
 
 
 class RetryMiddleware:
@@ -72,12 +94,11 @@ class RetryMiddleware:
             answer.n_attempts += 1
             headers = forward_headers(scope, request_id, elapsed, deadline_seconds)
             await self._app({**scope, "headers": headers, BODY: body.complete}, body.replay(), answer.take)
-        if answer.is_missing and not body.is_disconnected:
+        if answer.is_missing and body.error is not None:
+            await answer.refuse(body.error)
+        elif answer.is_missing and not body.is_disconnected:
             is_late = deadline_seconds is not None and time.perf_counter() - started_at >= deadline_seconds
             await answer.refuse(explain(scope["path"], is_late))
-        elif answer.is_open and not body.is_disconnected:
-            await body.discard(DISCARD_SECONDS)
-            await send({"type": "http.response.body", "body": b""})
 
 
 class _Answer:
@@ -90,7 +111,7 @@ class _Answer:
         self._scope, self._request_id, self._body, self._send = scope, request_id, body, send
         self._start: Message | None = None
         self.n_attempts = 0
-        self.is_missing, self.is_open = True, False
+        self.is_missing = True
         self._is_rays = False
 
     @property
@@ -106,7 +127,6 @@ class _Answer:
             if self.is_missing:
                 self.is_missing = False
                 await self._send(self._complete(self._start))
-            self.is_open = message.get("more_body", False)
             # If the answer refuses a body that is still arriving, the replica gets no more of it.
             self._body.release()
             await self._send(message)

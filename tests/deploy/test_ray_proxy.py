@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from app.errors import RequestTimeout, ServiceError
 from deploy.ray import body as bodies
 from deploy.ray.middleware import BODY, ELAPSED, SERVED_BY
 from deploy.ray.proxy import DEADLINE_GRACE_SECONDS, MAX_ATTEMPTS, TIMEOUT, RetryMiddleware
@@ -55,13 +56,15 @@ class Exchange:
         replicas: Sequence[Replica],
         chunks: Sequence[bytes] = (b"image",),
         disconnects: bool = False,
+        fails: ServiceError | None = None,
         **scope: Any,
     ) -> None:
         self.scope = {"type": "http", "path": "/classify", "query_string": b"", "headers": [], **scope}
         self._replicas = list(replicas)
         ends: Message = {"type": "http.disconnect"}
         sent: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-        self._messages = [*sent[:-1], ends if disconnects else {**sent[-1], "more_body": False}]
+        end = ends if disconnects else {**sent[-1], "more_body": False}
+        self._messages: list[Message | ServiceError] = [*sent[:-1], fails or end]
         self.seen: list[Scope] = []
         self.answer: list[Message] = []
         asyncio.run(RetryMiddleware(self._attempt)(self.scope, self._receive, self._send))
@@ -71,7 +74,10 @@ class Exchange:
         await self._replicas.pop(0)(scope, receive, send)
 
     async def _receive(self) -> Message:
-        return self._messages.pop(0)
+        message = self._messages.pop(0)
+        if isinstance(message, ServiceError):
+            raise message
+        return message
 
     async def _send(self, message: Message) -> None:
         self.answer.append(message)
@@ -177,9 +183,18 @@ def test_rays_own_paths_are_passed_on() -> None:
 def test_refusal_while_the_body_arrives_ends_the_body() -> None:
     async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
         await send(START)
-        await send({"type": "http.response.body", "body": b"too large", "more_body": True})
+        await send({"type": "http.response.body", "body": b"too large"})
         assert (await receive())["type"] == "http.disconnect"
 
-    exchange = Exchange([refuses], LONG)
-    assert exchange.body == b"too large"
-    assert not exchange.answer[-1].get("more_body")
+    assert Exchange([refuses], LONG).body == b"too large"
+
+
+def test_body_that_fails_in_the_proxy_is_answered_there() -> None:
+    async def waits_for_the_end(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    # Before the request is sent to a replica, and while a long body is.
+    for replicas, chunks in (([], (b"image", b"")), ([waits_for_the_end], (*LONG, b""))):
+        exchange = Exchange(replicas, chunks, fails=RequestTimeout("too slow"))
+        assert (exchange.status, json.loads(exchange.body)["code"]) == (408, "request_timeout")

@@ -6,7 +6,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.body_limit import BodyLimit
 from app.api.problems import problem_response
-from app.errors import BodyTooLarge, QueueFull
+from app.errors import BodyTooLarge, QueueFull, ServiceError
 
 
 async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,8 +24,8 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
 class FakeConnection:
     """Stands in for the server: sends a request body, and collects the response."""
 
-    def __init__(self, *chunks: bytes, is_endless: bool = False) -> None:
-        self.chunks, self.is_endless = list(chunks), is_endless
+    def __init__(self, *chunks: bytes) -> None:
+        self.chunks = list(chunks)
         self.n_received = 0
         self.sent: list[Message] = []
 
@@ -33,17 +33,17 @@ class FakeConnection:
         if not self.chunks:
             await asyncio.Event().wait()
         self.n_received += 1
-        chunk = self.chunks[0] if self.is_endless else self.chunks.pop(0)
+        chunk = self.chunks.pop(0)
         await asyncio.sleep(0)
         return {"type": "http.request", "body": chunk, "more_body": bool(self.chunks)}
 
     async def send(self, message: Message) -> None:
         self.sent.append(message)
 
-    def run(self, max_body_bytes: int, drain_seconds: float = 5.0, **headers: str) -> int:
+    def run(self, max_body_bytes: int, **headers: str) -> int:
         raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
         scope: dict[str, Any] = {"type": "http", "headers": raw}
-        limit = BodyLimit(read_all, max_body_bytes, 100, drain_seconds)
+        limit = BodyLimit(read_all, max_body_bytes, 100)
         asyncio.run(limit(scope, self.receive, self.send))
         status: int = self.sent[0]["status"]
         return status
@@ -55,34 +55,21 @@ def test_limit_accepts_a_body_within_it() -> None:
     assert connection.sent[-1].get("more_body", False) is False
 
 
-def test_limit_refuses_a_large_content_length_before_reading_and_then_drains() -> None:
+def test_limit_refuses_a_large_content_length_before_reading() -> None:
     connection = FakeConnection(b"12345", b"678901")
     assert connection.run(10, content_length="11") == 413
     assert (b"connection", b"close") in connection.sent[0]["headers"]
-    assert [message.get("more_body") for message in connection.sent[1:]] == [True, False]
-    assert connection.n_received == 2
+    assert connection.n_received == 0
 
 
 def test_limit_counts_chunks_without_content_length() -> None:
     connection = FakeConnection(b"12345", b"678901", b"more")
     assert connection.run(10) == 413
-    assert connection.n_received == 3
+    assert connection.n_received == 2
 
 
 def test_limit_counts_chunks_if_content_length_is_too_small() -> None:
     assert FakeConnection(b"12345", b"678901").run(10, content_length="5") == 413
-
-
-def test_limit_does_not_wait_for_more_after_the_last_chunk() -> None:
-    connection = FakeConnection(b"x" * 11)
-    assert connection.run(10, drain_seconds=1e6) == 413
-
-
-def test_limit_sends_the_whole_response_before_it_drains() -> None:
-    connection = FakeConnection(b"x" * 11, is_endless=True)
-    assert connection.run(10, drain_seconds=0.05) == 413
-    assert b"body_too_large" in connection.sent[1]["body"]
-    assert connection.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "1e9"])
@@ -132,3 +119,46 @@ def test_limit_bounds_all_bodies_in_flight_and_releases_them() -> None:
 
     asyncio.run(scenario())
     assert statuses == [200, 429, 200]
+
+
+async def read_or_refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Read the body, and render any refusal."""
+    try:
+        while (await receive()).get("more_body", False):
+            pass
+    except ServiceError as error:
+        await problem_response(error)(scope, receive, send)
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Stalled(FakeConnection):
+    """Sends its chunks but never the end of the body."""
+
+    async def receive(self) -> Message:
+        return {**await super().receive(), "more_body": True}
+
+
+def test_full_limit_evicts_stalled_uploads_for_a_new_one() -> None:
+    async def scenario() -> None:
+        limit = BodyLimit(read_or_refuse, max_body_bytes=10, max_in_flight_bytes=25)
+        scope: dict[str, Any] = {"type": "http", "headers": []}
+        stalled = [Stalled(b"x" * size) for size in (8, 9, 7)]
+        tasks = [asyncio.ensure_future(limit(scope, one.receive, one.send)) for one in stalled]
+        await asyncio.sleep(0.01)
+        new = FakeConnection(b"12345", b"12345")
+        await limit(scope, new.receive, new.send)
+        assert new.sent[0]["status"] == 200
+        # The largest was enough.
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.done() for task in tasks] == [False, True, False]
+        assert stalled[1].sent[0]["status"] == 408
+        assert b"upload_evicted" in stalled[1].sent[1]["body"]
+        for task in (tasks[0], tasks[2]):
+            task.cancel()
+        # The cancellation of a request that was not evicted stays one.
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+
+    asyncio.run(scenario())

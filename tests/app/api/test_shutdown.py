@@ -30,15 +30,13 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 
 class Running:
-    """The server in a thread, with one of uvicorn's parsers and event loops."""
+    """The server in a thread, with one of the event loops."""
 
-    def __init__(self, parser: str, loop: str, catalogue: Catalogue, **settings: object) -> None:
+    def __init__(self, loop: str, catalogue: Catalogue, **settings: object) -> None:
         given = Settings.model_validate({"port": 0, **settings})
         self.service = Service(given, Metrics(CollectorRegistry()))
         self.service.publish(catalogue)
-        config = configure(given, self.service, None)
-        config.http = parser
-        self.server = Server(config, self.service)
+        self.server = Server(configure(given, self.service, None), self.service)
         self.listener = listen(given.host, given.port)
         self.port: int = self.listener.getsockname()[1]
         self.loop = LOOPS[loop]()
@@ -84,12 +82,11 @@ def read_answer(connection: socket.socket) -> bytes:
     return answer
 
 
-@pytest.fixture(params=[("h11", "asyncio"), ("httptools", "asyncio"), ("h11", "uvloop"), ("httptools", "uvloop")])
+@pytest.fixture(params=["asyncio", "uvloop"])
 def start(request: pytest.FixtureRequest, catalogue: Catalogue) -> Any:
     @contextmanager
     def start(served: Catalogue = catalogue, **settings: object) -> Iterator[Running]:
-        parser, loop = request.param
-        running = Running(parser, loop, served, **settings)
+        running = Running(request.param, served, **settings)
         running.thread.start()
         try:
             yield running
