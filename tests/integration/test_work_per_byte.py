@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from app.settings import Settings
+from tests.app.api.v2.json_bombs import make_json_bombs
 from tests.app.image_bombs import lossless_webp, scans_jpeg
 from tests.app.odd_images import encode, make_photo
 from tests.integration.attack import Watch, send_together
@@ -16,6 +18,25 @@ from tests.integration.server import Server
 
 GOOD = encode(make_photo(600, 400), "JPEG")
 FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
+MAX_BODY_BYTES = Settings().max_body_bytes
+# One for each member, and each that is slow in its own way.
+JSON_BOMBS = (
+    "numbers in inputs",
+    "objects in inputs",
+    "numbers in pixels",
+    "lists in pixels",
+    "pairs in pixels",
+    "numbers in an input's shape",
+    "digits in parameters",
+    "keys in parameters",
+    "numbers in outputs",
+    "string in id",
+    "empty strings in files",
+    "depth in pixels",
+    "blanks in pixels",
+    "unknown members",
+    "two bytes and four",
+)
 PART = b'--XX\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%s\r\n'
 MAX_GROWTH_BYTES = 400 << 20
 # Measured: 0.1 s, and more than 10 s for the last of the costly images.
@@ -66,5 +87,15 @@ def test_costly_images_delay_nobody_and_share_a_budget(service: Server, name: st
     assert ordinary == 200
     assert set(statuses) <= expected
     assert max(waits) < MAX_SECONDS
+    assert watch.slowest_seconds < MAX_SECONDS
+    assert watch.growth_bytes < MAX_GROWTH_BYTES
+
+
+def test_json_at_the_body_limit_delays_nobody_and_takes_little_memory(service: Server) -> None:
+    bombs = make_json_bombs(MAX_BODY_BYTES)
+    with Watch(service) as watch:
+        for name in JSON_BOMBS:
+            status, answer = service.ask("POST", "/v2/models/tiny/infer", bombs[name])
+            assert status == 400, (name, answer)
     assert watch.slowest_seconds < MAX_SECONDS
     assert watch.growth_bytes < MAX_GROWTH_BYTES
