@@ -33,6 +33,7 @@ from app.errors import MalformedImage, NotAnImage, ServiceError, TooManyPixels
 from app.store.image_cost import DecodingCost, Shape, bytes_after_loading, estimate, estimate_webp
 from app.store.image_structure import MAX_JPEG_SCANS, check_structure, find_first_scan, require_few_scans
 from app.store.manifest import Input
+from app.system.libtiff import silence_libtiff
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def limit_pillow(max_pixels: int) -> None:
     Pillow warns above its limit and raises only above twice the limit, so the limit is halved and the warning ignored.
     """
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
+    silence_libtiff()
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
     # libtiff reads this at every JPEG in a TIFF.
     os.environ.setdefault("LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER", str(MAX_JPEG_SCANS))

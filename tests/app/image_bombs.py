@@ -86,7 +86,7 @@ def strips_tiff(width: int, n_strips: int, data: bytes, strip_bytes: int, compre
     )
 
 
-def fax_tiff(width: int, height: int, n_bytes: int = 2000, compression: int = 3) -> bytes:
+def fax_tiff(width: int, height: int, n_bytes: int = 2000, compression: int = 2) -> bytes:
     """Make a TIFF about whose rows libtiff complains, one by one."""
     return make_tiff(
         {
@@ -100,7 +100,7 @@ def fax_tiff(width: int, height: int, n_bytes: int = 2000, compression: int = 3)
             278: (LONG, [height]),
             279: (LONG, [n_bytes]),
         },
-        b"\xaa\x55" * (n_bytes // 2),
+        b"\0\xff" * (n_bytes // 2),
     )
 
 
