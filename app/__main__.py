@@ -24,6 +24,7 @@ from app.bootstrap import load, make_service, prepare_process
 from app.errors import SettingsError, StartupError
 from app.main import create_app
 from app.observability.logs import configure_logs
+from app.observability.stderr import divert_stderr
 from app.serving.service import Service
 from app.settings import Settings, read_settings
 from app.store.catalogue import Catalogue
@@ -43,6 +44,7 @@ def main() -> int:
     prepare_process()
     try:
         settings = read_settings()
+        divert_stderr()
         configure_logs(settings.log_level, settings.log_format)
         with listen(settings.host, settings.port) as listener:
             uvloop.run(serve(settings, listener))

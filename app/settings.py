@@ -69,6 +69,14 @@ class Settings(BaseModel):
         default=1_000_000_000, ge=1, description="maximum total size of the request bodies in flight"
     )
     max_pixels: int = Field(default=50_000_000, ge=1, description="maximum image size, by header and after resizing")
+    max_request_pixels: int = Field(
+        default=200_000_000, ge=1, description="maximum size of all images of a request together, by header"
+    )
+    max_decode_bytes: int = Field(
+        default=300_000_000,
+        ge=1,
+        description="maximum memory, by estimate, of the images being decoded; an image that needs more is refused",
+    )
     max_files: int = Field(default=32, ge=1, description="maximum number of files in a multipart request")
     n_decode_threads: int = Field(default=2, ge=1, le=256, description="images decoded concurrently")
     max_in_flight_images: int = Field(default=256, ge=1, description="maximum images decoding, queued or running")
@@ -151,6 +159,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
+        if self.max_pixels > self.max_request_pixels:
+            raise ValueError(
+                f"DTEM_MAX_PIXELS ({self.max_pixels}) exceeds DTEM_MAX_REQUEST_PIXELS ({self.max_request_pixels}):"
+                " such an image would never be admitted"
+            )
         if self.max_files > self.max_queue_images:
             raise ValueError(
                 f"DTEM_MAX_FILES ({self.max_files}) exceeds DTEM_MAX_QUEUE_IMAGES ({self.max_queue_images}):"

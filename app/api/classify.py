@@ -120,7 +120,7 @@ def _describe(outcome: Outcome, chosen: Selection, record: RequestRecord) -> dic
         "degraded": outcome.is_degraded,
         "timings_ms": {
             "decode": round(outcome.decode_seconds * 1e3, 3),
-            "queue": round(outcome.queue_seconds * 1e3, 3),
+            "queue": round(outcome.wait_seconds * 1e3, 3),
             "inference": round(outcome.inference_seconds * 1e3, 3),
             "total": round((record.total_seconds or 0.0) * 1e3, 3),
         },

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -80,7 +81,7 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         if now - self._stopped_at >= REPEAT_SECONDS:
             # Not logged: the interrupted code may hold a lock of logging.
-            os.write(2, b"second signal: exiting without draining\n")
+            os.write(sys.stderr.fileno(), b"second signal: exiting without draining\n")
             os._exit(1)
         self._stopped_at = min(self._stopped_at, now)
         self._service.drain()

@@ -16,6 +16,7 @@ class ImageResult:
 
     outputs: the rows of the graph's outputs that belong to this image, by role ("logits", …).
     tokens: tokens entering each block, and tokens left at the end. Shapes: (blocks + 1,)
+    queue_seconds: wait for the device; decode_wait_seconds: before that, for a decoder thread.
     """
 
     model: str
@@ -29,6 +30,12 @@ class ImageResult:
     queue_seconds: float
     inference_seconds: float
     is_degraded: bool
+    decode_wait_seconds: float = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Return the wait for a decoder thread and for the device."""
+        return self.decode_wait_seconds + self.queue_seconds
 
     @property
     def labels(self) -> Labels:
@@ -74,7 +81,7 @@ class RequestRecord:
         """Return durations by stage: one per image; for the total, one per request. Units: seconds."""
         return {
             "decode": [seconds for _, seconds in self.decodes],
-            "queue": [result.queue_seconds for result in self.results],
+            "queue": [result.wait_seconds for result in self.results],
             "inference": [result.inference_seconds for result in self.results],
             "total": [] if self.total_seconds is None else [self.total_seconds],
         }

@@ -261,6 +261,7 @@ def _make_result(batch: Batch, entry: Entry, outputs: Outputs, place: int, size:
         batch_size=size,
         started_at=batch.started_at,
         decode_seconds=entry.decode_seconds,
+        decode_wait_seconds=entry.decode_wait_seconds,
         queue_seconds=batch.started_at - entry.submitted_at,
         inference_seconds=seconds,
         is_degraded=batch.variant is not entry.ladder[0],

@@ -39,6 +39,7 @@ class Entry:
     deadline: float | None = None
     request_id: str = ""
     decode_seconds: float = 0.0
+    decode_wait_seconds: float = 0.0
     reply: Reply | None = None
     serial: int = field(default_factory=_serial.__next__)
 

@@ -2,26 +2,30 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.backends import Pixels
-from app.errors import InternalError, ServiceError
+from app.errors import InternalError, QueueFull, ServiceError, TooManyPixels
 from app.serving.engine import Engine
 from app.serving.entry import Entry, Outcome, Outcomes, Reply
+from app.store.image_cost import DecodingCost
+from app.store.preprocessing import OpenedImage
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Units: seconds of time.perf_counter."""
+    """wait_seconds: for a decoder thread, in the whole. Units: seconds of time.perf_counter."""
 
     pixels: Pixels
     started_at: float
     seconds: float
+    wait_seconds: float = 0.0
 
 
 MakeEntry = Callable[[Decoded, Reply], Entry]
@@ -34,29 +38,46 @@ class PendingRequest:
     engine's workers run them. Only the event loop calls `complete`, `fail` and `cancel`.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, n_images: int, make_entry: MakeEntry) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        engine: Engine,
+        n_images: int,
+        make_entry: MakeEntry,
+        max_pixels: int = sys.maxsize,
+    ) -> None:
         self.completed: asyncio.Future[None] = loop.create_future()
         self.decoded: list[Decoded | ServiceError | None] = [None] * n_images
         self.outcomes: dict[Entry, Outcome] = {}
         self.entries: list[Entry] = []
         self._loop, self._engine, self._make_entry = loop, engine, make_entry
-        self._n_missing = n_images
+        self._n_missing, self._n_pixels, self._max_pixels = n_images, 0, max_pixels
         # Ensures that nothing is queued after `cancel`.
         self._lock = threading.Lock()
         self._is_over = False
 
-    def decode(self, place: int, work: Callable[[], Pixels]) -> None:
-        """Decode one image, unless the request was cancelled. For a decoder thread."""
-        if self._is_over:
-            return
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    def count_pixels(self, n_pixels: int) -> None:
+        """Count the pixels of an image that is going to be decoded.
+
+        Raises: TooManyPixels.
+        """
+        with self._lock:
+            if self._n_pixels + n_pixels > self._max_pixels:
+                detail = f"The images of the request have more than {self._max_pixels} pixels, with this one."
+                raise TooManyPixels(detail, max_request_pixels=self._max_pixels)
+            self._n_pixels += n_pixels
+
+    def settle(self, place: int, read: Callable[[], Decoded]) -> None:
+        """Store the pixels of one image, or the error that refuses it. For any thread."""
         try:
-            started_at = time.perf_counter()
             try:
-                pixels = work()
+                self.decoded[place] = read()
             except ServiceError as error:
                 self.decoded[place] = error
-            else:
-                self.decoded[place] = Decoded(pixels, started_at, time.perf_counter() - started_at)
             self._count_decoded()
         except ServiceError as error:
             self._loop.call_soon_threadsafe(self.fail, error)
@@ -117,3 +138,49 @@ class PendingRequest:
             for item in self.decoded
             if item is not None
         ]
+
+
+class ImageJob:
+    """One image file of a request, for the decoder threads. Units: seconds of time.perf_counter."""
+
+    def __init__(self, request: PendingRequest, place: int, open_file: Callable[[], OpenedImage]) -> None:
+        self.request = request
+        self._place, self._open_file = place, open_file
+        self._opened: OpenedImage | None = None
+        self._submitted_at = time.perf_counter()
+        self._opening_seconds = 0.0
+
+    def open(self) -> DecodingCost | None:
+        """Estimate the cost; None if the image is refused or the request is over."""
+        if self.request.is_over:
+            return None
+        started_at = time.perf_counter()
+        try:
+            self._opened = self._open_file()
+            self.request.count_pixels(self._opened.cost.n_pixels)
+        except Exception as error:  # noqa: BLE001 (`settle` tells expected errors from others)
+            self._settle_with(error)
+            return None
+        self._opening_seconds = time.perf_counter() - started_at
+        return self._opened.cost
+
+    def decode(self) -> None:
+        if not self.request.is_over:
+            self.request.settle(self._place, self._decode)
+
+    def refuse(self, error: QueueFull) -> None:
+        self._settle_with(error)
+
+    def _decode(self) -> Decoded:
+        assert self._opened is not None
+        started_at = time.perf_counter()
+        pixels = self._opened.decode()
+        ended_at = time.perf_counter()
+        seconds = self._opening_seconds + ended_at - started_at
+        return Decoded(pixels, ended_at - seconds, seconds, ended_at - self._submitted_at - seconds)
+
+    def _settle_with(self, error: Exception) -> None:
+        def fail() -> Decoded:
+            raise error
+
+        self.request.settle(self._place, fail)

@@ -4,8 +4,8 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,14 +14,15 @@ from app.errors import DeadlinePassed, EngineStalled, NotReady, ServiceError, Sh
 from app.observability.metrics import Metrics
 from app.observability.record import ImageResult, RequestRecord
 from app.serving.admission import Admission
+from app.serving.decoding import Decoders
 from app.serving.engine import Engine
 from app.serving.entry import Batch, Entry, Outcome, Outcomes, Reply
-from app.serving.pending import Decoded, PendingRequest
+from app.serving.pending import Decoded, ImageJob, PendingRequest
 from app.serving.scheduler import SchedulerLimits
 from app.settings import Settings
 from app.store.catalogue import Catalogue
 from app.store.manifest import Input
-from app.store.preprocessing import decode_image
+from app.store.preprocessing import DecodeLimits, open_image
 from app.store.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Service:
         )
         self.engine = Engine(limits, self._deliver, self._observe)
         self.admission = Admission(settings.max_in_flight_images, self.engine.seconds_until_drained)
-        self._decoders = ThreadPoolExecutor(settings.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = Decoders(settings.n_decode_threads, settings.max_decode_bytes, self.engine.clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watching: asyncio.Task[None] | None = None
         self._catalogue: Catalogue | None = None
@@ -58,6 +59,7 @@ class Service:
         """Start the engine; its results are delivered to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.engine.start()
+        self._decoders.start()
         self._watching = self._loop.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -65,7 +67,7 @@ class Service:
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.to_thread(self.engine.stop, STOP_SECONDS)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.stop()
 
     def publish(self, catalogue: Catalogue) -> None:
         """Serve these models from now on. Requests in flight keep their variants."""
@@ -137,12 +139,14 @@ class Service:
 
         # Without room in the queue, refuse before decoding.
         self.engine.require_room([make_entry(NOT_DECODED, None) for _ in inputs])
-        pending = PendingRequest(asyncio.get_running_loop(), self.engine, len(inputs), make_entry)
+        loop, max_pixels = asyncio.get_running_loop(), self.settings.max_request_pixels
+        pending = PendingRequest(loop, self.engine, len(inputs), make_entry, max_pixels)
         try:
             for place, data in enumerate(inputs):
-                self._decoders.submit(pending.decode, place, self._decoding(data, chosen.model.manifest.input))
+                self._decode(pending, place, data, chosen.model.manifest.input)
             await pending.completed
         finally:
+            self._decoders.withdraw(pending)
             n_waiting, n_running = pending.cancel()
             self.metrics.count_cancelled(n_waiting, n_running)
             record.decodes = [(item.started_at, item.seconds) for item in pending.decoded if isinstance(item, Decoded)]
@@ -151,10 +155,13 @@ class Service:
         record.refusals += [status_and_code(outcome)[1] for outcome in outcomes if isinstance(outcome, ServiceError)]
         return outcomes
 
-    def _decoding(self, data: bytes | Pixels, rule: Input) -> Callable[[], Pixels]:
+    def _decode(self, pending: PendingRequest, place: int, data: bytes | Pixels, rule: Input) -> None:
+        """Pass an image file to the decoders; pixels need none."""
         if isinstance(data, bytes):
-            return lambda: decode_image(data, rule, self.settings.max_pixels)
-        return lambda: data
+            limits = DecodeLimits(self.settings.max_pixels, self.settings.max_decode_bytes)
+            self._decoders.submit(ImageJob(pending, place, lambda: open_image(data, rule, limits)))
+        else:
+            pending.settle(place, lambda: Decoded(data, time.perf_counter(), 0.0))
 
     def _make_entry(
         self, chosen: Selection, decoded: Decoded, deadline: float | None, request_id: str, reply: Reply | None
@@ -176,6 +183,7 @@ class Service:
             deadline=deadline,
             request_id=request_id,
             decode_seconds=decoded.seconds,
+            decode_wait_seconds=decoded.wait_seconds,
             reply=reply,
         )
 

@@ -5,8 +5,12 @@ Training implements the same rule independently; a contract test checks that bot
 
 import io
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +19,7 @@ from PIL import (  # noqa: F401
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     MpoImagePlugin,
     PngImagePlugin,
@@ -25,7 +30,10 @@ from PIL import (  # noqa: F401
 
 from app.backends import Pixels
 from app.errors import MalformedImage, NotAnImage, ServiceError, TooManyPixels
+from app.store.image_cost import DecodingCost, Shape, bytes_after_loading, estimate, estimate_webp
+from app.store.image_structure import MAX_JPEG_SCANS, check_structure, find_first_scan, require_few_scans
 from app.store.manifest import Input
+from app.system.libtiff import silence_libtiff
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +49,42 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-START_OF_SCAN = b"\xff\xda"
-# Encoders write about ten.
-MAX_SCANS = 200
+# Keys of Pillow's `info` that may have an orientation.
+EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+# All texts of a PNG together, uncompressed.
+MAX_TEXT_BYTES = 4_000_000
 UNDEFINED_RANGE = {"I": "signed or 32-bit integer", "F": "float"}
 
 
 def limit_pillow(max_pixels: int) -> None:
-    """Set Pillow's own pixel limit, which some formats check before they allocate memory.
+    """Set Pillow's own limits, such as that on pixels, which some formats check before they allocate memory.
 
     Pillow warns above its limit and raises only above twice the limit, so the limit is halved and the warning ignored.
     """
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2
+    silence_libtiff()
+    PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+    # libtiff reads this at every JPEG in a TIFF.
+    os.environ.setdefault("LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER", str(MAX_JPEG_SCANS))
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     # Warnings about broken metadata.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """max_bytes: estimated memory while decoding one image."""
+
+    max_pixels: int
+    max_bytes: int = sys.maxsize
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image whose header is read. `decode` raises nothing but ServiceError; call it once."""
+
+    cost: DecodingCost
+    decode: Callable[[], Pixels]
 
 
 def decode_image(data: bytes, rule: Input, max_pixels: int) -> Pixels:
@@ -64,8 +93,107 @@ def decode_image(data: bytes, rule: Input, max_pixels: int) -> Pixels:
     Shapes: (H, W, 3), C-contiguous.
     Raises: NotAnImage, MalformedImage, TooManyPixels. No other exception, for any input.
     """
+    return open_image(data, rule, DecodeLimits(max_pixels)).decode()
+
+
+def open_image(data: bytes, rule: Input, limits: DecodeLimits) -> OpenedImage:
+    """Read the header, and estimate what decoding costs. Allocates no pixels.
+
+    Raises: NotAnImage, MalformedImage, TooManyPixels. No other exception, for any input.
+    """
+    with _translated_errors(data, limits.max_pixels):
+        check_structure(data)
+        opening = _open_webp(data, rule, limits) if _is_webp(data) else _open(data, rule, limits)
+        _require_bytes(opening.cost.n_bytes, opening.shape.size, limits.max_bytes)
+
+    def decode() -> Pixels:
+        with _translated_errors(data, limits.max_pixels):
+            return _decode(opening.load(), rule, opening, limits)
+
+    return OpenedImage(opening.cost, decode)
+
+
+@dataclass
+class _Opening:
+    """image: None for a format that allocates pixels when it is opened."""
+
+    data: bytes
+    shape: Shape
+    cost: DecodingCost
+    image: ImageFile.ImageFile | None = None
+
+    def load(self) -> Image.Image:
+        """Load the pixels, and forget the image, so that later steps can free it."""
+        image = self.image or Image.open(io.BytesIO(self.data), formats=FORMATS)
+        self.image = None
+        if image.width > self.shape.size[0] or image.height > self.shape.size[1]:
+            raise MalformedImage("The image is larger than its header says.")
+        image.load()
+        return image
+
+
+def _open_webp(data: bytes, rule: Input, limits: DecodeLimits) -> _Opening:
+    """Read the size without Pillow, which would allocate two canvases."""
+    size = WebPImagePlugin._get_size(data[:30])
+    if size is None:
+        raise MalformedImage("The image header is corrupt or truncated.")
+    shape = _measure(size, data, rule, limits)
+    return _Opening(data, shape, estimate_webp(shape))
+
+
+def _open(data: bytes, rule: Input, limits: DecodeLimits) -> _Opening:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    shape, n_scans = _measure(image.size, data, rule, limits), 0
+    _require_defined_range(image)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        n_scans = _count_buffered_scans(image, data)
+        min_side = rule.jpeg_draft_scale * rule.resize_shorter_side
+        image.draft(None, (min_side, min_side))
+    return _Opening(data, shape, estimate(image, shape, n_scans, _may_turn(image)), image)
+
+
+def _may_turn(image: Image.Image) -> bool:
+    """Tell whether there is metadata that may have an orientation. Reading it could load the pixels of a PNG."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ORIENTATION, 1) != 1:
+        return True
+    return not EXIF_KEYS.isdisjoint(image.info)
+
+
+def _measure(size: tuple[int, int], data: bytes, rule: Input, limits: DecodeLimits) -> Shape:
+    _require_size(*size, rule, limits.max_pixels)
+    return Shape(size, resized_size(*size, rule.resize_shorter_side), len(data))
+
+
+def _count_buffered_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
+    """Return the number of scans if libjpeg keeps all coefficients until the last one; else 0.
+
+    Raises: MalformedImage for too many scans.
+    """
+    start = find_first_scan(data)
+    n_components = data[start + 4] if start + 4 < len(data) else 0
+    is_buffered = bool(image.info.get("progressive")) or n_components < image.layers
+    return require_few_scans(data) if is_buffered else 0
+
+
+def _decode(image: Image.Image, rule: Input, opening: _Opening, limits: DecodeLimits) -> Pixels:
+    """Orient, flatten, resize and crop. No name keeps the image of an earlier step, so that its memory is freed."""
+    transposition = _read_orientation(image)
+    # Metadata after the pixels can turn the image, or make it transparent.
+    needed_bytes = bytes_after_loading(image, opening.shape.resized, is_turned=transposition is not None)
+    if needed_bytes > opening.cost.n_bytes:
+        _require_bytes(needed_bytes, image.size, opening.cost.n_bytes)
+    if transposition is not None:
+        image = image.transpose(transposition)
+    image = _flatten(image, rule.alpha_background)
+    image = _resize(image, rule)
+    return _crop(image, rule)
+
+
+@contextmanager
+def _translated_errors(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Raises: NotAnImage, MalformedImage, TooManyPixels. No other exception."""
     try:
-        return _decode(data, rule, max_pixels)
+        yield
     except ServiceError:
         raise
     except Image.DecompressionBombError as error:
@@ -81,15 +209,8 @@ def decode_image(data: bytes, rule: Input, max_pixels: int) -> Pixels:
         raise MalformedImage("The image is corrupt or truncated.") from error
 
 
-def _decode(data: bytes, rule: Input, max_pixels: int) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _require_size(image.width, image.height, rule, max_pixels)
-        if isinstance(image, JpegImagePlugin.JpegImageFile):
-            _require_few_scans(image, data)
-            min_side = rule.jpeg_draft_scale * rule.resize_shorter_side
-            image.draft(None, (min_side, min_side))
-        image.load()
-        return _crop(_resize(_flatten(_orient(image), rule.alpha_background), rule), rule)
+def _is_webp(data: bytes) -> bool:
+    return WebPImagePlugin._accept(data[:16]) is True
 
 
 def _has_known_signature(data: bytes) -> bool:
@@ -108,10 +229,18 @@ def _require_size(width: int, height: int, rule: Input, max_pixels: int) -> None
             raise TooManyPixels(detail, width=width, height=height, max_pixels=max_pixels)
 
 
-def _require_few_scans(image: Image.Image, data: bytes) -> None:
-    """Refuse a progressive JPEG with too many scans: 69 bytes of it can cost a pass over all pixels."""
-    if image.info.get("progressive") and data.count(START_OF_SCAN) > MAX_SCANS:
-        raise MalformedImage(f"The JPEG has more than {MAX_SCANS} scans.", max_scans=MAX_SCANS)
+def _require_bytes(n_bytes: int, size: tuple[int, int], max_bytes: int) -> None:
+    if n_bytes > max_bytes:
+        width, height = size
+        detail = (
+            f"Decoding the image of {width} x {height} pixels would take {n_bytes} bytes; the limit is {max_bytes}."
+        )
+        raise TooManyPixels(detail, width=width, height=height, n_bytes=n_bytes, max_bytes=max_bytes)
+
+
+def _require_defined_range(image: Image.Image) -> None:
+    if image.mode in UNDEFINED_RANGE:
+        raise NotAnImage(f"Unsupported pixel type ({UNDEFINED_RANGE[image.mode]}): its value range is undefined.")
 
 
 def resized_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
@@ -121,22 +250,20 @@ def resized_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
     return (shorter_side, other) if width <= height else (other, shorter_side)
 
 
-def _orient(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; ignore invalid EXIF. Pillow has already rotated TIFF files while loading."""
+def _read_orientation(image: Image.Image) -> Image.Transpose | None:
+    """Read the EXIF orientation; ignore invalid EXIF. Pillow has already rotated TIFF files while loading."""
     try:
-        transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION, 1))
+        return TRANSPOSITIONS.get(image.getexif().get(ORIENTATION, 1))
     except Exception as error:  # noqa: BLE001 (Pillow raises many types)
         logger.debug("ignored invalid EXIF: %r", error)
-        return image
-    return image if transposition is None else image.transpose(transposition)
+        return None
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Convert any mode to RGB; composite alpha over the background."""
     if image.mode.startswith("I;16"):
         image = _take_high_byte(image)
-    if image.mode in UNDEFINED_RANGE:
-        raise NotAnImage(f"Unsupported pixel type ({UNDEFINED_RANGE[image.mode]}): its value range is undefined.")
+    _require_defined_range(image)
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if not image.has_transparency_data:
@@ -160,7 +287,7 @@ def _take_high_byte(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     # One of the 65,536 grey levels may stand for transparency.
     if isinstance(transparent, int):
-        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255))))
     return grey
 
 

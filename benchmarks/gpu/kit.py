@@ -17,7 +17,7 @@ from deploy.local.process import ROOT
 
 SERVICE = (
     *("annotated-doc", "annotated-types", "anyio", "click", "fastapi", "h11", "httptools", "idna"),
-    *("opentelemetry-api", "pillow", "prometheus_client", "pydantic", "pydantic_core"),
+    *("msgspec", "opentelemetry-api", "pillow", "prometheus_client", "pydantic", "pydantic_core"),
     *("python-multipart", "starlette", "typing-inspection", "typing_extensions", "uvicorn", "uvloop"),
 )
 EXPORTER = (

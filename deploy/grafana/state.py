@@ -66,8 +66,8 @@ def queueing() -> Sequence[Panel]:
         ),
         timeseries(
             "Queue wait p95 by variant",
-            "95 % of the images waited less for the device. Above DTEM_TARGET_LATENCY_MS (250 ms) requests that opted "
-            "in are degraded.",
+            "95 % of the images waited less for a decoder thread and the device. Above DTEM_TARGET_LATENCY_MS "
+            "(250 ms) requests that opted in are degraded.",
             "s",
             Query(name_adaptive(quantile(0.95, STAGE, BY_VARIANT, f'{VARIANT}, stage="queue"')), VARIANT_LEGEND),
             thresholds=[(0.25, RED)],

@@ -106,8 +106,9 @@ def latency() -> Sequence[Panel]:
     ] + [
         timeseries(
             f"Latency p{percent} by stage",
-            "Per image: decode (CPU), queue (wait for the device), inference (its batch). Per request: total. Queue "
-            "above inference: overload. Decode above inference: large images, or too few DTEM_N_DECODE_THREADS.",
+            "Per image: decode (CPU), queue (wait for a decoder thread and the device), inference (its batch). "
+            "Per request: total. Queue above inference: overload. Decode above inference: large images, or too few "
+            "DTEM_N_DECODE_THREADS.",
             "s",
             Query(quantile(percent / 100, STAGE, "stage"), "{{stage}}"),
         )

@@ -23,7 +23,8 @@ HERE = Path(__file__).parent / "clients"
 N_REQUESTS, N_LARGE = 200, 20
 # Below the server's limit, and more than a socket buffers.
 LARGE_BYTES = 900_000
-PROXIES = {
+# Name: template, value of ${buffering}, command.
+PROXIES: dict[str, tuple[str, str, Callable[[Path], list[str]]]] = {
     "nginx": ("nginx.conf", "off", lambda file: ["nginx", "-c", str(file)]),
     "nginx, buffering": ("nginx.conf", "on", lambda file: ["nginx", "-c", str(file)]),
     "haproxy": ("haproxy.cfg", "", lambda file: ["haproxy", "-db", "-f", str(file)]),

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from fastapi import Request
@@ -30,6 +31,8 @@ class InferHandler:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.statistics = Statistics()
+        # One at a time: each holds the GIL for up to 0.1 s, and the event loop has to get it in between.
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="json")
 
     async def infer(self, request: Request, model: ServedModel) -> Response:
         """Answer a request, and add it to the statistics.
@@ -65,8 +68,10 @@ class InferHandler:
     async def _parse(self, body: bytes, encoding: str, header: str | None, model: ServedModel) -> InferenceRequest:
         limit, max_images = self._service.settings.max_body_bytes, self._service.settings.max_files
         plain = await _run(encoding != IDENTITY, lambda: decompress(body, encoding, limit))
-        is_slow = measure_json(plain, header) > LARGE_BYTES
-        return await _run(is_slow, lambda: parse_request(plain, header, model, max_images))
+        if measure_json(plain, header) <= LARGE_BYTES:
+            return parse_request(plain, header, model, max_images)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._parser, parse_request, plain, header, model, max_images)
 
 
 def _require_all(outcomes: Sequence[Outcome], record: RequestRecord) -> list[ImageResult]:

@@ -101,14 +101,16 @@ class IndexEntry(BaseModel):
 
 
 class Envelope(BaseModel):
-    """Unknown members are ignored, because the protocol allows extensions."""
+    """Unknown members are ignored, because the protocol allows extensions. Lists end at their first error."""
 
     model_config = ConfigDict(strict=True)
 
 
 class RequestInput(Envelope):
+    """In a parsed request, the data is its JSON text."""
+
     name: str
-    shape: list[int]
+    shape: list[int] = Field(fail_fast=True)
     datatype: str
     parameters: dict[str, Any] | None = Field(default=None, description="`binary_data_size`, if the data is binary")
     data: Annotated[Any, SkipValidation] = Field(
@@ -129,9 +131,11 @@ class InferRequest(Envelope):
         examples=[{"r": 8}],
     )
     inputs: list[RequestInput] = Field(
-        description="one tensor: pixels or image files", json_schema_extra={"minItems": 1, "maxItems": 1}
+        description="one tensor: pixels or image files",
+        json_schema_extra={"minItems": 1, "maxItems": 1},
+        fail_fast=True,
     )
-    outputs: list[RequestOutput] | None = Field(default=None, description="default: all outputs")
+    outputs: list[RequestOutput] | None = Field(default=None, description="default: all outputs", fail_fast=True)
 
 
 class ResponseOutput(BaseModel):

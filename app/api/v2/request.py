@@ -1,15 +1,12 @@
 """Request: parses an inference request to images, a query and the requested outputs. Pure functions."""
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from pydantic import ValidationError
-
-from app.api.v2.messages import InferRequest, RequestOutput
+from app.api.v2.envelope import read_envelope
+from app.api.v2.messages import RequestOutput
 from app.api.v2.outputs import OutputTensor, list_outputs
 from app.api.v2.parameters import BINARY_OUTPUT, read_flag, read_query
 from app.api.v2.tensors import InputRule, read_images
@@ -23,7 +20,6 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 # Parameters of a requested output.
 BINARY, CLASSIFICATION = "binary_data", "classification"
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
-MAX_DIGITS = 20
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,7 @@ def parse_request(body: bytes, header_length: str | None, model: ServedModel, ma
     if header_length is not None and n_json == 0:
         # A raw request of the binary extension: the body is one element.
         return _wrap_file(body, manifest)
-    envelope = _read_envelope(_read_json(body[:n_json]))
-    if len(envelope.inputs) != 1:
-        accepted = [manifest.input.name, "image"]
-        raise MalformedTensor(f"inputs has {len(envelope.inputs)} tensors; expected one.", accepted=accepted)
+    envelope = read_envelope(body[:n_json])
     parameters = envelope.parameters or {}
     return InferenceRequest(
         envelope.id,
@@ -83,46 +76,6 @@ def measure_json(body: bytes, header_length: str | None) -> int:
 def _wrap_file(body: bytes, manifest: Manifest) -> InferenceRequest:
     query = read_query({}, manifest.name, manifest.version)
     return InferenceRequest(None, [body], query, read_outputs(None, manifest, is_binary=False))
-
-
-def _read_json(data: bytes) -> Any:
-    """Parse JSON according to RFC 8259, which excludes NaN.
-
-    The hooks are in Python, because the C parser alone would hold the GIL for millions of numbers.
-    """
-    try:
-        return json.loads(
-            data.decode("utf-8"), parse_int=_read_integer, parse_float=_read_fraction, parse_constant=_refuse_number
-        )
-    except UnicodeDecodeError as error:
-        raise MalformedTensor(f"Invalid JSON: not UTF-8, {error.reason} at byte {error.start}.") from error
-    except json.JSONDecodeError as error:
-        raise MalformedTensor(f"Invalid JSON: {error.msg} at character {error.pos}.") from error
-    except RecursionError as error:
-        raise MalformedTensor("Invalid JSON: nested too deeply.") from error
-
-
-def _read_integer(text: str) -> int:
-    return int(text) if len(text) <= MAX_DIGITS else _refuse_number(text)
-
-
-def _read_fraction(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _refuse_number(text)
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise MalformedTensor(f"Invalid JSON: unsupported number {echo(text)}.")
-
-
-def _read_envelope(document: Any) -> InferRequest:
-    try:
-        return InferRequest.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        value = "" if first["type"] == "missing" else f"={echo(repr(first['input']))}"
-        raise MalformedTensor(f"Invalid request: {echo(path) or 'body'}{value}: {first['msg']}.") from error
 
 
 def read_outputs(

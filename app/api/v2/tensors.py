@@ -4,12 +4,15 @@ A request has one of two inputs: pixels in the model's input size, or image file
 """
 
 import binascii
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import accumulate
+from operator import mul
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from app.api.v2.messages import RequestInput
@@ -22,16 +25,22 @@ PIXELS_DATATYPE = "UINT8"
 IMAGE_DATATYPE = "BYTES"
 CHANNELS = 3
 BINARY_SIZE = "binary_data_size"
-CHUNK = 100_000
+CHUNK_BYTES = 50_000
+# By msgspec's names.
 KINDS = {
-    dict: "objects",
-    list: "arrays",
-    str: "strings",
-    int: "integers",
-    float: "floating-point numbers",
-    bool: "booleans",
-    type(None): "nulls",
+    "object": "objects",
+    "array": "arrays",
+    "str": "strings",
+    "int": "integers",
+    "float": "floating-point numbers",
+    "bool": "booleans",
+    "null": "nulls",
 }
+GOT = re.compile(r"got `(\w+)`")
+WHITESPACE = b" \t\r\n"
+NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[],{}"')
+NUMBERS = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=255)]])
+TEXTS, NESTED_TEXTS = msgspec.json.Decoder(list[str]), msgspec.json.Decoder(list[tuple[str]])
 # Precedes each element of a BYTES tensor.
 LENGTH = struct.Struct("<I")
 
@@ -84,7 +93,7 @@ def _read_pixels(tensor: RequestInput, binary: memoryview | None, expected: Inpu
         raise MalformedTensor(f"{_name(tensor)}: expected shape {wanted}, got {echo(str(tensor.shape))}.")
     _require_count(tensor, expected)
     n_bytes = tensor.shape[0] * height * width * CHANNELS
-    data = _join_numbers(tensor) if binary is None else binary
+    data = _join_numbers(tensor, n_bytes) if binary is None else binary
     if len(data) != n_bytes:
         raise MalformedTensor(f"{_name(tensor)}: shape {tensor.shape} requires {n_bytes} values, got {len(data)}.")
     return list(np.frombuffer(data, np.uint8).reshape(tensor.shape))
@@ -97,10 +106,14 @@ def _read_files(tensor: RequestInput, binary: memoryview | None, expected: Input
         raise MalformedTensor(detail)
     _require_count(tensor, expected)
     files = _decode_base64(tensor) if binary is None else _split(tensor, binary)
-    if len(files) != tensor.shape[0]:
-        detail = f"{_name(tensor)}: shape {tensor.shape} does not match the number of elements, {len(files)}."
-        raise MalformedTensor(detail)
+    _require_elements(tensor, len(files))
     return list(files)
+
+
+def _require_elements(tensor: RequestInput, n_elements: int) -> None:
+    if n_elements != tensor.shape[0]:
+        detail = f"{_name(tensor)}: shape {tensor.shape} does not match the number of elements, {n_elements}."
+        raise MalformedTensor(detail)
 
 
 def _require_datatype(tensor: RequestInput, datatype: str) -> None:
@@ -117,17 +130,86 @@ def _require_count(tensor: RequestInput, expected: InputRule) -> None:
         raise TooManyFiles(detail, max_files=expected.max_images)
 
 
-def _join_numbers(tensor: RequestInput) -> bytes:
-    """Convert JSON numbers to bytes in chunks, so that other threads can run in between."""
-    numbers = _flatten(tensor, int)
+def _join_numbers(tensor: RequestInput, n_values: int) -> bytes:
+    """Convert JSON numbers to bytes. Their number and nesting are checked on the text, before any is read."""
+    text = tensor.data
+    _require_array(tensor)
+    if b'"' in text:
+        raise _wrong_kind(tensor, "integers", "str")
+    if text.count(b"[") > 1:
+        _require_nested(tensor)
+        text = text.translate(None, b"[]")
+    else:
+        text = text[1:-1]
+    n_given = text.count(b",") + 1 if text.strip(WHITESPACE) else 0
+    if n_given != n_values:
+        raise MalformedTensor(f"{_name(tensor)}: shape {tensor.shape} requires {n_values} values, got {n_given}.")
+    return b"".join(_read_chunk(tensor, chunk) for chunk in _cut(text))
+
+
+def _require_array(tensor: RequestInput) -> None:
+    if not tensor.data.startswith(b"["):
+        raise _wrong_nesting(tensor)
+
+
+def _require_nested(tensor: RequestInput) -> None:
+    """Compare brackets and commas with those of the shape."""
+    if tensor.data.count(b"[") != sum(accumulate(tensor.shape[:-1], mul, initial=1)):
+        raise _wrong_nesting(tensor)
+    wanted = b""
+    for extent in reversed(tensor.shape):
+        wanted = b"[" + b",".join([wanted] * extent) + b"]"
+    if tensor.data.translate(None, NOT_STRUCTURE) != wanted:
+        raise _wrong_nesting(tensor)
+
+
+def _cut(text: bytes) -> Iterator[bytes]:
+    """Cut a list at commas into parts that take a millisecond each, so that other threads can run in between."""
+    start = 0
+    while start <= len(text):
+        end = text.find(b",", start + CHUNK_BYTES)
+        end = len(text) if end < 0 else end
+        yield b"[" + text[start:end] + b"]"
+        start = end + 1
+
+
+def _read_chunk(tensor: RequestInput, chunk: bytes) -> bytes:
     try:
-        return b"".join(bytes(numbers[start : start + CHUNK]) for start in range(0, len(numbers), CHUNK))
-    except (ValueError, OverflowError) as error:
-        raise MalformedTensor(f"{_name(tensor)}: data has values outside 0 to 255.") from error
+        return bytes(NUMBERS.decode(chunk))
+    except msgspec.ValidationError as error:
+        raise _wrong_elements(tensor, "integers", error) from error
 
 
 def _decode_base64(tensor: RequestInput) -> list[bytes]:
-    return [_decode_element(tensor, index, text) for index, text in enumerate(_flatten(tensor, str))]
+    return [_decode_element(tensor, index, text) for index, text in enumerate(_read_texts(tensor))]
+
+
+def _read_texts(tensor: RequestInput) -> list[str]:
+    """Return the strings. None of them is read if there are too many; base64 has no commas."""
+    _require_array(tensor)
+    if tensor.data.count(b",") >= max(1, tensor.shape[0]):
+        _require_elements(tensor, tensor.data.count(b",") + 1)
+    is_nested = len(tensor.shape) == 2 and tensor.data[1:].lstrip(WHITESPACE).startswith(b"[")
+    try:
+        return [text for (text,) in NESTED_TEXTS.decode(tensor.data)] if is_nested else TEXTS.decode(tensor.data)
+    except msgspec.ValidationError as error:
+        raise _wrong_elements(tensor, "base64 strings", error) from error
+
+
+def _wrong_elements(tensor: RequestInput, accepted: str, error: msgspec.ValidationError) -> MalformedTensor:
+    found = GOT.search(str(error))
+    if found is None:
+        return MalformedTensor(f"{_name(tensor)}: data has values outside 0 to 255.")
+    return _wrong_nesting(tensor) if "`array`" in str(error) else _wrong_kind(tensor, accepted, found[1])
+
+
+def _wrong_kind(tensor: RequestInput, accepted: str, found: str) -> MalformedTensor:
+    return MalformedTensor(f"{_name(tensor)}: data must contain only {accepted}, found {KINDS[found]}.")
+
+
+def _wrong_nesting(tensor: RequestInput) -> MalformedTensor:
+    shape = echo(str(tensor.shape))
+    return MalformedTensor(f"{_name(tensor)}: data must be flat, or nested as shape {shape}.")
 
 
 def _decode_element(tensor: RequestInput, index: int, text: str) -> bytes:
@@ -136,21 +218,6 @@ def _decode_element(tensor: RequestInput, index: int, text: str) -> bytes:
     except ValueError as error:
         detail = f"{_name(tensor)}: data[{index}] is not valid base64: {error}."
         raise MalformedTensor(detail) from error
-
-
-def _flatten(tensor: RequestInput, kind: type) -> list[Any]:
-    """Return the elements in order. The data must be flat, or nested as the shape."""
-    data: list[Any] = [tensor.data]
-    is_nested = isinstance(tensor.data, list) and bool(tensor.data) and isinstance(tensor.data[0], list)
-    for extent in tensor.shape if is_nested else [None]:
-        if any(type(part) is not list or extent not in (None, len(part)) for part in data):
-            raise MalformedTensor(f"{_name(tensor)}: data must be flat, or nested as shape {tensor.shape}.")
-        data = list(chain.from_iterable(data))
-    wrong = {type(element) for element in data} - {kind}
-    if wrong:
-        accepted = "integers" if kind is int else "base64 strings"
-        raise MalformedTensor(f"{_name(tensor)}: data must contain only {accepted}, found {KINDS[wrong.pop()]}.")
-    return data
 
 
 def _split(tensor: RequestInput, binary: memoryview) -> list[bytes]:

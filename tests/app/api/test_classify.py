@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,6 +9,7 @@ from starlette.testclient import TestClient
 
 from app.backends import Outputs, Pixels
 from app.store.catalogue import Catalogue, ServedModel, ServedVariant
+from app.store.preprocessing import open_image
 from app.store.selection import Query
 from tests.app.conftest import ClientFactory
 from tests.app.odd_images import encode, make_photo, refused_images
@@ -348,3 +350,30 @@ def test_body_limit_counts_a_body_without_content_length(make_client: ClientFact
 def test_top_k_limits_the_predictions(client: TestClient) -> None:
     assert len(client.post("/classify?top_k=1", content=PNG).json()["predictions"]) == 1
     assert len(client.post("/classify", content=PNG).json()["predictions"]) == 3
+
+
+def test_images_of_a_form_share_a_budget_of_pixels(make_client: ClientFactory) -> None:
+    image = encode(make_photo(20, 10), "PNG")
+    client = make_client(max_pixels=400, max_request_pixels=500)
+    files = [("file", ("x", image)) for _ in range(3)]
+    results = client.post("/classify", files=files).json()["results"]
+    assert sorted(result.get("status", 200) for result in results) == [200, 200, 413]
+    (refused,) = (result for result in results if result.get("status") == 413)
+    assert (refused["code"], refused["max_request_pixels"]) == ("too_many_pixels", 500)
+
+
+def test_wait_for_a_decoder_is_part_of_the_queue_stage(
+    make_client: ClientFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(n_decode_threads=1)
+
+    def open_slowly(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return open_image(*arguments)
+
+    monkeypatch.setattr("app.serving.service.open_image", open_slowly)
+    files = [("file", ("x", encode(make_photo(20, 10), "PNG"))) for _ in range(3)]
+    timings = [result["timings_ms"] for result in client.post("/classify", files=files).json()["results"]]
+    # Each waits for the ones before it; none of them for the device.
+    assert max(timing["queue"] for timing in timings) >= 100
+    assert max(timing["decode"] for timing in timings) >= 50

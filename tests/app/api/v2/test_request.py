@@ -254,7 +254,7 @@ def test_invalid_header_length_is_refused(model: ServedModel, length: str) -> No
         (b'{"inputs": ' + b"9" * 5000 + b"}", "unsupported number 9999"),
         (b"[" * 100_000, "Invalid JSON: nested too deeply"),
         (b'{"inputs": "\\ud800"}', "valid list"),
-        (b'{"inputs": [{"name": "\\ud800", "shape": [], "datatype": ""}]}', "Unknown input"),
+        (b'{"inputs": [{"name": "\\ud800", "shape": [], "datatype": ""}]}', "Invalid JSON: "),
     ],
 )
 def test_invalid_json_is_refused(model: ServedModel, body: bytes, reason: str) -> None:
