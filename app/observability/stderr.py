@@ -3,6 +3,7 @@
 C libraries write to file descriptor 2, past any logging: two images of 2 kB could print 50 MB.
 """
 
+import contextlib
 import faulthandler
 import fcntl
 import logging
@@ -40,7 +41,9 @@ def divert_stderr() -> None:
     reading_end, writing_end = os.pipe()
     # A full pipe drops what is printed; it never blocks the thread of a library.
     os.set_blocking(writing_end, False)
-    fcntl.fcntl(writing_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    # The system may allow less.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(writing_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.dup2(writing_end, STDERR)
     os.close(writing_end)
     threading.Thread(target=_read_on, args=(reading_end,), name="stderr", daemon=True).start()
