@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -33,12 +34,16 @@ class Address:
             connection.close()
 
     def disconnect(self, path: str, body: bytes) -> None:
-        """Send a request and disconnect before the answer."""
+        """Send a request and reset the connection before the answer.
+
+        A connection that is only closed may be half-closed: the service finds out when the answer is there already.
+        """
         head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection((self.host, self.port), TIMEOUT_SECONDS) as wire:
             wire.sendall(head.encode() + body)
             # Until the image is queued or running.
             time.sleep(0.01)
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def models(self) -> list[dict[str, Any]]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT_SECONDS)

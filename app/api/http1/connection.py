@@ -27,7 +27,7 @@ LINGER_BYTES = 256_000_000
 LINGER_SECONDS = 30.0
 LINGER_IDLE_SECONDS = 2.0
 # A client that has closed its connection looks like one that has only finished sending, until something is sent to it.
-PROBE_SECONDS = 0.25
+PROBE_SECONDS, PROBE_CHECK_SECONDS = 0.25, 0.05
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -367,4 +367,4 @@ class Connection(asyncio.Protocol):
         elif is_reset(self.transport):
             self.transport.abort()
             return
-        self.loop.call_later(PROBE_SECONDS, self._probe_half_closed, True)
+        self.loop.call_later(PROBE_CHECK_SECONDS, self._probe_half_closed, True)
