@@ -158,6 +158,8 @@ class Decoders:
     def _work(self) -> None:
         while (work := self._next()) is not None:
             work()
+            # While this thread waits, it must not keep the request, and with it a version that may be dropped.
+            del work
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for work; None once stopped."""

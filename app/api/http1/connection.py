@@ -260,6 +260,8 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         self._state, self._has_begun = State.HEAD, False
+        # It refers to the version that answered, which may be dropped while the connection is idle.
+        self.cycle = None
         self._deadline = self.loop.time() + self.config.timeout_keep_alive
         self._read()
         if self._has_ended and self._state is not State.COMPLETE:

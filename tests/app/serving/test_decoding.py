@@ -1,9 +1,11 @@
 import threading
 import time
+import weakref
 
 from app.errors import QueueFull
 from app.serving.decoding import CHEAP_BYTES, MAX_BACKLOG_SECONDS, DecodeQueue, Decoders
 from app.store.image_cost import DecodingCost
+from tests.integration.server import wait_until
 
 BUDGET = 300_000_000
 CHEAP = DecodingCost(1, 1000, 0.001)
@@ -150,3 +152,19 @@ def test_an_image_is_costly_by_its_memory_or_its_time() -> None:
         decoders._open(job)
     assert not any(job.has_started.is_set() for job in jobs)
     assert len(decoders._queue._waiting) == 2
+
+
+def test_an_idle_thread_keeps_no_request() -> None:
+    decoders = Decoders(1, BUDGET, time.monotonic)
+    kept: list[weakref.ref[Job]] = []
+    decoders.start()
+    try:
+        for cost in (costly(0.0, 1), costly(1.0)):
+            job = Job(1, cost)
+            decoders.submit(job)
+            assert job.is_done.wait(30)
+            kept.append(weakref.ref(job))
+            del job
+            wait_until(lambda: kept[-1]() is None)
+    finally:
+        decoders.stop()

@@ -41,3 +41,11 @@ def test_peers_are_probed_while_idle(start: Start) -> None:
         (connection,) = connections(running)
         sock = connection.transport.get_extra_info("socket")
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_idle_connection_keeps_no_request(start: Start) -> None:
+    """A request refers to the version that answered, which may be dropped meanwhile."""
+    with start() as running, running.connect(POST) as connection:
+        read_answer(connection)
+        (served,) = connections(running)
+        wait_until(lambda: served.cycle is None)
