@@ -45,8 +45,9 @@ def load_catalogue(
             refused.pop(version, None)
             models.setdefault(version[0], {})[version[1]] = loaded
 
-    by_age = sort_by_age(folder, found.versions)
-    default_model = options.default_model or by_age[0]
+    # Sorting reads every manifest, and is not needed if a name decides.
+    names = sort_by_age(folder, found.versions) if options.default_model is None else list_models(found.versions)
+    default_model = options.default_model or names[0]
     for name, versions in group_for_start(found.versions, default_model).items():
         for version in versions:
             attempt(version, options)
@@ -57,7 +58,7 @@ def load_catalogue(
     if refused:
         # What was loaded of them before they failed.
         return_freed_memory()
-    default_model = choose_default(folder, [name for name in by_age if name in models], refused, options.default_model)
+    default_model = choose_default(folder, [name for name in names if name in models], refused, options.default_model)
     return Catalogue(models, default_model, refused, found.ignored)
 
 
@@ -71,6 +72,10 @@ def scan_at_start(folder: Path) -> Scan:
     if not found.versions:
         raise StoreError(folder, f"no models found (expected <model>/<version>/{MANIFEST_FILE})")
     return found
+
+
+def list_models(versions: Iterable[Version]) -> list[str]:
+    return sorted({name for name, _ in versions})
 
 
 def sort_by_age(folder: Path, versions: Iterable[Version]) -> list[str]:

@@ -19,7 +19,7 @@ from training.merging.adaptive import merge_candidates
 from training.merging.matching import Matching
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.calibration import Calibration, adaptive_model
-from training.models.classifier import AdaptiveClassifier
+from training.models.classifier import AdaptiveClassifier, adaptive_classifier
 
 SINGLE = "single"
 
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.policy not in calibrations:
         raise ValueError(f"--policy {options.policy}: expected one of {', '.join(calibrations) or 'none'}")
     calibration = calibrations[options.policy]
-    classifier = AdaptiveClassifier(calibration.model(chosen.vit, chosen.embedding), chosen.rule).eval()
+    classifier = adaptive_classifier(chosen.vit, chosen.rule, calibration, chosen.embedding)
     session = open_session(options.published / f"{options.policy}.onnx", 1)
     pixels = torch.cat([part for part, _ in pixel_batches(chosen_source(options, chosen.rule), 32, 0)])
 

@@ -24,6 +24,7 @@ PNG = encode(make_photo(8, 8), "PNG")
 # Larger than what stalled uploads leave free below.
 NOISE = encode(make_photo(360, 360), "PNG")
 SECONDS = 60
+JDK = Path(__file__).parent / "clients" / "Jdk.java"
 STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
 LAST = b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -251,33 +252,14 @@ def test_stalled_uploads_do_not_keep_others_out(impatient: Server) -> None:
         assert count_refusals(impatient, "upload_evicted") == 1
 
 
-JAVA = """
-import java.net.URI;
-import java.net.http.*;
-import java.nio.file.Path;
-
-class Post {
-    public static void main(String[] arguments) throws Exception {
-        var client = HttpClient.newHttpClient();
-        for (int i = 0; i < 20; i++) {
-            var body = HttpRequest.BodyPublishers.ofFile(Path.of(arguments[1]));
-            var request = HttpRequest.newBuilder(URI.create(arguments[0])).POST(body).build();
-            System.out.println(client.send(request, HttpResponse.BodyHandlers.ofString()).statusCode());
-        }
-    }
-}
-"""
-
-
 @on_both
 @pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 def test_java_uploads(server: Address, tmp_path: Path) -> None:
     """Its client offers HTTP/2 by default."""
-    program, image = tmp_path / "Post.java", tmp_path / "image.png"
-    program.write_text(JAVA, encoding="utf-8")
+    image = tmp_path / "image.png"
     image.write_bytes(NOISE)
     url = f"http://127.0.0.1:{server.port}/classify?r=16"
-    command = ["java", str(program), url, str(image)]
+    command = ["java", str(JDK), url, str(image), "20"]
     assert subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout.split() == [b"200"] * 20
 
 

@@ -6,7 +6,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.body_limit import BodyLimit
 from app.api.problems import problem_response
-from app.errors import BodyTooLarge, QueueFull, ServiceError
+from app.errors import QueueFull, ServiceError
 
 
 async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
@@ -14,7 +14,7 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
     try:
         while (await receive()).get("more_body", False):
             pass
-    except BodyTooLarge as error:
+    except ServiceError as error:
         await problem_response(error)(scope, receive, send)
     else:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -121,18 +121,6 @@ def test_limit_bounds_all_bodies_in_flight_and_releases_them() -> None:
     assert statuses == [200, 429, 200]
 
 
-async def read_or_refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """Read the body, and render any refusal."""
-    try:
-        while (await receive()).get("more_body", False):
-            pass
-    except ServiceError as error:
-        await problem_response(error)(scope, receive, send)
-    else:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-
 class Stalled(FakeConnection):
     """Sends its chunks but never the end of the body."""
 
@@ -142,7 +130,7 @@ class Stalled(FakeConnection):
 
 def test_full_limit_evicts_stalled_uploads_for_a_new_one() -> None:
     async def scenario() -> None:
-        limit = BodyLimit(read_or_refuse, max_body_bytes=10, max_in_flight_bytes=25)
+        limit = BodyLimit(read_all, max_body_bytes=10, max_in_flight_bytes=25)
         scope: dict[str, Any] = {"type": "http", "headers": []}
         stalled = [Stalled(b"x" * size) for size in (8, 9, 7)]
         tasks = [asyncio.ensure_future(limit(scope, one.receive, one.send)) for one in stalled]
