@@ -6,6 +6,7 @@ stated beside them: labels, preprocessing, activation.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,10 +195,11 @@ def _resampled(
         raise UnreadableCheckpoint(f"{file} has patches of {_sides(found)}, and {name} has {_sides(expected)}")
     if "pos_embed" not in tensors or vit.pos_embed is None or tensors["pos_embed"].shape == vit.pos_embed.shape:
         return tensors, []
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    n_prefix, grid = position_grid(shapes)
-    if grid is None:
+    n_prefix = 0 if vit.no_embed_class else int(vit.num_prefix_tokens)
+    side = math.isqrt(tensors["pos_embed"].shape[1] - n_prefix)
+    if n_prefix + side**2 != tensors["pos_embed"].shape[1]:
         return tensors, []
+    grid = (side, side)
     positions = resample_positions(
         tensors["pos_embed"], vit, old_grid=grid, n_prefix=n_prefix, antialias=stated.is_antialiased
     )

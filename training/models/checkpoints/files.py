@@ -133,7 +133,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    head = path.open("rb").read(512)
+    head = _first_bytes(path, 512)
     if reason := _plain_reason(path, head):
         raise UnreadableCheckpoint(f"{path} {reason}")
     if head[8:9] == b"{":
@@ -192,7 +192,7 @@ def _read_safetensors(path: Path, head: bytes) -> dict[str, Any]:
     n_bytes, n_header = path.stat().st_size, int.from_bytes(head[:8], "little")
     try:
         if 8 + n_header <= n_bytes:
-            header = json.loads(path.open("rb").read(8 + n_header)[8:])
+            header = json.loads(_first_bytes(path, 8 + n_header)[8:])
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             end = 8 + n_header + max((entry["data_offsets"][1] for entry in entries), default=0)
         else:
@@ -239,9 +239,10 @@ def _check_zip(path: Path) -> None:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_SAFE), warnings.catch_warnings():
+        # An open file: for a path, torch.load trusts the suffix.
+        with path.open("rb") as file, torch.serialization.safe_globals(_SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise UnreadableCheckpoint(_refused_pickle(path, err)) from err
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
@@ -293,6 +294,11 @@ def _legacy_globals(path: Path) -> list[str]:
                         names.append(str(argument).replace(" ", "."))
         except Exception:  # noqa: BLE001 - tensors follow the last pickle
             return names
+
+
+def _first_bytes(path: Path, n: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(n)
 
 
 def _beside(path: Path, ending: str) -> Path:
