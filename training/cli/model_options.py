@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from training.data.digits import SPLITS, Split
 from training.data.preprocessing import InputRule
 from training.data.sources import REFERENCE_DATASET, Source, find_dataset, open_source
 from training.models.calibration import Calibration, load_calibration
+from training.models.checkpoints import is_source, open_checkpoint
 from training.models.classifier import CLASSIFY, input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.tasks import TASKS, find_task
@@ -24,7 +26,10 @@ EMBEDDING = "embedding.safetensors"
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """A loaded model, the arguments that rebuild it, and the preprocessing of its images."""
+    """A loaded model, the arguments that rebuild it, and the preprocessing of its images.
+
+    labels, activation: as far as a checkpoint states them.
+    """
 
     vit: nn.Module
     timm_name: str
@@ -33,6 +38,8 @@ class ChosenModel:
     recipe: str
     embedding: DecoupledEmbedding | None = None
     task: Task = TASKS[CLASSIFY]
+    labels: tuple[str, ...] | None = None
+    activation: str = "softmax"
 
 
 def chosen_model(options: ModelOptions) -> ChosenModel:
@@ -41,12 +48,17 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     Raises: EmbeddingMismatch; ValueError where the options name no model or several, or invalid
         weights.
     """
-    named = [name for name in ("run", "published", "architecture") if getattr(options, name)]
+    given = {
+        "--run": options.run,
+        "--published": options.published,
+        "--weights": options.weights or options.architecture,
+    }
+    named = [name for name, value in given.items() if value]
     if len(named) != 1:
-        raise ValueError(f"expected exactly one of --run, --published and --architecture, not {named or 'none'}")
+        raise ValueError(f"expected exactly one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
     chosen = _chosen_vit(options)
     default = (options.run or options.published or Path()) / EMBEDDING
-    file = options.embedding or (default if default.is_file() and not options.architecture else None)
+    file = options.embedding or (default if default.is_file() and (options.run or options.published) else None)
     if file is None:
         return chosen
     embedding = load_embedding(file).eval()
@@ -68,13 +80,39 @@ def _chosen_vit(options: ModelOptions) -> ChosenModel:
         task, rule = find_task(manifest.get("task", CLASSIFY)), _rule_of(manifest["input"])
         vit = task.load(name, weights=options.published / "weights.safetensors", **arguments)
         return ChosenModel(vit.eval(), name, arguments, rule, manifest["training"]["recipe"], task=task)
-    if not options.architecture or not options.weights:
-        raise ValueError("--architecture needs --weights: 'pretrained' or a safetensors file")
-    weights = "pretrained" if options.weights == "pretrained" else Path(options.weights)
+    if options.weights == "pretrained" and options.architecture and not is_source(options.architecture):
+        task = find_task(options.task)
+        vit = task.load(options.architecture, weights="pretrained", **options.arguments)
+        origin = f"timm {options.architecture}, weights pretrained"
+        return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin, task=task)
+    return _from_checkpoint(options)
+
+
+def _from_checkpoint(options: ModelOptions) -> ChosenModel:
+    """Raises: ValueError where the options name no file, folder or repository."""
+    source, architecture = options.weights, options.architecture
+    if architecture and is_source(architecture):
+        if source not in (None, "pretrained"):
+            raise ValueError(f"--architecture {architecture} has its own weights: leave --weights {source} out")
+        source, architecture = architecture, None
+    if source in (None, "pretrained"):
+        raise ValueError("--architecture needs --weights ('pretrained', a file or a folder), and 'pretrained' needs it")
+    checkpoint = open_checkpoint(str(source), architecture, options.arguments)
     task = find_task(options.task)
-    vit = task.load(options.architecture, weights=weights, **options.arguments)
-    origin = f"timm {options.architecture}, weights {options.weights}"
-    return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin, task=task)
+    vit = checkpoint.load(task.load)
+    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}", file=sys.stderr)
+    for note in checkpoint.notes:
+        print(f"  {note}", file=sys.stderr)
+    return ChosenModel(
+        vit,
+        checkpoint.architecture,
+        checkpoint.arguments,
+        input_rule(vit),
+        f"timm {checkpoint.architecture}, weights {source}",
+        task=task,
+        labels=checkpoint.labels,
+        activation=checkpoint.activation,
+    )
 
 
 def newest_version(model: Path) -> Path | None:
