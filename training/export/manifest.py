@@ -105,7 +105,8 @@ def source_entries(source: Source, recipe: str) -> dict[str, Any]:
 
 
 def input_entry(rule: InputRule) -> dict[str, Any]:
-    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "crop": "center", **asdict(rule)}
+    stated = {key: value for key, value in asdict(rule).items() if value is not None}
+    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", **stated}
 
 
 def output_entry(outputs: Sequence[Output]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from training.data.pixel_rule import stated_rule
 from training.data.preprocessing import InputRule
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.calibration import Calibration
@@ -45,18 +46,13 @@ class AdaptiveClassifier(FrozenModule):
 
 
 def input_rule(vit: nn.Module) -> InputRule:
-    """Return the preprocessing that timm states for a model's weights."""
+    """Return the preprocessing that timm states for a model's weights, at the model's own size.
+
+    Raises: ValueError where it is none that the service has.
+    """
     model: Any = vit
-    stated = model.pretrained_cfg
     height, width = model.patch_embed.img_size
-    return InputRule(
-        height=height,
-        width=width,
-        resize_shorter_side=int(max(height, width) / stated["crop_pct"]),
-        interpolation=stated["interpolation"],
-        mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]),
-    )
+    return stated_rule(model.pretrained_cfg, height=height, width=width)
 
 
 def frozen_classifier(
