@@ -1,58 +1,22 @@
-"""Export a ViT with token merging: one verified and measured graph per policy and rate.
-
-The reference model: python -m training.cli.export --run runs/reference --name reference
-Your own:            python -m training.cli.export --architecture deit_small_patch16_224 --weights pretrained
-                       --name deit-s --data /data/imagenet/val
-
-With an embedding (that of the run or version, or --embedding), policy dtem is exported in addition to tome and none;
-with --calibrations (or those of the version), the adaptive policies atm and adaptive-dtem.
-An interrupted export resumes. A published version never changes.
-"""
+"""Export a ViT with token merging: one verified and measured graph per policy and rate."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from argparse import Namespace
 
 import torch
 
-from training.cli.command import run_command
-from training.cli.model_options import (
-    add_model_options,
-    calibrations,
-    chosen_model,
-    chosen_source,
-    published_calibrations,
-    rates,
-)
-from training.export.formats import FORMAT_NAMES, PRECISIONS
+from training.cli.model_options import chosen_model, chosen_source, published_calibrations, read_calibrations
+from training.cli.options import ModelOptions
 from training.export.parity import ParityError
 from training.export.publish import Plan, next_version, publish
-from training.models.variants import FLOAT32
+
+REFUSALS = (ParityError,)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return run_command("export", __doc__, _add_options, _export, arguments, refusals=(ParityError,))
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--name", required=True, help="name of the model, in the store and in requests")
-    parser.add_argument("--version", help="a whole number; default: the next one")
-    parser.add_argument("--store", type=Path, default=Path("model_store"))
-    parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
-    parser.add_argument("--default-r", type=int, default=8)
-    parser.add_argument("--default-policy", help="default: dtem where there is an embedding, else tome")
-    parser.add_argument("--calibrations", type=calibrations, help="comma-separated files of training.cli.calibrate")
-    parser.add_argument("--formats", default="onnx", help=f"comma-separated, of {', '.join(FORMAT_NAMES)}")
-    parser.add_argument("--precisions", default=FLOAT32, help=f"comma-separated, of {', '.join(PRECISIONS)}")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a result from eager")
-
-
-def _export(options: argparse.Namespace) -> None:
+def run(model: ModelOptions, options: Namespace) -> int:
     torch.manual_seed(0)
-    chosen = chosen_model(options)
+    chosen = chosen_model(model)
     plan = Plan(
         name=options.name,
         version=options.version or next_version(options.store, options.name),
@@ -67,7 +31,7 @@ def _export(options: argparse.Namespace) -> None:
         parity_tolerance=options.tolerance,
         task=chosen.task.name,
     )
-    source = chosen_source(options, chosen.rule)
+    source = chosen_source(model, chosen.rule)
     published = publish(
         chosen.vit,
         chosen.rule,
@@ -75,14 +39,11 @@ def _export(options: argparse.Namespace) -> None:
         plan,
         options.store,
         chosen.embedding,
-        options.calibrations if options.calibrations is not None else published_calibrations(options.published),
-        options.published,
+        read_calibrations(options.calibrations) if options.calibrations else published_calibrations(model.published),
+        model.published,
     )
     print(f"published {published.folder}")
     print("largest difference of a result from eager, at batch sizes 1, 2 and 32:")
     for name, difference in published.parity.items():
         print(f"  {name:20} {difference:.1e}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0
