@@ -66,6 +66,7 @@ def _describe_model(model: ServedModel, service: Service) -> ModelDocument:
         version=manifest.version,
         architecture=manifest.architecture.timm_name,
         labels=list(manifest.labels),
+        activation=manifest.output.activation,
         input=manifest.input.model_dump(exclude_none=True),
         dataset=manifest.training.dataset,
         licence=manifest.training.licence,

@@ -114,6 +114,10 @@ class Output(Part):
 
     name: Text = Field(description="output of the task; for `classify`, the logits")
     dtype: Literal["float32", "int64"]
+    activation: Literal["softmax", "sigmoid"] = Field(
+        default="softmax",
+        description="of task `classify`: from logits to probabilities, over all labels or of each label alone",
+    )
     tokens: Text | None = Field(
         default=None, description="adaptive policies, int64: tokens entering each block, and tokens left"
     )
@@ -265,6 +269,8 @@ class Manifest(Part):
             _require_schedule(variant, self.architecture)
             if variant.data_dependent and None in (self.output.tokens, self.output.gmacs):
                 raise ValueError(f"output: {variant.id} requires tokens and gmacs")
+        if self.task == "classify" and len(self.labels) == 1 and self.output.activation == "softmax":
+            raise ValueError("output: a softmax over one label is always 1; expected activation 'sigmoid'")
         wanted = (self.default.policy, self.default.r)
         if wanted not in [(variant.policy, variant.r) for variant in self.variants]:
             raise ValueError(f"default: no variant with policy {wanted[0]} and r {wanted[1]}")

@@ -15,6 +15,16 @@ from training.models.frozen import FrozenModule
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 CLASSIFY = "classify"
+SOFTMAX, SIGMOID = ACTIVATIONS = ("softmax", "sigmoid")
+"""From logits to probabilities: over all labels, or of each label alone."""
+
+
+def check_activation(activation: str, n_outputs: int) -> None:
+    """Raises: ValueError for an unknown activation, or a softmax over one output, which is always 1."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: expected {' or '.join(ACTIVATIONS)}")
+    if activation == SOFTMAX and n_outputs == 1:
+        raise ValueError("the model has 1 output, and a softmax over it is always 1: expected activation sigmoid")
 
 
 class ServedClassifier(FrozenModule):
