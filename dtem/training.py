@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from argparse import Namespace
 from importlib import import_module
 from importlib.metadata import requires
@@ -12,7 +14,7 @@ import click
 
 from training.cli.options import ModelOptions
 
-INTERRUPTED = 130
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def run_training(command: str, /, model: ModelOptions | None = None, **options: Any) -> int:
@@ -32,6 +34,10 @@ def run_training(command: str, /, model: ModelOptions | None = None, **options: 
         if str(error.name).partition(".")[0] in ("training", "app", "dtem"):
             raise
         raise click.UsageError(explain_missing(str(error.name)), context) from error
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone. Python would report that again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except refusals as error:
         raise click.UsageError(" ".join(str(error).split()), context) from error
     except KeyboardInterrupt:
