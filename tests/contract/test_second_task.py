@@ -38,10 +38,10 @@ from app.store.manifest import Manifest
 from app.store.outputs import GraphOutput
 from app.store.selection import select
 from app.store.start import load_catalogue
+from tests.training.commands import dtem
 from tests.training.export.tiny_export import calibrations
 from tests.training.tiny_vit import ARGUMENTS
 from training import tasks
-from training.cli import evaluate, export
 from training.data.digits import Split, draw, patch_ink
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.sources import DATASETS, DigitScenes, ReferenceTask, Source
@@ -169,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setitem(DATASETS, "masks", MaskedDigits())
         patch.setitem(outputs.TASKS, SEGMENT, patches)
         patch.setattr(main, "classify", SegmentRoute)
-        assert export.main(command(folder)) == 0
+        assert dtem("export", command(folder)) == 0
         yield folder
 
 
@@ -222,7 +222,7 @@ def test_cost_includes_the_head(folder: Path) -> None:
 
 def test_evaluation_resumes_from_scores_of_any_measure(folder: Path, tmp_path: Path) -> None:
     published = ["--published", str(folder / "segmenter/1"), "--data", "masks", "--out", str(tmp_path / "found")]
-    assert evaluate.main([*published, "--measured"]) == 0
+    assert dtem("evaluate", [*published, "--measured"]) == 0
     assert read_evaluation(tmp_path / "found.json").rows == read_evaluation(folder / "segmenter/1/evaluation.json").rows
     assert "| mIoU % |" in (tmp_path / "found.md").read_text()
 
@@ -231,7 +231,7 @@ def test_adaptive_policies_are_refused_where_the_task_has_none(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrations()[0].save(folder / "atm.json")
-    assert export.main([*command(folder), "--calibrations", str(folder / "atm.json")]) == 2
+    assert dtem("export", [*command(folder), "--calibrations", str(folder / "atm.json")]) == 2
     assert "calibration of atm: task segment has no adaptive policies" in capsys.readouterr().err
 
 

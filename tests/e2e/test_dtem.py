@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from benchmarks.embedding.__main__ import main as measure_embedding
 from tests.integration.server import ROOT, Server
+from tests.training.commands import dtem
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import export
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 
 IMAGE = next((ROOT / "examples").glob("*.png"))
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ["--architecture", "vit_tiny_patch16_224", "--arguments", json.dumps(ARGUMENTS)]
     files = ["--weights", str(folder / "weights.safetensors"), "--embedding", str(folder / "embedding.safetensors")]
     plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--n-images", "200"]
-    assert export.main([*model, *files, *plan]) == 0
+    assert dtem("export", [*model, *files, *plan]) == 0
     return store
 
 

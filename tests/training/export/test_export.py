@@ -1,6 +1,5 @@
 """The published version: what it holds, and what is refused."""
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -16,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from app.store.manifest import Manifest
+from dtem import training
+from tests.training.commands import dtem
 from tests.training.export.tiny_export import RATES, command, embedding, frozen_adaptive
 from tests.training.tiny_vit import tiny_vit
-from training.cli import export
-from training.cli.model_options import add_model_options, chosen_model
+from training.cli.model_options import chosen_model
+from training.cli.options import ModelOptions
 from training.data.digits import draw
 from training.evaluate import accuracy
 from training.evaluate.results import read_evaluation
@@ -61,9 +62,7 @@ def test_unmerged_graph_is_one_under_every_policys_name(manifest: dict[str, Any]
 
 
 def test_embedding_is_published_with_the_model_and_found_there(published: Path) -> None:
-    options = argparse.ArgumentParser()
-    add_model_options(options)
-    chosen = chosen_model(options.parse_args(["--published", str(published)]))
+    chosen = chosen_model(ModelOptions(published=published))
     assert chosen.embedding is not None
     assert chosen.embedding.config == embedding().config
     own = dict(embedding().named_parameters())
@@ -117,7 +116,7 @@ def test_accuracy_is_measured_on_the_graph(published: Path, manifest: dict[str, 
 
 def test_published_version_is_never_changed(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (published / "manifest.json").read_bytes()
-    assert export.main([*command(published.parents[2]), "--version", "1"]) == 2
+    assert dtem("export", [*command(published.parents[2]), "--version", "1"]) == 2
     assert "immutable" in capsys.readouterr().err
     assert (published / "manifest.json").read_bytes() == before
 
@@ -127,7 +126,7 @@ def test_graph_that_differs_is_not_published(
 ) -> None:
     run = OnnxClassifier.__call__
     monkeypatch.setattr(OnnxClassifier, "__call__", lambda graph, pixels: run(graph, pixels) + 2e-4)
-    assert export.main(command(tmp_path)) == 2
+    assert dtem("export", command(tmp_path)) == 2
     assert "none-r0.onnx: batch 1, without scores: differs from eager by 2.0" in capsys.readouterr().err
     assert not list((tmp_path / "store").iterdir())
 
@@ -144,12 +143,12 @@ def test_interrupted_export_keeps_its_measurements(tmp_path: Path, monkeypatch: 
         return measure(*arguments, **settings)
 
     monkeypatch.setattr(measured_rows, "measure", counting)
-    assert export.main(command(tmp_path)) == 130
+    assert dtem("export", command(tmp_path)) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     assert [path.name for path in work.parent.iterdir()] == [work.name]
     assert [path.name for path in work.iterdir()] == ["measurements.json"], "a copy of the weights is left"
     measured.pop()
-    assert export.main(command(tmp_path)) == 0
+    assert dtem("export", command(tmp_path)) == 0
     assert len(measured) == 2  # of three rates two were known
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
 
@@ -159,13 +158,13 @@ def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatc
     plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_evaluation", interrupt)
-        assert export.main(plan) == 130
+        assert dtem("export", plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
         json.loads((work / "measurements.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
     )
     monkeypatch.setattr(measured_rows, "measure", interrupt)
-    assert export.main(plan) == 0
+    assert dtem("export", plan) == 0
     variants = json.loads((work.with_name("1") / "manifest.json").read_text())["variants"]
     (atm,) = [variant for variant in variants if variant["policy"] == "atm"]
     assert [atm["gmacs"], *atm["gmacs_spread"].values()] == [
@@ -194,7 +193,7 @@ def test_measurements_of_identical_files_are_taken_from_the_published_version(
 
     monkeypatch.setattr(measured_rows, "measure", counting)
     plan = ["--published", str(store / "tiny" / "1"), "--name", "tiny", "--store", str(store), "--rates", "8,16"]
-    assert export.main([*plan, "--n-images", "300"]) == 0
+    assert dtem("export", [*plan, "--n-images", "300"]) == 0
     before, after = (
         {row.key: row for row in read_evaluation(store / "tiny" / version / "evaluation.json").rows} for version in "12"
     )
@@ -229,7 +228,7 @@ def test_precisions_of_a_variant_do_not_collide(tmp_path: Path) -> None:
     embedding_file = ["--embedding", str(tmp_path / "own.safetensors")]
     adaptive = ["--calibrations", str(tmp_path / "atm.json"), "--rates", "0,8"]
     plan = [*command(tmp_path), *embedding_file, *adaptive, "--precisions", "float32,int8"]
-    assert export.main(plan) == 0
+    assert dtem("export", plan) == 0
     folder = tmp_path / "store" / "tiny" / "1"
     keys = ["none-r0", "tome-r8", "dtem-r8", "atm"]
     assert {file.name for file in folder.glob("*.onnx")} == {
@@ -264,7 +263,7 @@ def test_calibrations_that_do_not_fit_are_refused(
 ) -> None:
     plan = command(tmp_path)
     names = ",".join(str(tmp_path / name) for name in files.split(","))
-    assert export.main([*plan, "--calibrations", names]) == 2
+    assert dtem("export", [*plan, "--calibrations", names]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -274,11 +273,11 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     plan = [*command(tmp_path), "--formats", "torchscript"]  # the quicker ones to make
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_manifest", interrupt)
-        assert export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
+        assert dtem("export", [*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
     (work,) = (tmp_path / "store" / "tiny").iterdir()
     assert [path.name for path in work.iterdir()] == ["measurements.json"], "dropped before the manifest was valid"
     (work / "dtem-r8.pt").touch()  # as a killed export leaves
-    assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
+    assert dtem("export", [*plan, "--rates", "4", "--default-r", "4"]) == 0
     folder = tmp_path / "store" / "tiny" / "1"
     names = {path.name for path in folder.iterdir()}
     assert {name for name in names if name.endswith((".pt", ".onnx"))} == {"tome-r4.pt"}
@@ -295,7 +294,7 @@ def interrupt(*_: Any, **__: Any) -> None:
 def test_export_outside_a_git_checkout_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_commit(tmp_path) is None
     monkeypatch.setattr(written, "git_commit", lambda: git_commit(tmp_path))
-    assert export.main([*command(tmp_path), "--rates", "0,4,12", "--formats", "onnx"]) == 0
+    assert dtem("export", [*command(tmp_path), "--rates", "0,4,12", "--formats", "onnx"]) == 0
     manifest = Manifest.model_validate_json((tmp_path / "store/tiny/1/manifest.json").read_bytes())
     assert manifest.git_commit is None
     assert manifest.exporter is not None
@@ -310,7 +309,7 @@ def test_manifest_names_the_least_onnxruntime(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--name", "Pets"], "name 'Pets': expected a-z, 0-9"),
+        (["--name", "Pets"], "name 'Pets': expected lower-case letters"),
         (["--name", "../pets"], "name '../pets': expected"),
         (["--name", "p" * 101], "at most 100 characters"),
         (["--version", "v1"], "version 'v1': expected a whole number"),
@@ -329,8 +328,8 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     plan = command(tmp_path)
-    monkeypatch.setattr(export, "chosen_model", interrupt)
-    assert export.main([*plan, *extra]) == 2
+    monkeypatch.setattr(training, "import_module", interrupt)
+    assert dtem("export", [*plan, *extra]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list((tmp_path / "store").iterdir())
@@ -346,7 +345,7 @@ def test_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     plan = command(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert export.main(plan) == 2
+    assert dtem("export", plan) == 2
     assert "0.0 GB free" in capsys.readouterr().err
     assert not list((tmp_path / "store").iterdir())
 
@@ -367,5 +366,5 @@ def test_full_disk_is_refused_before_anything_is_written(
 def test_what_cannot_be_exported_is_refused(
     tmp_path: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export.main([*command(tmp_path), *extra]) == 2
+    assert dtem("export", [*command(tmp_path), *extra]) == 2
     assert message in capsys.readouterr().err

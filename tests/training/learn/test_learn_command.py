@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.commands import dtem
 from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
-from training.cli import learn
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -25,7 +25,7 @@ def arguments(recipe: Path, out: Path, n_workers: int = 0) -> list[str]:
 
 
 def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-W", "error", "-m", "training.cli.learn", *arguments(recipe, out, n_workers)]
+    command = [sys.executable, "-W", "error", "-m", "dtem", "learn", *arguments(recipe, out, n_workers)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
 
 
@@ -51,7 +51,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_ended_run_resumes_bit_identically(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """As a terminal does, the signal goes to the processes that read images too."""
     recipe = write_run(tmp_path)
-    assert learn.main(arguments(recipe, tmp_path / "whole")) == 0
+    assert dtem("learn", arguments(recipe, tmp_path / "whole")) == 0
     process = started(recipe, tmp_path / "ended", n_workers=1)
     wait_for_lines(process, tmp_path / "ended", 14)
     os.killpg(process.pid, number)
@@ -60,7 +60,7 @@ def test_ended_run_resumes_bit_identically(tmp_path: Path, number: signal.Signal
     n_steps = torch.load(tmp_path / "ended" / "state.pt", weights_only=True)["n_steps_taken"]
     assert 10 <= n_steps < 40
     assert (n_steps % 10 == 0) or number != signal.SIGKILL
-    assert learn.main(arguments(recipe, tmp_path / "ended", n_workers=1)) == 0
+    assert dtem("learn", arguments(recipe, tmp_path / "ended", n_workers=1)) == 0
     assert_same_run(tmp_path / "ended", tmp_path / "whole")
 
 
@@ -70,7 +70,7 @@ def test_two_processes_take_the_steps_of_one_and_resume_its_run(tmp_path: Path) 
     tiny_training(tiny_recipe(recipe), tmp_path / "one").run()
     tiny_training(tiny_recipe(recipe), tmp_path / "two").run(until=3, checkpoint_every=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "training.cli.learn", *arguments(recipe, tmp_path / "two")]
+    command = [*launcher, "-m", "dtem", "learn", *arguments(recipe, tmp_path / "two")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
@@ -82,7 +82,7 @@ def test_two_processes_take_the_steps_of_one_and_resume_its_run(tmp_path: Path) 
 
 
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path, out: Path) -> str:
-    assert learn.main(arguments(recipe, out)) == 2
+    assert dtem("learn", arguments(recipe, out)) == 2
     assert not (out / "state.pt").exists()
     return capsys.readouterr().err
 
