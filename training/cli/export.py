@@ -31,7 +31,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
         parity_tolerance=options.tolerance,
         task=chosen.task.name,
     )
-    source = chosen_source(model, chosen.rule)
+    source = chosen_source(model, chosen)
     published = publish(
         chosen.vit,
         chosen.rule,

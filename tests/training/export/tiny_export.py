@@ -55,5 +55,14 @@ def command(folder: Path) -> list[str]:
         (folder / "store").mkdir()
         shutil.copy("model_store/manifest.schema.json", folder / "store")
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
-    data = ["--arguments", json.dumps(ARGUMENTS), "--n-images", "300", "--rates", ",".join(map(str, RATES))]
+    data = [
+        "--data",
+        "digits",
+        "--arguments",
+        json.dumps(ARGUMENTS),
+        "--n-images",
+        "300",
+        "--rates",
+        ",".join(map(str, RATES)),
+    ]
     return [*model, *data, "--name", "tiny", "--store", str(folder / "store")]
