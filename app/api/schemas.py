@@ -155,7 +155,7 @@ class ModelDocument(BaseModel):
     dataset: str
     licence: str
     credits: list[str]
-    git_commit: str
+    git_commit: str | None
     created: datetime.datetime
     device: str
     default: DefaultDocument

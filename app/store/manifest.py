@@ -1,6 +1,6 @@
 """Manifest: the contract between training and serving, as strict models.
 
-`python -m app.store.manifest > model_store/manifest.schema.json` rewrites the JSON Schema.
+`python -m app.store.manifest > training/export/manifest.schema.json` rewrites the JSON Schema.
 """
 
 import datetime
@@ -248,7 +248,11 @@ class Manifest(Part):
     architecture: Architecture
     labels: tuple[Text, ...] = Field(min_length=1)
     training: Training
-    git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        default=None, description="of the exporter; null where it was not in a git checkout"
+    )
+    exporter: Text | None = Field(default=None, description="package and version that exported")
+    min_onnxruntime: Text | None = Field(default=None, description="the least ONNX Runtime that reads the graphs")
     created: AwareDatetime
     input: Input
     output: Output

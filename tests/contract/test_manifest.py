@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from app.store.manifest import Manifest, render_schema
 from tests.app.tiny_store import make_manifest, write_store
 
-SCHEMA = Path(__file__).parents[2] / "model_store" / "manifest.schema.json"
+ROOT = Path(__file__).parents[2]
+SCHEMA = ROOT / "training" / "export" / "manifest.schema.json"
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
@@ -35,7 +36,7 @@ def test_schema_is_valid_and_accepts_a_manifest(manifest: dict[str, Any]) -> Non
     assert Manifest.model_validate_json(json.dumps(manifest)).name == "tiny"
 
 
-@pytest.mark.parametrize("path", sorted(SCHEMA.parent.glob("*/*/manifest.json")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "model_store").glob("*/*/manifest.json")), ids=str)
 def test_schema_and_models_accept_every_manifest_in_the_store(path: Path) -> None:
     VALIDATOR.validate(json.loads(path.read_bytes()))
     assert Manifest.model_validate_json(path.read_bytes()).version == path.parent.name

@@ -67,6 +67,7 @@ _POOLINGS = {
     "": "it does not pool (global_pool=''), so it classifies tokens, not images",
 }
 _VIT = "timm.models.vision_transformer"
+_TOKEN_AND_AVERAGE = ("training.models.head", "TokenAndAverage")
 _SUPPORTED = {(_VIT, "VisionTransformer"), ("timm.models.deit", "VisionTransformerDistilled")}
 _SUPPORTED_PARTS = {
     "patch embedding": {("timm.layers.patch_embed", "PatchEmbed")},
@@ -110,6 +111,8 @@ def _part_reason(model: nn.Module) -> str | None:
 
 
 def _head_reason(model: nn.Module) -> str | None:
+    if _identity(model.get_submodule("head")) == _TOKEN_AND_AVERAGE:
+        return None
     pooling = getattr(model, "global_pool", None)
     if pooling not in ("token", "avg"):
         return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is unknown")
