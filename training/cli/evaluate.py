@@ -19,6 +19,7 @@ from training.cli.model_options import (
     read_calibrations,
 )
 from training.cli.options import ModelOptions
+from training.data.pixel_rule import describe
 from training.data.sources import Source, pixel_batches
 from training.evaluate.results import (
     Evaluation,
@@ -50,7 +51,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     published = _published(model) if options.measured else None
     if published is not None:
         model = replace(model, n_images=published.about["n_images"], split=published.about["split"])
-    source = chosen_source(model, chosen.rule)
+    source = chosen_source(model, chosen)
     about = published.about if published is not None else _about(model, options, chosen, source)
     rows = finished_rows(options.out, about)
     rows += [row for row in published.rows if row.key not in {known.key for known in rows}] if published else []
@@ -127,4 +128,5 @@ def _about(model: ModelOptions, options: Namespace, chosen: ChosenModel, source:
         "split": source.split,
         "n_images": len(source),
         "batch_size": options.batch_size,
+        "pixels": describe(chosen.rule),
     }

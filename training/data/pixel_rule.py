@@ -86,7 +86,7 @@ def describe(rule: InputRule) -> str:
     resized = f"{rule.resize_height}x{rule.resize_width}"
     if rule.resize_shorter_side is not None:
         resized = f"a shorter side of {rule.resize_shorter_side}"
-    mean, std = (" ".join(f"{value:.6g}" for value in values) for values in (rule.mean, rule.std))
+    mean, std = (",".join(f"{value:.6g}" for value in values) for values in (rule.mean, rule.std))
     return (
         f"{rule.height}x{rule.width} pixels, crop mode {rule.crop}, resized to {resized}, {rule.interpolation}, "
         f"mean {mean}, std {std}"

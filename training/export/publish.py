@@ -126,7 +126,7 @@ def publish(
             **source_entries(source, plan.recipe),
             **exporter_entries(plan.git_commit, [work / name for name in wanted]),
             "input": input_entry(rule),
-            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
+            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations)), plan.activation),
             "variants": exported.variants,
             "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
             "default": default,
