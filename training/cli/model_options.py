@@ -11,6 +11,7 @@ from torch import nn
 
 from training.cli.options import ModelOptions
 from training.data.digits import SPLITS, Split
+from training.data.pixel_rule import read_rule
 from training.data.preprocessing import InputRule
 from training.data.sources import REFERENCE_DATASET, Source, find_dataset, open_source
 from training.models.calibration import Calibration, load_calibration
@@ -65,7 +66,7 @@ def _chosen_vit(options: ModelOptions) -> ChosenModel:
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]
-        task, rule = find_task(manifest.get("task", CLASSIFY)), _rule_of(manifest["input"])
+        task, rule = find_task(manifest.get("task", CLASSIFY)), read_rule(manifest["input"])
         vit = task.load(name, weights=options.published / "weights.safetensors", **arguments)
         return ChosenModel(vit.eval(), name, arguments, rule, manifest["training"]["recipe"], task=task)
     if not options.architecture or not options.weights:
@@ -85,15 +86,7 @@ def newest_version(model: Path) -> Path | None:
 
 def published_rule(folder: Path) -> InputRule:
     """Return the preprocessing of a published version."""
-    return _rule_of(json.loads((folder / "manifest.json").read_text())["input"])
-
-
-def _rule_of(entry: dict[str, Any]) -> InputRule:
-    stated: dict[str, Any] = {
-        key: value for key, value in entry.items() if key not in ("name", "layout", "dtype", "crop")
-    }
-    tuples: dict[str, Any] = {key: tuple(value) for key, value in stated.items() if isinstance(value, list)}
-    return InputRule(**{**stated, **tuples})
+    return read_rule(json.loads((folder / "manifest.json").read_text())["input"])
 
 
 def chosen_source(options: ModelOptions, rule: InputRule) -> Source:

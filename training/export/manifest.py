@@ -22,6 +22,7 @@ from training.data.sources import Source
 from training.evaluate.results import Row, value_entry
 from training.export.formats import GraphFormat
 from training.export.plan import manifest_schema
+from training.models.classifier import SOFTMAX
 from training.models.embedding import DecoupledEmbedding
 from training.models.variants import variant_id
 from training.tasks.task import Output
@@ -113,13 +114,15 @@ def source_entries(source: Source, recipe: str) -> dict[str, Any]:
 
 
 def input_entry(rule: InputRule) -> dict[str, Any]:
-    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "crop": "center", **asdict(rule)}
+    stated = {key: value for key, value in asdict(rule).items() if value is not None}
+    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", **stated}
 
 
-def output_entry(outputs: Sequence[Output]) -> dict[str, Any]:
-    """Return the manifest's `output`: names by role, and the dtype of the result."""
+def output_entry(outputs: Sequence[Output], activation: str = SOFTMAX) -> dict[str, Any]:
+    """Return the manifest's `output`: names by role, the dtype of the result, and an activation but softmax."""
     result, *others = outputs
-    return {result.role: result.name, "dtype": result.dtype, **{output.role: output.name for output in others}}
+    entry = {result.role: result.name, "dtype": result.dtype, **{output.role: output.name for output in others}}
+    return entry if activation == SOFTMAX else {**entry, "activation": activation}
 
 
 def embedding_entry(embedding: DecoupledEmbedding | None) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from training.tasks.task import output_tensors
 
 RATES = (0, 8, 32)
 GRAPHS = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES if r)]
-RULE = InputRule(height=112, width=112, resize_shorter_side=124, mean=(0.5,) * 3, std=(0.5,) * 3)  # as timm has it
+# As timm has it.
+RULE = InputRule(height=112, width=112, resize_height=124, resize_width=124, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def embedding() -> DecoupledEmbedding:
