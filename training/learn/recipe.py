@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from training.data.digits import Task
 from training.data.sources import REFERENCE_DATASET, find_dataset
@@ -129,50 +129,74 @@ class Data:
         find_dataset(self.source).check_options(self)
 
 
-@dataclass(frozen=True)
-class DtemRecipe:
-    """A recipe of DTEM, or of one of its baselines.
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe:
+    """What recipes that learn from images share.
 
-    r: the rate to train at. dim: d', None for the published value. keep_tail: see
-        `RelaxedVisionTransformer`.
     n_images: the length of the run in images, repeats included; or epochs: its length in passes
         over the data.
     batch_size: over all processes. micro_batch: images per forward pass, where the batch exceeds
         the memory; gradients accumulate, so the steps are equal up to rounding and the draws of
         dropout.
-    weights: of the ViT, a safetensors file or "pretrained". vit, embedding: their optimisers, None
-        where frozen.
-    embedding_weights: an embedding file to start from, of the same d'; None means the
-        initialisation of nn.Linear.
     precision: of the ViT's products, by autocast. Weights and all merging decisions are in float32.
     loss: a name in `LOSSES`.
     """
 
     file: str
-    mode: Mode
     seed: int
-    r: int
     architecture: str
     arguments: dict[str, Any]
-    weights: str
     batch_size: int
     data: Data
     n_images: int = 0
     epochs: int = 0
     micro_batch: int | None = None
-    embedding: AdamW | None = None
-    vit: AdamW | None = None
-    dim: int | None = None
-    relaxation: Relaxation = field(default_factory=Relaxation)
-    keep_tail: bool = True
     precision: Precision = "bfloat16"
-    embedding_weights: str | None = None
     loss: str = DEFAULT_LOSS
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision {self.precision!r}: expected one of {', '.join(get_args(Precision))}")
+        _check_whole(self, seed=0, batch_size=1, n_images=0, epochs=0)
+        if self.micro_batch is not None:
+            _check_whole(self, micro_batch=1)
+        if bool(self.n_images) == bool(self.epochs):
+            raise ValueError(f"n_images {self.n_images} and epochs {self.epochs}: expected one of them, above 0")
+
+    def counted_in_images(self, n_distinct: int) -> Self:
+        """Return the recipe with its length in images, for epochs of n_distinct images."""
+        return replace(self, n_images=self.epochs * n_distinct, epochs=0) if self.epochs else self
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_images // self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtemRecipe(ImageRecipe):
+    """A recipe of DTEM, or of one of its baselines.
+
+    r: the rate to train at. dim: d', None for the published value. keep_tail: see
+        `RelaxedVisionTransformer`.
+    weights: of the ViT, a safetensors file or "pretrained". vit, embedding: their optimisers, None
+        where frozen.
+    embedding_weights: an embedding file to start from, of the same d'; None means the
+        initialisation of nn.Linear.
+    """
+
+    mode: Mode
+    r: int
+    weights: str
+    embedding: AdamW | None = None
+    vit: AdamW | None = None
+    dim: int | None = None
+    relaxation: Relaxation = field(default_factory=Relaxation)
+    keep_tail: bool = True
+    embedding_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode {self.mode!r}: expected one of {', '.join(get_args(Mode))}")
         wanted = {"modular": ["embedding"], "end-to-end": ["embedding", "vit"]}.get(self.mode, ["vit"])
@@ -181,22 +205,11 @@ class DtemRecipe:
             raise ValueError(f"mode {self.mode!r} needs [{'] and ['.join(wanted)}], and the recipe has {given}")
         if self.embedding_weights is not None and self.embedding is None:
             raise ValueError(f"embedding_weights {self.embedding_weights!r}: mode {self.mode!r} has no embedding")
-        _check_whole(self, r=0, seed=0, batch_size=1, n_images=0, epochs=0)
-        for name in ("dim", "micro_batch"):
-            if getattr(self, name) is not None:
-                _check_whole(self, **{name: 1})
+        _check_whole(self, r=0)
+        if self.dim is not None:
+            _check_whole(self, dim=1)
         if self.r < 1 and self.mode != "hard keys":
             raise ValueError(f"r {self.r}: mode {self.mode!r} learns through merging: expected at least 1")
-        if bool(self.n_images) == bool(self.epochs):
-            raise ValueError(f"n_images {self.n_images} and epochs {self.epochs}: expected one of them, above 0")
-
-    def counted_in_images(self, n_distinct: int) -> DtemRecipe:
-        """Return the recipe with its length in images, for epochs of n_distinct images."""
-        return replace(self, n_images=self.epochs * n_distinct, epochs=0) if self.epochs else self
-
-    @property
-    def n_steps(self) -> int:
-        return self.n_images // self.batch_size
 
 
 def read_recipe(path: Path) -> Recipe | DtemRecipe:
