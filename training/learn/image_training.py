@@ -7,6 +7,7 @@ take the same steps as one.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -271,7 +272,9 @@ class ImageTraining(ABC, Generic[R]):
     def save(self) -> None:
         """Write a checkpoint in the first process."""
         if self.processes.is_first:
-            save_checkpoint(self.folder, self.recipe, self.state(), self.artefacts())
+            labels = json.dumps(list(self.images.classes), ensure_ascii=False)
+            artefacts = {"labels.json": lambda file: file.write_text(labels), **self.artefacts()}
+            save_checkpoint(self.folder, self.recipe, self.state(), artefacts)
 
     def resume(self) -> None:
         """Restore the last checkpoint, if there is one. Raises: ValueError for another recipe's."""
