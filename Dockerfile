@@ -41,14 +41,17 @@ HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["pyt
 ENTRYPOINT ["python", "-m", "app"]
 
 FROM build AS build-cpu
-RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[cpu]'
+# Without the command `dtem`, whose sources are not in the image.
+RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[cpu]' \
+ && rm /opt/venv/bin/dtem
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/venv /opt/venv
 COPY --from=content /app /app
 
 FROM build AS build-gpu
-RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[gpu]'
+RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[gpu]' \
+ && rm /opt/venv/bin/dtem
 
 FROM runtime AS gpu
 ENV DTEM_DEVICE=cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -16,8 +16,7 @@ help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: .venv/service-$(ENGINE) ## Serve the reference model (PORT=8000, ENGINE=cpu or gpu)
-	@DTEM_DEFAULT_MODEL="$${DTEM_DEFAULT_MODEL-$$(test -n "$$DTEM_MODEL_STORE" || echo reference)}" \
-	DTEM_PORT=$(PORT) DTEM_LOG_FORMAT=$${DTEM_LOG_FORMAT:-text} exec $(BIN)/python -m app
+	@exec $(BIN)/dtem serve --port $(PORT)
 
 test: .venv/development ## Run the tests that need no container engine
 	$(BIN)/python -m pytest -m "not container"

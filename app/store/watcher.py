@@ -3,20 +3,19 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from app.backends import Runner
 from app.errors import StoreError
 from app.settings import Settings
 from app.store.catalogue import Catalogue, Refusal, ServedModel
 from app.store.refusals import Load, ReloadResult, load_or_refuse, log_ignored
+from app.store.release import return_when_released
 from app.store.scan import Scan, Signature, Version, scan
-from app.system.memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
-
-# Time for requests in flight to release a dropped version.
-RELEASE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class Watcher:
         self._kept: Version | None = None
         self._last_error = ""
         self._has_freed = False
+        self._dropped: list[weakref.ref[Runner]] = []
         self._wake, self._is_stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
@@ -115,9 +115,14 @@ class Watcher:
             except Exception:
                 logger.exception("model store scan failed; still serving the loaded versions")
             if self._has_freed:
-                self._is_stopping.wait(RELEASE_SECONDS)
-                return_freed_memory()
-                self._has_freed = False
+                self._return_memory()
+
+    def _return_memory(self) -> None:
+        dropped, self._dropped, self._has_freed = self._dropped, [], False
+        # A thread of its own: requests in flight may take longer than the next scan can wait.
+        threading.Thread(
+            target=return_when_released, args=(dropped, self._is_stopping), name="release", daemon=True
+        ).start()
 
     def update(self) -> None:
         """Scan the store, and load and drop versions accordingly."""
@@ -204,7 +209,9 @@ class Watcher:
         self._kept = kept
         dropped = [version for version in gone if version != kept]
         for version in dropped:
-            del self._models[version], self._served[version]
+            variants = self._models.pop(version).variants.values()
+            self._dropped += [weakref.ref(variant.runner) for variant in variants]
+            del self._served[version]
             logger.info("dropped %s version %d: its folder is gone", *version)
             self._count("dropped")
         if dropped:

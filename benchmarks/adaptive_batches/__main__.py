@@ -16,17 +16,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.adaptive_batches.measure import measure
 from benchmarks.adaptive_batches.report import tables
 from benchmarks.options import integers, positive_integer
 from benchmarks.report import Benchmark, run_benchmark
-from training.cli.model_options import add_model_options
+from training.cli.options import ModelOptions
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.set_defaults(n_images=192)
+    parser.add_argument("--published", type=Path, required=True, help="a version in the store")
+    parser.add_argument("--data", default=ModelOptions.data, help="'digits' or a folder with one subfolder per class")
+    parser.add_argument("--n-images", type=positive_integer, default=192)
     parser.add_argument("--policy", default="atm")
     parser.add_argument("--batches", type=integers, default=[8, 32])
     parser.add_argument("--rounds", type=positive_integer, default=7)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.timing import Ratio, open_session, paired_ratio, time_interleaved
 from training.cli.model_options import chosen_model, chosen_source, published_calibrations
+from training.cli.options import ModelOptions
 from training.data.sources import pixel_batches
 from training.merging.adaptive import merge_candidates
 from training.merging.matching import Matching
@@ -66,14 +67,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.published is None:
         raise ValueError("--published is missing: expected a version in the store, e.g. model_store/reference/5")
     torch.set_num_threads(1)
-    chosen = chosen_model(options)
+    model = ModelOptions(published=options.published, data=options.data, n_images=options.n_images)
+    chosen = chosen_model(model)
     calibrations = {one.policy: one for one in published_calibrations(options.published)}
     if options.policy not in calibrations:
         raise ValueError(f"--policy {options.policy}: expected one of {', '.join(calibrations) or 'none'}")
     calibration = calibrations[options.policy]
     classifier = adaptive_classifier(chosen.vit, chosen.rule, calibration, chosen.embedding)
     session = open_session(options.published / f"{options.policy}.onnx", 1)
-    pixels = torch.cat([part for part, _ in pixel_batches(chosen_source(options, chosen.rule), 32, 0)])
+    pixels = torch.cat([part for part, _ in pixel_batches(chosen_source(model, chosen.rule), 32, 0)])
 
     def graph(batch: Tensor) -> list[Tensor]:
         return [torch.from_numpy(array) for array in session.run(None, {"pixels": batch.numpy()})]

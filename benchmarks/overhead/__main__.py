@@ -18,13 +18,13 @@ from benchmarks.options import add_setting_option, positive_integer
 from benchmarks.overhead.measure import measure
 from benchmarks.overhead.report import draw_figure, tables
 from benchmarks.report import Benchmark, run_benchmark
-from training.cli.model_options import rates
+from training.cli.options import parse_rates
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--published", type=Path, default=Path("model_store/reference/5"))
     parser.add_argument("--policy", default="tome")
-    parser.add_argument("--rates", type=rates, default=(0, 16))
+    parser.add_argument("--rates", type=parse_rates, default=(0, 16))
     parser.add_argument("--seconds", type=positive_integer, default=10, help="per arm and round")
     parser.add_argument("--rounds", type=positive_integer, default=5)
     parser.add_argument("--connections", type=positive_integer, default=32)

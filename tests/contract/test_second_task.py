@@ -6,7 +6,6 @@ The task labels each patch: unmerge the tokens, apply the head to each, compare 
 import io
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +38,10 @@ from app.store.manifest import Manifest
 from app.store.outputs import GraphOutput
 from app.store.selection import select
 from app.store.start import load_catalogue
+from tests.training.commands import dtem
 from tests.training.export.tiny_export import calibrations
 from tests.training.tiny_vit import ARGUMENTS
 from training import tasks
-from training.cli import evaluate, export
 from training.data.digits import Split, draw, patch_ink
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.sources import DATASETS, DigitScenes, ReferenceTask, Source
@@ -156,7 +155,6 @@ def command(folder: Path) -> list[str]:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)
     save_file(vit.state_dict(), folder / "weights.safetensors")
-    shutil.copy("model_store/manifest.schema.json", folder)
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
     model += ["--arguments", json.dumps(ARCHITECTURE), "--task", SEGMENT, "--data", "masks", "--n-images", "100"]
     return [*model, "--name", "segmenter", "--store", str(folder), "--rates", "0,8", "--default-policy", "tome"]
@@ -171,7 +169,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setitem(DATASETS, "masks", MaskedDigits())
         patch.setitem(outputs.TASKS, SEGMENT, patches)
         patch.setattr(main, "classify", SegmentRoute)
-        assert export.main(command(folder)) == 0
+        assert dtem("export", command(folder)) == 0
         yield folder
 
 
@@ -224,7 +222,7 @@ def test_cost_includes_the_head(folder: Path) -> None:
 
 def test_evaluation_resumes_from_scores_of_any_measure(folder: Path, tmp_path: Path) -> None:
     published = ["--published", str(folder / "segmenter/1"), "--data", "masks", "--out", str(tmp_path / "found")]
-    assert evaluate.main([*published, "--measured"]) == 0
+    assert dtem("evaluate", [*published, "--measured"]) == 0
     assert read_evaluation(tmp_path / "found.json").rows == read_evaluation(folder / "segmenter/1/evaluation.json").rows
     assert "| mIoU % |" in (tmp_path / "found.md").read_text()
 
@@ -233,7 +231,7 @@ def test_adaptive_policies_are_refused_where_the_task_has_none(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrations()[0].save(folder / "atm.json")
-    assert export.main([*command(folder), "--calibrations", str(folder / "atm.json")]) == 2
+    assert dtem("export", [*command(folder), "--calibrations", str(folder / "atm.json")]) == 2
     assert "calibration of atm: task segment has no adaptive policies" in capsys.readouterr().err
 
 

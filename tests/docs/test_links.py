@@ -1,20 +1,25 @@
 """The hand-written pages: links, paths and commands in them exist, and the README stays short."""
 
 import re
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
+
+from dtem.main import dtem
 
 ROOT = Path(__file__).parents[2]
 MAX_README_LINES = 130
-TOP_FOLDERS = ("app", "benchmarks", "deploy", "docs", "examples", "model_store", "tests", "training")
+TOP_FOLDERS = ("app", "benchmarks", "deploy", "docs", "dtem", "examples", "model_store", "tests", "training")
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(rf"(?:{'|'.join(TOP_FOLDERS)})/[\w./-]*")
-MODULE = re.compile(r"-m ((?:app|benchmarks|deploy|training)[\w.]*)")
+MODULE = re.compile(r"-m ((?:app|benchmarks|deploy|dtem|training)[\w.]*)")
+DTEM = re.compile(r"^ *(?:\.venv/bin/|torchrun .*-m |[A-Z_]+=\S+ )*dtem (\w+)(.*)$", re.MULTILINE)
 TREE_LINE = re.compile(r"( *)([\w./-]+) +\S.*")
 
 
@@ -69,6 +74,15 @@ def test_every_command_names_a_module_that_exists(page: str) -> None:
     modules = [name.rstrip(".").replace(".", "/") for name in MODULE.findall(read(page))]
     missing = [name for name in modules if not (ROOT / f"{name}.py").exists() and not (ROOT / name).is_dir()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", list_pages())
+def test_every_dtem_command_in_a_block_is_accepted(page: str) -> None:
+    blocks = "\n".join(FENCE.findall(read(page))).replace("\\\n", " ")
+    for name, rest in DTEM.findall(blocks):
+        arguments = shlex.split(rest.partition(" | ")[0], comments=True)
+        with dtem.commands[name].make_context(name, arguments, parent=click.Context(dtem)):
+            pass
 
 
 def test_every_path_of_the_architecture_tree_exists() -> None:

@@ -1,7 +1,6 @@
 """A tiny model, exported with an embedding and served with policies dtem, tome and none."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from safetensors.torch import save_file
 
 from benchmarks.embedding.__main__ import main as measure_embedding
 from tests.integration.server import ROOT, Server
+from tests.training.commands import dtem
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import export
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 
 IMAGE = next((ROOT / "examples").glob("*.png"))
@@ -25,7 +24,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dtem")
     store = folder / "store"
     store.mkdir()
-    shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
     save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
     torch.manual_seed(5)
     embedding = DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16))
@@ -33,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ["--architecture", "vit_tiny_patch16_224", "--arguments", json.dumps(ARGUMENTS)]
     files = ["--weights", str(folder / "weights.safetensors"), "--embedding", str(folder / "embedding.safetensors")]
     plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--n-images", "200"]
-    assert export.main([*model, *files, *plan]) == 0
+    assert dtem("export", [*model, *files, *plan]) == 0
     return store
 
 

@@ -1,6 +1,5 @@
 """The reference model exported as TorchScript: it answers as its published ONNX graphs do."""
 
-import shutil
 from pathlib import Path
 
 import httpx
@@ -8,7 +7,7 @@ import pytest
 
 from tests.e2e.store import newest_version
 from tests.integration.server import ROOT, Server
-from training.cli import export
+from tests.training.commands import dtem
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.png"))
 
@@ -21,9 +20,8 @@ QUERIES = ("r=0", "r=8", "policy=atm", "policy=adaptive-dtem")
 def test_both_formats_answer_alike(tmp_path: Path) -> None:
     published, store = ROOT / "model_store", tmp_path / "store"
     store.mkdir()
-    shutil.copy(published / "manifest.schema.json", store)
     model = ["--published", str(newest_version("reference")), "--name", "reference", "--store", str(store)]
-    assert export.main([*model, "--formats", "torchscript", "--rates", "0,8", "--n-images", "256"]) == 0
+    assert dtem("export", [*model, "--formats", "torchscript", "--rates", "0,8", "--n-images", "256"]) == 0
     answers = {}
     for served, folder in (("onnxruntime", published), ("torchscript", store)):
         with Server(folder, tmp_path / f"{served}.log", engine=served) as server:

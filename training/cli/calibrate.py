@@ -1,23 +1,12 @@
-"""Calibrate adaptive merging: find the thresholds with the fewest GMACs within a bound on lost accuracy.
-
-ATM:               python -m training.cli.calibrate --published model_store/reference/5 --max-accuracy-drop 0.0
-                     --metric features --out runs/atm
-Adaptive DTEM:     the same with --metric embedding
-Your own ViT:      --architecture deit_small_patch16_224 --weights pretrained --data /data/imagenet/val
-Without labels:    --unlabelled; a changed prediction then counts as lost
-
-The default model is the latest version of the reference model.
-Writes <out>.json, the calibration, for --calibrations of evaluate and export; <out>.trials.jsonl, from which an
-interrupted search resumes; and <out>.png. The same command writes the same file.
-"""
+"""Calibrate adaptive merging: find the thresholds with the fewest GMACs within a bound on lost accuracy."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from training.cli.command import run_command
-from training.cli.model_options import ChosenModel, add_model_options, chosen_model, newest_version
+from training.cli.model_options import ChosenModel, chosen_model, chosen_split, newest_version
+from training.cli.options import ModelOptions
 from training.data.sources import Source, find_dataset, pixel_batches
 from training.evaluate.calibrate import PairedEvaluator, Trial, read_trials, search, write_trial
 from training.evaluate.results import with_suffix
@@ -38,46 +27,18 @@ from training.models.calibration import Calibration
 from training.models.weights import weights_digest
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return run_command("calibration", __doc__, _add_options, _run, arguments)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.set_defaults(split="validation", n_images=2000)
-    parser.add_argument("--n-unseen", type=int, default=2000, help="images for the report, unseen by the search")
-    parser.add_argument("--unlabelled", action="store_true", help="ignore labels; count a changed prediction as lost")
-    parser.add_argument("--max-accuracy-drop", type=float, default=0.0, help="points of top-1")
-    parser.add_argument(
-        "--metric", choices=ADAPTIVE_METRICS, default="features", help="metric by which tokens are compared"
-    )
-    parser.add_argument(
-        "--score", choices=get_args(Score), default="similarity", help="score that is compared with the thresholds"
-    )
-    parser.add_argument(
-        "--split-depth",
-        type=int,
-        help="number of blocks that split tokens alternately, before the others split them by size; default: searched",
-    )
-    parser.add_argument("--n-trials", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="a PyTorch device, e.g. cuda")
-    parser.add_argument("--out", type=Path, help="default: runs/calibrations/<metric>-<drop>")
-
-
-def _run(options: argparse.Namespace) -> None:
+def run(model: ModelOptions, options: Namespace) -> int:
     options.out = options.out or Path("runs/calibrations") / f"{options.metric}-{options.max_accuracy_drop:g}"
-    if not (options.run or options.published or options.architecture):
-        options.published = newest_version(Path("model_store") / "reference")
-    _calibrate(options)
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    for name, minimum in (("n_images", 1), ("n_unseen", 1), ("n_trials", 1), ("max_accuracy_drop", 0)):
+    if not (model.run or model.published or model.architecture):
+        model = replace(model, published=newest_version(Path("model_store") / "reference"))
+    for name, accepted in (("metric", list(ADAPTIVE_METRICS)), ("score", list(get_args(Score)))):
+        if getattr(options, name) not in accepted:
+            raise ValueError(f"--{name} {getattr(options, name)}: expected one of {', '.join(accepted)}")
+    for name, minimum in (("n_unseen", 1), ("n_trials", 1), ("max_accuracy_drop", 0)):
         if not getattr(options, name) >= minimum:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {minimum}")
     began_at = time.perf_counter()
-    chosen = chosen_model(options)
+    chosen = chosen_model(model)
     depth = len(chosen.vit.blocks)  # type: ignore[arg-type]
     if options.split_depth is not None and not 0 <= options.split_depth <= depth:
         raise ValueError(f"--split-depth {options.split_depth}: expected from 0 to the ViT's {depth} blocks")
@@ -85,7 +46,7 @@ def _calibrate(options: argparse.Namespace) -> None:
         raise ValueError(
             "--metric embedding needs an embedding: pass --embedding, or a --run or --published that has one"
         )
-    source, unseen = _sources(options, chosen)
+    source, unseen = _sources(model, options, chosen)
     n_parallel = 1
     if options.device == "cpu":
         # Several batches with one thread each are faster than one batch with several threads.
@@ -145,29 +106,30 @@ def _calibrate(options: argparse.Namespace) -> None:
     _plot(trials, best, calibration, with_suffix(options.out, ".png"))
     print(_table(calibration))
     print(f"{len(trials)} trials, {time.perf_counter() - began_at:.0f} s; wrote {options.out}.json")
+    return 0
 
 
-def _sources(options: argparse.Namespace, chosen: ChosenModel) -> tuple[Source, Source]:
+def _sources(model: ModelOptions, options: Namespace, chosen: ChosenModel) -> tuple[Source, Source]:
     """Return the images of the search and of the report: two splits, or parts of a folder.
 
     Raises: ValueError where a folder has too few images, or other classes than the model.
     """
-    n_images, n_unseen = options.n_images, options.n_unseen
-    dataset = find_dataset(options.data)
+    n_images, n_unseen = model.n_images or 0, options.n_unseen
+    dataset = find_dataset(model.data)
     if dataset.has_splits:
-        if options.split == "test":
+        if model.split == "test":
             raise ValueError("--split test is reserved for the report: calibrate on train or validation")
-        return dataset.open(chosen.rule, n_images, options.split), dataset.open(chosen.rule, n_unseen)
+        return dataset.open(chosen.rule, n_images, chosen_split(model.split)), dataset.open(chosen.rule, n_unseen)
     folder: Any = dataset.open(chosen.rule, n_images + n_unseen)
     if len(folder) < n_images + n_unseen:
         raise ValueError(
-            f"{options.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
+            f"{model.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
             "requested: reduce --n-images and --n-unseen"
         )
     n_classes = int(chosen.vit.num_classes)  # type: ignore[arg-type]
     if not options.unlabelled and len(folder.labels) != n_classes:
         raise ValueError(
-            f"{options.data} has {len(folder.labels)} classes, the model {n_classes}; without labels, pass --unlabelled"
+            f"{model.data} has {len(folder.labels)} classes, the model {n_classes}; without labels, pass --unlabelled"
         )
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     return _Part(folder, order[:n_images], "calibration"), _Part(folder, order[n_images:], "unseen")
@@ -188,7 +150,7 @@ def _load(title: str, source: Source) -> tuple[Tensor, Tensor]:
     return torch.cat(pixels), torch.cat(labels)
 
 
-def _about(options: argparse.Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
+def _about(options: Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
     names = ("metric", "score", "split_depth", "max_accuracy_drop", "n_trials", "seed", "unlabelled", "device")
     return {
         **{name: getattr(options, name) for name in names},
@@ -258,7 +220,3 @@ def _plot(trials: list[Trial], best: Trial, found: Calibration, file: Path) -> N
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=130)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

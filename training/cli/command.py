@@ -1,6 +1,6 @@
-"""One way to run a command: parse options, refuse bad requests in one line, return a status.
+"""Run the command of a study or a benchmark: parse options, refuse bad requests in one line, return a status.
 
-This module imports the standard library only, so that commands outside `training.cli` can use it.
+This module imports the standard library only. The commands that users run are in `dtem`.
 """
 
 from __future__ import annotations

@@ -1,88 +1,67 @@
-"""Export a ViT with token merging: one verified and measured graph per policy and rate.
-
-The reference model: python -m training.cli.export --run runs/reference --name reference
-Your own:            python -m training.cli.export --architecture deit_small_patch16_224 --weights pretrained
-                       --name deit-s --data /data/imagenet/val
-
-With an embedding (that of the run or version, or --embedding), policy dtem is exported in addition to tome and none;
-with --calibrations (or those of the version), the adaptive policies atm and adaptive-dtem.
-An interrupted export resumes. A published version never changes.
-"""
+"""Export a ViT with token merging: one verified and measured graph per policy and rate."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
-from training.cli.command import run_command
-from training.cli.model_options import (
-    add_model_options,
-    calibrations,
-    chosen_model,
-    chosen_source,
-    published_calibrations,
-    rates,
-)
-from training.export.formats import FORMAT_NAMES, PRECISIONS
-from training.export.parity import ParityError
-from training.export.publish import Plan, next_version, publish
-from training.models.variants import FLOAT32
+from training.cli.model_options import chosen_model, chosen_source, published_calibrations, read_calibrations
+from training.cli.options import ModelOptions
+from training.cli.plan import plan_of
+from training.export.needs import Needs
+from training.export.parity import MIN_MARGIN, ParityError
+from training.export.publish import Published, plan_formats, publish
+
+REFUSALS = (ParityError,)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return run_command("export", __doc__, _add_options, _export, arguments, refusals=(ParityError,))
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.add_argument("--name", required=True, help="name of the model, in the store and in requests")
-    parser.add_argument("--version", help="a whole number; default: the next one")
-    parser.add_argument("--store", type=Path, default=Path("model_store"))
-    parser.add_argument("--rates", type=rates, default=rates("0:16:2"), help="0,8,16 or first:last:step")
-    parser.add_argument("--default-r", type=int, default=8)
-    parser.add_argument("--default-policy", help="default: dtem where there is an embedding, else tome")
-    parser.add_argument("--calibrations", type=calibrations, help="comma-separated files of training.cli.calibrate")
-    parser.add_argument("--formats", default="onnx", help=f"comma-separated, of {', '.join(FORMAT_NAMES)}")
-    parser.add_argument("--precisions", default=FLOAT32, help=f"comma-separated, of {', '.join(PRECISIONS)}")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a result from eager")
-
-
-def _export(options: argparse.Namespace) -> None:
+def run(model: ModelOptions, options: Namespace) -> int:
     torch.manual_seed(0)
-    chosen = chosen_model(options)
-    plan = Plan(
-        name=options.name,
-        version=options.version or next_version(options.store, options.name),
+    plan = plan_of(options)
+    # Refused before a model is loaded.
+    plan_formats(plan)
+    given = read_calibrations(options.calibrations) if options.calibrations else None
+    chosen = chosen_model(model)
+    plan = replace(
+        plan,
         timm_name=chosen.timm_name,
         timm_arguments=chosen.timm_arguments,
         recipe=chosen.recipe,
-        rates=options.rates,
-        default_r=options.default_r,
-        default_policy=options.default_policy,
-        formats=tuple(options.formats.split(",")),
-        precisions=tuple(options.precisions.split(",")),
-        parity_tolerance=options.tolerance,
         task=chosen.task.name,
     )
-    source = chosen_source(options, chosen.rule)
+
+    def on_start(needed: Needs) -> None:
+        print(f"{needed}; unfinished work is in {plan.work(options.store)}", file=sys.stderr)
+
     published = publish(
         chosen.vit,
         chosen.rule,
-        source,
+        chosen_source(model, chosen.rule),
         plan,
         options.store,
         chosen.embedding,
-        options.calibrations if options.calibrations is not None else published_calibrations(options.published),
-        options.published,
+        given if given is not None else published_calibrations(model.published),
+        model.published,
+        on_start=on_start,
     )
-    print(f"published {published.folder}")
-    print("largest difference of a result from eager, at batch sizes 1, 2 and 32:")
-    for name, difference in published.parity.items():
-        print(f"  {name:20} {difference:.1e}")
+    _report(published)
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _report(published: Published) -> None:
+    default = published.default
+    rate = "" if default["r"] is None else f", r {default['r']}"
+    print(f"published {published.folder}; default: policy {default['policy']}{rate}")
+    print("largest difference of a result and of a score from eager, and images with near ties,")
+    print("in which the rounding of eager leads to another decision than that of the graph:")
+    for name, found in published.parity.items():
+        print(f"  {name:20} {found.difference:.1e} {found.noise:.1e}  {found.n_near_ties} of {found.n_images} images")
+    if published.golden_margin < MIN_MARGIN:
+        print(
+            f"no image has clear decisions in all graphs: the golden image has a margin of "
+            f"{published.golden_margin:.1e}, below {MIN_MARGIN:.0e}. A CPU that rounds otherwise may refuse the "
+            "version; fewer --rates or more images make a clear one likelier"
+        )

@@ -1,22 +1,12 @@
-"""Train by a recipe.
-
-  python -m training.cli.learn --recipe training/recipes/reference.toml --out runs/reference
-
-A recipe of DTEM can also run in several processes, on one machine or more:
-  torchrun --nproc-per-node 8 -m training.cli.learn --recipe training/recipes/deit-small.toml --out runs/deit-small
-
-A run found in --out is resumed. Ctrl-C or SIGTERM ends a run of DTEM after its current step, with a checkpoint.
-"""
+"""Train by a recipe, in one process or several."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from argparse import Namespace
 
 import torch
 
-from training.cli.command import INTERRUPTED, SUCCESS, run_command
 from training.data.preprocessing import InputRule
 from training.data.sources import find_dataset
 from training.learn.backbone import BackboneTraining
@@ -28,22 +18,12 @@ from training.models.classifier import input_rule
 from training.models.vit import load_vit
 
 
-def main(arguments: list[str] | None = None) -> int:
-    return run_command("training", __doc__, _add_options, _learn, arguments)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, required=True, help="a TOML file, e.g. training/recipes/reference.toml")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there is resumed")
-    parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints, for DTEM")
-    parser.add_argument("--workers", type=int, default=2, help="data workers per training process")
-
-
-def _learn(options: argparse.Namespace) -> int:
+def run(options: Namespace) -> int:
+    """Return 0, or 130 where the run was stopped after a checkpoint."""
     recipe = read_recipe(options.recipe)
     if not isinstance(recipe, DtemRecipe):
         BackboneTraining(recipe, options.out, n_workers=options.workers).run()
-        return SUCCESS
+        return 0
     rule = _input_rule(recipe)
     with started_processes() as processes:
         images = training_images(recipe.data, rule, recipe.seed)
@@ -53,10 +33,10 @@ def _learn(options: argparse.Namespace) -> int:
         )
         with stop_signals() as stop:
             if training.run(checkpoint_every=options.checkpoint_every, stop=stop):
-                return SUCCESS
+                return 0
         if processes.is_first:
             print(f"stopped after step {training.n_steps_taken}; run the same command to resume", file=sys.stderr)
-        return INTERRUPTED
+        return 130
 
 
 def _input_rule(recipe: DtemRecipe) -> InputRule:
@@ -65,7 +45,3 @@ def _input_rule(recipe: DtemRecipe) -> InputRule:
             return input_rule(load_vit(recipe.architecture, **recipe.arguments))
 
     return find_dataset(recipe.data.source).rule(model_rule)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

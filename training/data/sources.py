@@ -7,19 +7,18 @@ class. To add a dataset, add a subclass of `NamedDataset` here and an entry to `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from training.data.augmentation import augmentation
 from training.data.digits import LABELS, REFERENCE_TASK, Split, Task, draw
+from training.data.folders import UnreadableImage, find_classes, match_labels, shown
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.training_images import AugmentedFolder, TrainingDigits, TrainingImages
 
@@ -82,28 +81,53 @@ class DigitScenes(Dataset[tuple[Tensor, int]]):
 class FolderImages(Dataset[tuple[Tensor, int]]):
     """Image files under `<root>/<class>/`; with n_images, every n-th file.
 
-    Raises: FileNotFoundError where the folder is missing or has no image.
+    labels: of the model's outputs, in their order; None means the names of the folders. A part of
+        the classes suffices, since each keeps its index; see `match_labels`.
+    Raises: FileNotFoundError where the folder is missing or has no image; ValueError naming folders
+        without a label.
     """
 
     licence, credits = "see the data's owner", ("see the data's owner",)
 
-    def __init__(self, root: Path, rule: InputRule, n_images: int | None = None) -> None:
-        folder = ImageFolder(str(root), loader=partial(_load, rule=rule))
-        n_images = min(n_images or len(folder), len(folder))
-        self._folder = folder
-        self._indices = [index * len(folder) // n_images for index in range(n_images)]
-        self.name, self.split, self.labels = root.resolve().parent.name or root.name, root.name, folder.classes
+    def __init__(
+        self, root: Path, rule: InputRule, n_images: int | None = None, labels: Sequence[str] | None = None
+    ) -> None:
+        self.folders, self._rule = find_classes(root), rule
+        self.labels = list(labels) if labels is not None else self.folders.names
+        indices = match_labels(self.folders, self.labels)
+        files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
+        n_images = min(n_images or len(files), len(files))
+        self._files = [files[index * len(files) // n_images] for index in range(n_images)]
+        self.name, self.split = root.resolve().parent.name or root.name, root.name
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels, label = self._folder[self._indices[index]]
-        return pixels, int(label)
+        """Raises: UnreadableImage"""
+        file, label = self._files[index]
+        try:
+            return torch.from_numpy(read_pixels(file, self._rule)), label
+        except Exception as err:  # Pillow raises many types, by format and defect
+            raise UnreadableImage(f"{file} cannot be read: {err or type(err).__name__}") from err
 
 
-def _load(path: str, rule: InputRule) -> Tensor:
-    return torch.from_numpy(read_pixels(Path(path), rule))
+def check_classes(n_outputs: int, source: Source) -> None:
+    """Compare a model's outputs with the labels of a source, before any image is read.
+
+    Raises: ValueError naming both.
+    """
+    if len(source.labels) == n_outputs:
+        return
+    where, note = source.name, ""
+    if isinstance(source, FolderImages):
+        where = str(source.folders.root)
+        note = "; give the names of all outputs as labels if these are a part of them"
+        if source.folders.empty:
+            note = f"; folders without images are no classes: {shown(source.folders.empty)}" + note
+    raise ValueError(
+        f"the model has {n_outputs} outputs, but {where} has {len(source.labels)} classes: {shown(source.labels)}{note}"
+    )
 
 
 class LearningOptions(Protocol):
@@ -210,8 +234,10 @@ class Folder(NamedDataset):
     def __init__(self, root: str) -> None:
         self.name = root
 
-    def open(self, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
-        return FolderImages(Path(self.name), rule, n_images)
+    def open(
+        self, rule: InputRule, n_images: int | None, split: Split = "test", labels: Sequence[str] | None = None
+    ) -> Source:
+        return FolderImages(Path(self.name), rule, n_images, labels)
 
     def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
         augment = augmentation(
@@ -242,9 +268,44 @@ def find_dataset(name: str) -> NamedDataset:
     return DATASETS.get(name) or Folder(name)
 
 
-def open_source(data: str, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
-    """Open a dataset by name. Raises: FileNotFoundError"""
-    return find_dataset(data).open(rule, n_images, split)
+def open_source(
+    data: str, rule: InputRule, n_images: int | None, split: Split = "test", labels: Sequence[str] | None = None
+) -> Source:
+    """Open a dataset by name. labels: of a model's outputs, for folders; see `FolderImages`.
+
+    Raises: FileNotFoundError; ValueError where the labels are not those of the data.
+    """
+    dataset = find_dataset(data)
+    if isinstance(dataset, Folder):
+        return dataset.open(rule, n_images, split, labels)
+    source = dataset.open(rule, n_images, split)
+    if labels is not None and list(labels) != list(source.labels):
+        raise ValueError(f"{data} has labels of its own, {shown(source.labels)}, not {shown(labels)}")
+    return source
+
+
+def run_data(recipe: Mapping[str, Any]) -> str:
+    """Return the data on which a training run is measured: its own validation folder, or the digits.
+
+    recipe: the run's recipe.json. Raises: ValueError where it has none.
+    """
+    data = recipe.get("data") or {}
+    source = data.get("source", REFERENCE_DATASET)
+    found = source if source in DATASETS else data.get("validation")
+    if not found:
+        raise ValueError(f"the run learned from {source} and has no validation folder: expected --data FOLDER")
+    return str(found)
+
+
+def published_data(manifest: Mapping[str, Any]) -> str:
+    """Return the data on which a version is measured, where it is a dataset by name.
+
+    Raises: ValueError where it is a folder.
+    """
+    name = manifest["training"]["dataset"]
+    if name == DigitScenes.name:
+        return REFERENCE_DATASET
+    raise ValueError(f"the version was measured on {name}, whose folder it does not record: expected --data FOLDER")
 
 
 def pixel_batches(source: Source, batch_size: int, n_workers: int) -> Iterator[tuple[Tensor, Tensor]]:

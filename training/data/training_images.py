@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 
 from training.data.augmentation import Augmentation, seeded
 from training.data.digits import LABELS, draw
+from training.data.folders import find_classes, shown
 from training.data.preprocessing import read_whole
 from training.data.random_words import RandomWords
 
@@ -61,12 +61,15 @@ class AugmentedFolder:
     """
 
     def __init__(self, root: Path, augment: Augmentation, *, seed: int, share: float = 1.0) -> None:
-        folder = ImageFolder(str(root))
-        self.classes: Sequence[str] = folder.classes
+        folders = find_classes(root)
+        if folders.empty:
+            raise FileNotFoundError(f"{root}: the class folders {shown(folders.empty)} have no image")
+        self.classes: Sequence[str] = folders.names
         self._augment, self._seed = augment, seed
-        self._samples: list[tuple[str, int]] = folder.samples
+        samples = [(str(file), label) for label, files in enumerate(folders.images.values()) for file in files]
         if share < 1:
-            self._samples = [folder.samples[index] for index in _shared(folder.targets, share, seed)]
+            samples = [samples[index] for index in _shared([label for _, label in samples], share, seed)]
+        self._samples = samples
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -80,7 +80,7 @@ class Calibration:
             if (found := weights_digest(module)) != expected:
                 raise CalibrationMismatch(
                     f"the thresholds were calibrated for {name} {expected[:12]}…, not for {found[:12]}…: "
-                    "calibrate anew with python -m training.cli.calibrate"
+                    "calibrate anew with dtem calibrate"
                 )
         return adaptive_model(vit, self.thresholds, self.metric, embedding)
 

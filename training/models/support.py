@@ -67,6 +67,7 @@ _POOLINGS = {
     "": "it does not pool (global_pool=''), so it classifies tokens, not images",
 }
 _VIT = "timm.models.vision_transformer"
+_TOKEN_AND_AVERAGE = ("training.models.head", "TokenAndAverage")
 _SUPPORTED = {(_VIT, "VisionTransformer"), ("timm.models.deit", "VisionTransformerDistilled")}
 _SUPPORTED_PARTS = {
     "patch embedding": {("timm.layers.patch_embed", "PatchEmbed")},
@@ -110,11 +111,16 @@ def _part_reason(model: nn.Module) -> str | None:
 
 
 def _head_reason(model: nn.Module) -> str | None:
+    if _identity(model.get_submodule("head")) == _TOKEN_AND_AVERAGE:
+        return None
     pooling = getattr(model, "global_pool", None)
     if pooling not in ("token", "avg"):
         return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is unknown")
-    if not isinstance(getattr(model, "head", None), nn.Linear):
+    head = getattr(model, "head", None)
+    if head is None or isinstance(head, nn.Identity):
         return "it has no classifier (num_classes is 0: set the number of classes)"
+    if not isinstance(head, nn.Linear):
+        return f"its head is a {type(head).__name__}, whose forward pass is unknown; expected one linear layer"
     return None
 
 

@@ -5,11 +5,15 @@ other module of the models imports timm.
 """
 
 import difflib
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from training.merging import (
@@ -27,6 +31,7 @@ from training.merging.matching import IDENTITY
 from training.merging.metrics import METRICS
 from training.merging.schedule import Exhausted
 from training.models.embedding import DecoupledEmbedding, JoinedProjections
+from training.models.head import TOKEN_AND_AVERAGE, TokenAndAverage, weighted_average
 from training.models.support import UnsupportedArchitecture, check_family, check_model
 from training.models.weights import WeightsMismatch, load_weights
 
@@ -178,13 +183,14 @@ class MergingVisionTransformer(nn.Module):
 
     def _classify(self, tokens: Tensor, size: Tensor | None) -> Tensor:
         """Pool and classify as timm does; an average is weighted by size."""
+        if isinstance(self.vit.head, TokenAndAverage):
+            logits: Tensor = self.vit.head(self.vit.head_drop(tokens), size)
+            return logits
         if size is None or not self.is_averaging:
-            logits: Tensor = self.vit.forward_head(tokens)
+            logits = self.vit.forward_head(tokens)
             return logits
         first = 0 if self.vit.pool_include_prefix else self.n_protected
-        size = size[:, first:]
-        weight = (size / size.sum(dim=1, keepdim=True)).to(tokens.dtype)
-        pooled = (tokens[:, first:] * weight).sum(dim=1)
+        pooled = weighted_average(tokens[:, first:], size[:, first:])
         logits = self.vit.head(self.vit.head_drop(self.vit.fc_norm(pooled)))
         return logits
 
@@ -208,11 +214,17 @@ def _metric(choice: MetricChoice, seed: int) -> Metric:
 
 
 def load_vit(
-    architecture: str, *, weights: Literal["pretrained"] | Path | None = None, **timm_arguments: Any
+    architecture: str,
+    *,
+    weights: Literal["pretrained"] | Path | None = None,
+    norm_eps: float | None = None,
+    **timm_arguments: Any,
 ) -> nn.Module:
     """Build a timm vision transformer with random, pretrained or local weights.
 
-    architecture, timm_arguments: for `timm.create_model` (img_size, num_classes, …).
+    architecture, timm_arguments: for `timm.create_model` (img_size, num_classes, …). Two arguments
+        are not timm's: norm_eps is that of all layer norms, and global_pool "token+avg" is DINOv2's
+        classifier, see `TokenAndAverage`.
     Raises: UnsupportedArchitecture; ValueError for an unknown name; WeightsMismatch or
         FileNotFoundError for the file.
     """
@@ -220,11 +232,59 @@ def load_vit(
         raise ValueError(f"weights {weights!r}: expected None, 'pretrained' or the path of a safetensors file")
     if ":" not in architecture:  # hub and folder names do not reveal the family
         _check_name(architecture)
-    model: nn.Module = timm.create_model(architecture, pretrained=weights == "pretrained", **timm_arguments)
+    has_token_and_average = timm_arguments.get("global_pool") == TOKEN_AND_AVERAGE
+    if has_token_and_average:
+        timm_arguments["global_pool"] = ""
+    model: Any = timm.create_model(architecture, pretrained=weights == "pretrained", **timm_arguments)
+    if has_token_and_average:
+        model.head = TokenAndAverage(model)
+    if norm_eps is not None:
+        _set_norm_eps(model, norm_eps)
     check_model(model, architecture)
     if isinstance(weights, Path):
         load_weights(model, weights)
-    return model
+    return cast(nn.Module, model)
+
+
+def _set_norm_eps(model: nn.Module, eps: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def outline(architecture: str, **timm_arguments: Any) -> nn.Module:
+    """Return the model that `load_vit` builds, without memory for its tensors. Raises: as it."""
+    return load_vit(architecture, **timm_arguments, device="meta", weight_init="skip")
+
+
+def plain_names() -> Iterator[str]:
+    """Return the names of timm's plain vision transformers, with those of other heads and blocks."""
+    for name in timm.list_models():
+        if timm.model_entrypoint(name).__module__.rpartition(".")[2] in ("vision_transformer", "deit"):
+            yield name
+
+
+def behaviour(vit: nn.Module) -> tuple[object, ...]:
+    """Return what a forward pass depends on beside the tensors; equal for models that compute the same."""
+    model: Any = vit
+    names = ("global_pool", "no_embed_class", "pool_include_prefix", "num_prefix_tokens")
+    return repr(model), model.patch_embed.img_size, model.blocks[0].attn.num_heads, *(getattr(model, n) for n in names)
+
+
+def resample_positions(
+    positions: Tensor, vit: nn.Module, *, old_grid: tuple[int, int], n_prefix: int, antialias: bool = True
+) -> Tensor:
+    """Return position embeddings of the model's grid. Shapes: (1, prefix + patches, C) -> the same"""
+    model: Any = vit
+    resampled: Tensor = resample_abs_pos_embed(
+        positions, model.patch_embed.grid_size, old_grid, num_prefix_tokens=n_prefix, antialias=antialias
+    )
+    return resampled
+
+
+def full_config(stated: dict[str, Any]) -> dict[str, Any]:
+    """Return timm's `pretrained_cfg` with its defaults. Raises: TypeError for an unknown key"""
+    return asdict(PretrainedCfg(**stated))
 
 
 def _check_name(architecture: str) -> None:

@@ -7,6 +7,7 @@ that range.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         found = {name: tensor for name, tensor in load_file(path).items() if not _IS_ROWS.fullmatch(name)}
     except (SafetensorError, OSError) as err:
         raise WeightsMismatch(f"{path} is not a safetensors file: {err}") from err
-    problems = _differences(model.state_dict(), found)
+    problems = differences(model.state_dict(), found)
     if problems:
         raise WeightsMismatch(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
     model.load_state_dict(found, strict=True)
@@ -62,7 +63,8 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return how tensors differ by name and shape: one phrase for each kind of difference."""
     other_shape = [
         f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()

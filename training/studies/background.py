@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from training.cli.command import report, run_command
 from training.cli.evaluate import chosen_policies
-from training.cli.model_options import ChosenModel, add_model_options, chosen_model, rates
-from training.data.digits import Scene, digit_patches, draw
-from training.data.sources import REFERENCE_DATASET
+from training.cli.model_options import ChosenModel, chosen_model
+from training.cli.options import ModelOptions, parse_rates
+from training.data.digits import SPLITS, Scene, digit_patches, draw
 from training.evaluate.results import with_suffix
 from training.evaluate.table import frozen_policy, planned
 from training.merging.policies import FIXED_POLICIES, UNMERGED
@@ -42,9 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
-    parser.set_defaults(n_images=2000)
-    parser.add_argument("--rates", type=rates, default=rates("2:16:2"), help="2,8,16 or first:last:step")
+    parser.add_argument("--run", type=Path, help="folder of a training run")
+    parser.add_argument("--published", type=Path, help="a version in the store")
+    parser.add_argument("--split", default="test", choices=SPLITS)
+    parser.add_argument("--n-images", type=int, default=2000)
+    parser.add_argument("--rates", type=parse_rates, default=parse_rates("2:16:2"), help="2,8,16 or first:last:step")
     merging = ", ".join(name for name in FIXED_POLICIES if name != UNMERGED.name)
     parser.add_argument(
         "--policies",
@@ -56,10 +58,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure_background(options: argparse.Namespace) -> None:
-    if options.data != REFERENCE_DATASET:
-        raise ValueError(f"data {options.data!r}: only the reference task's digits have masks")
-    chosen = chosen_model(options)
-    policies = chosen_policies(options, chosen, default=DEFAULT)
+    chosen = chosen_model(ModelOptions(run=options.run, published=options.published))
+    policies = chosen_policies(options.policies, chosen, default=DEFAULT)
     plan = planned(policies, options.rates)
     if UNMERGED.name in policies or not plan:
         raise ValueError(f"policies {','.join(policies)} at rates {options.rates}: expected some that merge, r above 0")

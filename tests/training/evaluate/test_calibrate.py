@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.training.commands import dtem
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.cli import calibrate
 from training.cli.model_options import newest_version
+from training.cli.options import ModelOptions
 from training.data.digits import draw
 from training.data.sources import REFERENCE_INPUT
 from training.evaluate import calibrate as calibration
@@ -198,7 +200,7 @@ def test_evaluator_pairs_each_image_with_the_unmerged_model(is_labelled: bool) -
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibrate once, and return the folder of the files that the command wrote."""
     folder = tmp_path_factory.mktemp("calibrated")
-    assert calibrate.main(command_in(folder)) == 0
+    assert dtem("calibrate", command_in(folder)) == 0
     return folder / "found"
 
 
@@ -218,7 +220,7 @@ def test_command_writes_a_calibration_a_picture_and_its_trials_and_repeats_itsel
     calibrated: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert calibrate.main(command) == 0
+    assert dtem("calibrate", command) == 0
     table = capsys.readouterr().out
     found = load_calibration(tmp_path / "found" / "atm.json")
     assert (found.policy, found.metric, found.n_trials, found.max_accuracy_drop) == ("atm", "features", 20, 20)
@@ -245,11 +247,11 @@ def test_interrupted_command_resumes_to_the_same_file(
         return trial, costs
 
     monkeypatch.setattr(calibration, "attempt", interrupted)
-    assert calibrate.main(command) == 130
+    assert dtem("calibrate", command) == 130
     log = tmp_path / "found" / "atm.trials.jsonl"
     log.write_text(log.read_text() + '{"thresholds": {"alp')  # a line cut short
     monkeypatch.setattr(calibration, "attempt", attempt)
-    assert calibrate.main(command) == 0
+    assert dtem("calibrate", command) == 0
     assert (tmp_path / "found" / "atm.json").read_bytes() == (calibrated / "atm.json").read_bytes()
     assert len(read_trials(log)) == 20
 
@@ -257,20 +259,21 @@ def test_interrupted_command_resumes_to_the_same_file(
 def test_without_a_model_it_is_the_newest_reference_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[Any] = []
+    seen: list[ModelOptions] = []
 
-    def stop(options: Any) -> None:
-        seen.append(options)
+    def stop(model: ModelOptions) -> None:
+        seen.append(model)
         raise ValueError("enough")
 
-    monkeypatch.setattr(calibrate, "_calibrate", stop)
-    assert calibrate.main(["--max-accuracy-drop", "0.0"]) == 2
-    assert seen[0].published == newest_version(Path("model_store/reference"))
-    assert (seen[0].published / "atm.json").is_file()
-    assert str(seen[0].out) == "runs/calibrations/features-0"
+    monkeypatch.setattr(calibrate, "chosen_model", stop)
+    assert dtem("calibrate", ["--max-accuracy-drop", "0.0"]) == 2
+    newest = newest_version(Path("model_store/reference"))
+    assert newest is not None
+    assert seen[0].published == newest
+    assert (newest / "atm.json").is_file()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)  # where there is no store
-    assert calibrate.main([]) == 2
+    assert dtem("calibrate", []) == 2
     assert "expected exactly one of --run, --published and --architecture" in capsys.readouterr().err
 
 
@@ -278,7 +281,7 @@ def test_trials_of_another_search_are_refused(
     calibrated: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(calibrated, tmp_path / "found")
-    assert calibrate.main([*command, "--seed", "5"]) == 2
+    assert dtem("calibrate", [*command, "--seed", "5"]) == 2
     assert "was written by a search with other options" in capsys.readouterr().err
 
 
@@ -287,7 +290,7 @@ def test_embedding_is_calibrated_as_adaptive_dtem(command: list[str], tmp_path: 
     own = DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=30))
     own.save(tmp_path / "own.safetensors")
     plan = [*command, "--metric", "embedding", "--embedding", str(tmp_path / "own.safetensors"), "--unlabelled"]
-    assert calibrate.main(plan) == 0
+    assert dtem("calibrate", plan) == 0
     found = load_calibration(tmp_path / "found" / "atm.json")
     assert (found.policy, found.calibrated.is_labelled) == ("adaptive-dtem", False)
     assert found.model(tiny_vit(), own).metric is own
@@ -304,7 +307,7 @@ def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: 
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw("test", index).image).save(folder / f"{index}.png")
     data = ["--data", str(tmp_path / "val"), "--n-images", "20", "--n-unseen", "10"]
-    assert calibrate.main([*command, *data]) == 0
+    assert dtem("calibrate", [*command, *data]) == 0
     found = load_calibration(tmp_path / "found" / "atm.json")
     assert (found.calibrated.split, found.unseen.split) == ("val (calibration part)", "val (unseen part)")
     assert (found.calibrated.n_images, found.unseen.n_images) == (20, 10)
@@ -313,7 +316,7 @@ def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--n-images", "0"], "--n-images 0: expected at least 1"),
+        (["--n-images", "0"], "0 is not in the range x>=1"),
         (["--max-accuracy-drop", "-1"], "--max-accuracy-drop -1.0: expected at least 0"),
         (["--max-accuracy-drop", "nan"], "--max-accuracy-drop nan"),
         (["--split-depth", "4"], "--split-depth 4: expected from 0 to the ViT's 3 blocks"),
@@ -330,7 +333,7 @@ def test_what_cannot_be_calibrated_is_refused(
     for index in range(3):
         Image.fromarray(draw("test", index).image).save(tmp_path / "few" / "all" / f"{index}.png")
     extra = [str(tmp_path / "few") if word == "FOLDER" else word for word in extra]
-    assert calibrate.main([*command, *extra]) == 2
+    assert dtem("calibrate", [*command, *extra]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.cli import compare
+from tests.training.commands import dtem
 from training.evaluate.paired import count_pairs
 from training.evaluate.results import Row, write_evaluation
 
@@ -35,7 +35,7 @@ def evaluation(tmp_path: Path) -> str:
 
 
 def _compared(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
-    assert compare.main([*arguments, "--out", str(tmp_path / "result")]) == 0
+    assert dtem("compare", [*arguments, "--out", str(tmp_path / "result")]) == 0
     found: list[dict[str, Any]] = json.loads((tmp_path / "result.json").read_text())["comparisons"]
     return found
 
@@ -77,7 +77,7 @@ def test_other_images_are_refused(
     evaluation: str, change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_evaluation(tmp_path / "two", {**ABOUT, **change}, ROWS)
-    assert compare.main([evaluation, str(tmp_path / "two.json"), "--out", str(tmp_path / "result")]) == 2
+    assert dtem("compare", [evaluation, str(tmp_path / "two.json"), "--out", str(tmp_path / "result")]) == 2
     assert "only the same images can be paired" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
 
@@ -94,5 +94,5 @@ def test_other_images_are_refused(
 def test_what_cannot_be_compared_is_refused(
     evaluation: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compare.main([evaluation, *arguments, "--out", str(tmp_path / "result")]) == 2
+    assert dtem("compare", [evaluation, *arguments, "--out", str(tmp_path / "result")]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,3 @@
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.training.commands import dtem
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli import compare, evaluate
-from training.cli.model_options import add_model_options, chosen_model
+from training.cli.model_options import ChosenModel, chosen_model
+from training.cli.options import ModelOptions
 from training.data.digits import draw
 from training.data.sources import open_source, pixel_batches
 from training.evaluate.results import Row, read_evaluation, write_evaluation
@@ -30,6 +30,11 @@ def command(tmp_path: Path) -> list[str]:
     return [*model, "--arguments", json.dumps(ARGUMENTS), *rates, "--out", str(tmp_path / "result")]
 
 
+def _chosen(folder: Path) -> ChosenModel:
+    weights = str(folder / "weights.safetensors")
+    return chosen_model(ModelOptions(architecture="vit_tiny_patch16_224", weights=weights, arguments=ARGUMENTS))
+
+
 @pytest.fixture
 def embedding(tmp_path: Path) -> list[str]:
     torch.manual_seed(3)
@@ -38,7 +43,7 @@ def embedding(tmp_path: Path) -> list[str]:
 
 
 def test_evaluate_writes_table_json_and_picture(command: list[str], tmp_path: Path) -> None:
-    assert evaluate.main([*command, "--policies", "none,random,tome"]) == 0
+    assert dtem("evaluate", [*command, "--policies", "none,random,tome"]) == 0
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     expected = [("none", 0, 197), ("tome", 30, 107), ("tome", 60, 39), ("random", 30, 107), ("random", 60, 39)]
     assert [(row["policy"], row["r"], row["tokens_left"]) for row in rows] == expected
@@ -53,13 +58,13 @@ def test_evaluate_writes_table_json_and_picture(command: list[str], tmp_path: Pa
 
 
 def test_evaluate_resumes_and_repeats_itself(command: list[str], tmp_path: Path) -> None:
-    assert evaluate.main(command) == 0
+    assert dtem("evaluate", command) == 0
     file = tmp_path / "result.json"
     whole = json.loads(file.read_text())
     cut = {**whole, "rows": whole["rows"][:2]}
     cut["rows"][0]["images_per_second"] = 12345.0  # a mark: this row is not measured again
     file.write_text(json.dumps(cut))
-    assert evaluate.main(command) == 0
+    assert dtem("evaluate", command) == 0
     resumed = json.loads(file.read_text())
     assert resumed["rows"][0]["images_per_second"] == 12345.0
     assert [row["top1"] for row in resumed["rows"]] == [row["top1"] for row in whole["rows"]]
@@ -68,7 +73,7 @@ def test_evaluate_resumes_and_repeats_itself(command: list[str], tmp_path: Path)
 def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
     command: list[str], embedding: list[str], tmp_path: Path
 ) -> None:
-    assert evaluate.main([*command, *embedding]) == 0
+    assert dtem("evaluate", [*command, *embedding]) == 0
     rows = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
     assert list(rows) == ["none-r0", "tome-r30", "tome-r60", "dtem-r30", "dtem-r60"]
     # 197, 167 and 137 tokens enter the blocks, each meets 32 x 8 weights; scores by 8 numbers
@@ -79,10 +84,10 @@ def test_dtem_merges_by_its_embedding_and_costs_its_gemm(
 
 
 def test_rows_record_which_images_were_right(command: list[str], embedding: list[str], tmp_path: Path) -> None:
-    assert evaluate.main([*command, *embedding]) == 0
+    assert dtem("evaluate", [*command, *embedding]) == 0
     found = read_evaluation(tmp_path / "result.json")
     assert all(row.scores.shape == (24,) and row.scores.mean() == row.value for row in found.rows)
-    chosen = chosen_model(_options(command))
+    chosen = _chosen(tmp_path)
     classifier = frozen_classifier(chosen.vit, chosen.rule, 30)
     is_right: list[bool] = []
     # Batches as in the evaluation: a decision may depend on the batch by rounding.
@@ -91,12 +96,6 @@ def test_rows_record_which_images_were_right(command: list[str], embedding: list
             is_right += (classifier(pixels).argmax(1) == labels).tolist()
     row = next(row for row in found.rows if row.key == "tome-r30")
     assert row.scores.tolist() == is_right
-
-
-def _options(command: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_model_options(parser)
-    return parser.parse_known_args(command)[0]
 
 
 @pytest.fixture
@@ -112,11 +111,11 @@ def adaptive(tmp_path: Path, embedding: list[str]) -> list[str]:
 
 
 def test_adaptive_policies_have_separate_rows(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
-    assert evaluate.main([*command, *adaptive]) == 0
+    assert dtem("evaluate", [*command, *adaptive]) == 0
     found = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
     assert list(found)[-2:] == ["atm-features-drop0.5", "adaptive-dtem-embedding-drop0.5"]
     row = found["atm-features-drop0.5"]
-    chosen = chosen_model(_options(command))
+    chosen = _chosen(tmp_path)
     batches = list(pixel_batches(open_source("digits", chosen.rule, 24), 10, n_workers=0))
     classifier = AdaptiveClassifier(load_calibration(tmp_path / "features.json").model(chosen.vit), chosen.rule).eval()
     with torch.inference_mode():
@@ -134,7 +133,7 @@ def test_adaptive_policies_have_separate_rows(command: list[str], adaptive: list
         f"| atm (features) | drop 0.5 | {row.tokens_left:.1f} | {row.gmacs:.3f} ({spread[0]:.3f} … {spread[1]:.3f}) |"
         in table
     )
-    assert evaluate.main([*command, *adaptive]) == 0  # resumes: nothing is left to do
+    assert dtem("evaluate", [*command, *adaptive]) == 0  # resumes: nothing is left to do
     found = {row.key: row for row in read_evaluation(tmp_path / "result.json").rows}
     assert found["atm-features-drop0.5"].images_per_second == row.images_per_second
 
@@ -143,7 +142,7 @@ def test_two_calibrations_of_the_same_row_are_refused(
     command: list[str], adaptive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(tmp_path / "features.json")
-    assert evaluate.main([*command, *adaptive, "--calibrations", f"{file},{file}"]) == 2
+    assert dtem("evaluate", [*command, *adaptive, "--calibrations", f"{file},{file}"]) == 2
     assert (
         "atm-features-drop0.5, atm-features-drop0.5: expected each policy, metric and drop at most once"
         in capsys.readouterr().err
@@ -152,9 +151,9 @@ def test_two_calibrations_of_the_same_row_are_refused(
 
 
 def test_an_adaptive_policy_can_be_compared(command: list[str], adaptive: list[str], tmp_path: Path) -> None:
-    assert evaluate.main([*command, *adaptive]) == 0
+    assert dtem("evaluate", [*command, *adaptive]) == 0
     pair = [str(tmp_path / "result.json"), "--base", "none", "--other", "tome,atm", "--out", str(tmp_path / "pairs")]
-    assert compare.main(pair) == 0
+    assert dtem("compare", pair) == 0
     (*_, last) = json.loads((tmp_path / "pairs.json").read_text())["comparisons"]
     assert (last["other"]["series"], last["other"]["setting"]) == ("atm (features)", "drop 0.5")
     assert "| none r=0 | atm (features) drop 0.5 |" in (tmp_path / "pairs.md").read_text()
@@ -168,7 +167,7 @@ def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -
         folder = tmp_path / "val" / f"class{scene.label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.image).save(folder / f"{index}.png")
-    assert evaluate.main([*command, "--data", str(tmp_path / "val"), "--rates", "0", "--n-images", "3"]) == 0
+    assert dtem("evaluate", [*command, "--data", str(tmp_path / "val"), "--rates", "0", "--n-images", "3"]) == 0
     found = read_evaluation(tmp_path / "result.json")
     assert (found.about["split"], found.about["n_images"], len(found.rows[0].scores)) == ("val", 3, 3)
 
@@ -176,9 +175,9 @@ def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -
 def test_another_embedding_is_another_evaluation(
     command: list[str], embedding: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([*command, *embedding, "--rates", "30"]) == 0
+    assert dtem("evaluate", [*command, *embedding, "--rates", "30"]) == 0
     DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=30)).save(Path(embedding[1]))
-    assert evaluate.main([*command, *embedding, "--rates", "30"]) == 2
+    assert dtem("evaluate", [*command, *embedding, "--rates", "30"]) == 2
     assert "holds another evaluation" in capsys.readouterr().err
 
 
@@ -226,8 +225,8 @@ def test_rows_without_or_with_other_arrays_are_refused(tmp_path: Path) -> None:
 def test_rows_of_another_evaluation_are_not_mixed_in(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main(command) == 0
-    assert evaluate.main([*command, "--n-images", "12"]) == 2
+    assert dtem("evaluate", command) == 0
+    assert dtem("evaluate", [*command, "--n-images", "12"]) == 2
     assert "holds another evaluation" in capsys.readouterr().err
 
 
@@ -247,7 +246,7 @@ def test_rows_of_another_evaluation_are_not_mixed_in(
 def test_what_cannot_be_evaluated_is_refused(
     command: list[str], extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([*command, *extra]) == 2
+    assert dtem("evaluate", [*command, *extra]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "batch/s" not in error  # before the first image

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.training.commands import dtem
 from tests.training.export.tiny_export import command
-from training.cli import export
 from training.data.digits import draw
 from training.export import formats
 from training.export.formats import GraphFormat
@@ -21,7 +21,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = command(folder)  # writes the files that the rest names
     with_embedding = ["--embedding", str(folder / "own.safetensors")]
     adaptive = ["--calibrations", f"{folder / 'atm.json'},{folder / 'adaptive-dtem.json'}"]
-    assert export.main([*model, *with_embedding, *adaptive, "--formats", "onnx,torchscript"]) == 0
+    assert dtem("export", [*model, *with_embedding, *adaptive, "--formats", "onnx,torchscript"]) == 0
     return folder / "store" / "tiny" / "1"
 
 

@@ -1,38 +1,36 @@
 """The published version: what it holds, and what is refused."""
 
-import argparse
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from app.store.manifest import Manifest
+from dtem import training
+from tests.training.commands import dtem
 from tests.training.export.tiny_export import RATES, command, embedding, frozen_adaptive
 from tests.training.tiny_vit import tiny_vit
-from training.cli import export
-from training.cli.model_options import add_model_options, chosen_model
+from training.cli.model_options import chosen_model
+from training.cli.options import ModelOptions
 from training.data.digits import draw
 from training.evaluate import accuracy
 from training.evaluate.results import read_evaluation
+from training.export import manifest as written
 from training.export import measured as measured_rows
-from training.export import parity
 from training.export import publish as publishing
 from training.export.manifest import git_commit
 from training.export.onnx_format import OnnxClassifier
-from training.export.parity import (
-    Decisions,
-    decisions,
-)
 from training.export.torchscript_format import TorchScriptClassifier
 from training.models.calibration import load_calibration
-from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
 from training.models.variants import variant_key
 
@@ -64,9 +62,7 @@ def test_unmerged_graph_is_one_under_every_policys_name(manifest: dict[str, Any]
 
 
 def test_embedding_is_published_with_the_model_and_found_there(published: Path) -> None:
-    options = argparse.ArgumentParser()
-    add_model_options(options)
-    chosen = chosen_model(options.parse_args(["--published", str(published)]))
+    chosen = chosen_model(ModelOptions(published=published))
     assert chosen.embedding is not None
     assert chosen.embedding.config == embedding().config
     own = dict(embedding().named_parameters())
@@ -120,7 +116,7 @@ def test_accuracy_is_measured_on_the_graph(published: Path, manifest: dict[str, 
 
 def test_published_version_is_never_changed(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (published / "manifest.json").read_bytes()
-    assert export.main([*command(published.parents[2]), "--version", "1"]) == 2
+    assert dtem("export", [*command(published.parents[2]), "--version", "1"]) == 2
     assert "immutable" in capsys.readouterr().err
     assert (published / "manifest.json").read_bytes() == before
 
@@ -130,9 +126,9 @@ def test_graph_that_differs_is_not_published(
 ) -> None:
     run = OnnxClassifier.__call__
     monkeypatch.setattr(OnnxClassifier, "__call__", lambda graph, pixels: run(graph, pixels) + 2e-4)
-    assert export.main(command(tmp_path)) == 2
-    assert "none-r0.onnx: differs from eager by 2.0" in capsys.readouterr().err
-    assert not (tmp_path / "store" / "tiny" / "1").exists()
+    assert dtem("export", command(tmp_path)) == 2
+    assert "none-r0.onnx: batch 1, without scores: differs from eager by 2.0" in capsys.readouterr().err
+    assert not list((tmp_path / "store").iterdir())
 
 
 @pytest.mark.usefixtures("quick_format")
@@ -147,10 +143,12 @@ def test_interrupted_export_keeps_its_measurements(tmp_path: Path, monkeypatch: 
         return measure(*arguments, **settings)
 
     monkeypatch.setattr(measured_rows, "measure", counting)
-    assert export.main(command(tmp_path)) == 130
-    assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == [".1.unfinished"]
+    assert dtem("export", command(tmp_path)) == 130
+    work = tmp_path / "store" / "tiny" / ".1.unfinished"
+    assert [path.name for path in work.parent.iterdir()] == [work.name]
+    assert [path.name for path in work.iterdir()] == ["measurements.json"], "a copy of the weights is left"
     measured.pop()
-    assert export.main(command(tmp_path)) == 0
+    assert dtem("export", command(tmp_path)) == 0
     assert len(measured) == 2  # of three rates two were known
     assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == ["1"]
 
@@ -160,13 +158,13 @@ def test_interrupted_export_keeps_the_gmacs_of_images(tmp_path: Path, monkeypatc
     plan = [*command(tmp_path), "--calibrations", str(tmp_path / "atm.json"), "--rates", "8"]
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_evaluation", interrupt)
-        assert export.main(plan) == 130
+        assert dtem("export", plan) == 130
     work = tmp_path / "store" / "tiny" / ".1.unfinished"
     (_, entry), *_ = sorted(
         json.loads((work / "measurements.json").read_text()).items(), key=lambda item: item[1][0]["policy"]
     )
     monkeypatch.setattr(measured_rows, "measure", interrupt)
-    assert export.main(plan) == 0
+    assert dtem("export", plan) == 0
     variants = json.loads((work.with_name("1") / "manifest.json").read_text())["variants"]
     (atm,) = [variant for variant in variants if variant["policy"] == "atm"]
     assert [atm["gmacs"], *atm["gmacs_spread"].values()] == [
@@ -180,7 +178,6 @@ def test_measurements_of_identical_files_are_taken_from_the_published_version(
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(published, store / "tiny" / "1")
-    shutil.copy("model_store/manifest.schema.json", store)
     file = store / "tiny" / "1" / "manifest.json"
     content = json.loads(file.read_text())
     content["variants"] = [variant for variant in content["variants"] if not variant["data_dependent"]]
@@ -196,7 +193,7 @@ def test_measurements_of_identical_files_are_taken_from_the_published_version(
 
     monkeypatch.setattr(measured_rows, "measure", counting)
     plan = ["--published", str(store / "tiny" / "1"), "--name", "tiny", "--store", str(store), "--rates", "8,16"]
-    assert export.main([*plan, "--n-images", "300"]) == 0
+    assert dtem("export", [*plan, "--n-images", "300"]) == 0
     before, after = (
         {row.key: row for row in read_evaluation(store / "tiny" / version / "evaluation.json").rows} for version in "12"
     )
@@ -231,7 +228,7 @@ def test_precisions_of_a_variant_do_not_collide(tmp_path: Path) -> None:
     embedding_file = ["--embedding", str(tmp_path / "own.safetensors")]
     adaptive = ["--calibrations", str(tmp_path / "atm.json"), "--rates", "0,8"]
     plan = [*command(tmp_path), *embedding_file, *adaptive, "--precisions", "float32,int8"]
-    assert export.main(plan) == 0
+    assert dtem("export", plan) == 0
     folder = tmp_path / "store" / "tiny" / "1"
     keys = ["none-r0", "tome-r8", "dtem-r8", "atm"]
     assert {file.name for file in folder.glob("*.onnx")} == {
@@ -266,21 +263,8 @@ def test_calibrations_that_do_not_fit_are_refused(
 ) -> None:
     plan = command(tmp_path)
     names = ",".join(str(tmp_path / name) for name in files.split(","))
-    assert export.main([*plan, "--calibrations", names]) == 2
+    assert dtem("export", [*plan, "--calibrations", names]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_decisions_are_made_once_for_each_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decided: list[int] = []
-
-    def counting(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
-        decided.append(classifier.model.schedule[0])
-        return decisions(classifier, pixels)
-
-    monkeypatch.setattr(publishing, "decisions", counting)
-    monkeypatch.setattr(parity, "decisions", counting)
-    assert export.main([*command(tmp_path), "--rates", "8", "--formats", "torchscript"]) == 0
-    assert decided == [8]
 
 
 def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
@@ -289,10 +273,11 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     plan = [*command(tmp_path), "--formats", "torchscript"]  # the quicker ones to make
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "write_manifest", interrupt)
-        assert export.main([*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
+        assert dtem("export", [*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
     (work,) = (tmp_path / "store" / "tiny").iterdir()
-    assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
-    assert export.main([*plan, "--rates", "4", "--default-r", "4"]) == 0
+    assert [path.name for path in work.iterdir()] == ["measurements.json"], "dropped before the manifest was valid"
+    (work / "dtem-r8.pt").touch()  # as a killed export leaves
+    assert dtem("export", [*plan, "--rates", "4", "--default-r", "4"]) == 0
     folder = tmp_path / "store" / "tiny" / "1"
     names = {path.name for path in folder.iterdir()}
     assert {name for name in names if name.endswith((".pt", ".onnx"))} == {"tome-r4.pt"}
@@ -305,15 +290,64 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_export_outside_a_git_checkout_is_refused(
+@pytest.mark.usefixtures("quick_format")
+def test_export_outside_a_git_checkout_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_commit(tmp_path) is None
+    monkeypatch.setattr(written, "git_commit", lambda: git_commit(tmp_path))
+    assert dtem("export", [*command(tmp_path), "--rates", "0,4,12", "--formats", "onnx"]) == 0
+    manifest = Manifest.model_validate_json((tmp_path / "store/tiny/1/manifest.json").read_bytes())
+    assert manifest.git_commit is None
+    assert manifest.exporter is not None
+    assert manifest.exporter.startswith("dtem-serve ")
+    assert manifest.default.r == 4, "the rate above 0 nearest to 8; of two, the lower"
+
+
+def test_manifest_names_the_least_onnxruntime(manifest: dict[str, Any]) -> None:
+    assert manifest["min_onnxruntime"] == "1.18"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--name", "Pets"], "name 'Pets': expected lower-case letters"),
+        (["--name", "../pets"], "name '../pets': expected"),
+        (["--name", "p" * 101], "at most 100 characters"),
+        (["--version", "v1"], "version 'v1': expected a whole number"),
+        (["--version", "0"], "version '0': expected a whole number"),
+        (["--rates", "0,4,12", "--default-r", "8"], "default_r 8: expected one of the rates [0, 4, 12]"),
+        (["--tolerance", "0"], "parity_tolerance 0.0: expected a number above 0"),
+        (["--store", "pyproject.toml"], "pyproject.toml is not a folder"),
+        (["--store", "/proc/1"], "cannot be written to"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = command(tmp_path)
+    monkeypatch.setattr(training, "import_module", interrupt)
+    assert dtem("export", [*plan, *extra]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_plan_is_checked_without_pytorch() -> None:
+    code = "import sys, training.export.plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_full_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"no git checkout.*export from a clone"):
-        git_commit(tmp_path)
-    monkeypatch.setattr(publishing, "git_commit", lambda: git_commit(tmp_path))
-    assert export.main(command(tmp_path)) == 2
-    assert f"export refused: {tmp_path} is in no git checkout" in capsys.readouterr().err
-    assert not (tmp_path / "store" / "tiny").exists()
+    plan = command(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert dtem("export", plan) == 2
+    assert "0.0 GB free" in capsys.readouterr().err
+    assert not list((tmp_path / "store").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -321,7 +355,7 @@ def test_export_outside_a_git_checkout_is_refused(
     [
         (["--default-r", "4"], "default_r 4"),
         (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
-        (["--default-policy", "none"], "default_r 8: expected one of [0], the rates of policy none"),
+        (["--default-policy", "none", "--default-r", "8"], "default_r 8: expected one of [0], the rates of the"),
         (["--rates", "8,8"], "rates [8, 8]"),
         (["--formats", "onnx,tensorrt"], "format tensorrt with precision float32: expected one of onnx float32"),
         (["--precisions", "int4"], "format onnx with precision int4"),
@@ -332,5 +366,5 @@ def test_export_outside_a_git_checkout_is_refused(
 def test_what_cannot_be_exported_is_refused(
     tmp_path: Path, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export.main([*command(tmp_path), *extra]) == 2
+    assert dtem("export", [*command(tmp_path), *extra]) == 2
     assert message in capsys.readouterr().err

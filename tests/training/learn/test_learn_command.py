@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.commands import dtem
 from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
-from training.cli import learn
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -26,7 +26,7 @@ def arguments(recipe: Path, out: Path, n_workers: int = 0) -> list[str]:
 
 
 def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-W", "error", "-m", "training.cli.learn", *arguments(recipe, out, n_workers)]
+    command = [sys.executable, "-W", "error", "-m", "dtem", "learn", *arguments(recipe, out, n_workers)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
 
 
@@ -52,7 +52,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_ended_run_resumes_bit_identically(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """As a terminal does, the signal goes to the processes that read images too."""
     recipe = write_run(tmp_path)
-    assert learn.main(arguments(recipe, tmp_path / "whole")) == 0
+    assert dtem("learn", arguments(recipe, tmp_path / "whole")) == 0
     process = started(recipe, tmp_path / "ended", n_workers=1)
     wait_for_lines(process, tmp_path / "ended", 14)
     os.killpg(process.pid, number)
@@ -61,7 +61,7 @@ def test_ended_run_resumes_bit_identically(tmp_path: Path, number: signal.Signal
     n_steps = torch.load(tmp_path / "ended" / "state.pt", weights_only=True)["n_steps_taken"]
     assert 10 <= n_steps < 40
     assert (n_steps % 10 == 0) or number != signal.SIGKILL
-    assert learn.main(arguments(recipe, tmp_path / "ended", n_workers=1)) == 0
+    assert dtem("learn", arguments(recipe, tmp_path / "ended", n_workers=1)) == 0
     assert_same_run(tmp_path / "ended", tmp_path / "whole")
 
 
@@ -71,7 +71,7 @@ def test_two_processes_take_the_steps_of_one_and_resume_its_run(tmp_path: Path) 
     tiny_training(tiny_recipe(recipe), tmp_path / "one").run()
     tiny_training(tiny_recipe(recipe), tmp_path / "two").run(until=3, checkpoint_every=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "training.cli.learn", *arguments(recipe, tmp_path / "two")]
+    command = [*launcher, "-m", "dtem", "learn", *arguments(recipe, tmp_path / "two")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
@@ -110,7 +110,7 @@ def test_image_that_cannot_be_read_ends_several_processes(tmp_path: Path) -> Non
 
 
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path, out: Path) -> str:
-    assert learn.main(arguments(recipe, out)) == 2
+    assert dtem("learn", arguments(recipe, out)) == 2
     assert not (out / "state.pt").exists()
     return capsys.readouterr().err
 

@@ -83,11 +83,13 @@ def test_differences_are_paired_at_the_same_rate() -> None:
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    save_file(tiny_vit().state_dict(), tmp_path / "weights.safetensors")
-    DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=4)).save(tmp_path / "own.safetensors")
-    model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(tmp_path / "weights.safetensors")]
-    embedding = ["--embedding", str(tmp_path / "own.safetensors"), "--arguments", json.dumps(ARGUMENTS)]
-    return [*model, *embedding, "--rates", "8,60", "--n-images", "6", "--batch-size", "4", "--n-pictures", "2"]
+    run = tmp_path / "run"
+    run.mkdir()
+    save_file(tiny_vit().state_dict(), run / "weights.safetensors")
+    DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=4)).save(run / "embedding.safetensors")
+    recipe = {"file": "tiny.toml", "architecture": "vit_tiny_patch16_224", "arguments": ARGUMENTS}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    return ["--run", str(run), "--rates", "8,60", "--n-images", "6", "--batch-size", "4", "--n-pictures", "2"]
 
 
 def test_background_writes_table_json_and_pictures(command: list[str], tmp_path: Path) -> None:
@@ -108,7 +110,6 @@ def test_background_writes_table_json_and_pictures(command: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data", "folder"], "only the reference task's digits have masks"),
         (["--policies", "none,dtem"], "expected some that merge"),
         (["--rates", "0"], "expected some that merge"),
         (["--policies", "tome,dtm"], "expected some of none, tome, dtem, random"),

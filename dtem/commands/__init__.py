@@ -1,0 +1,1 @@
+"""Commands: one module each, with the options; what they do is in `training.cli` or in `app`."""

@@ -1,0 +1,98 @@
+"""Options that several commands share, and their types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.cli.options import ModelOptions, parse_rates
+
+Function = Callable[..., Any]
+FILE = click.Path(path_type=Path)
+
+
+class Rates(click.ParamType[tuple[int, ...]]):
+    name = "rates"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            return parse_rates(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class JsonObject(click.ParamType[dict[str, Any]]):
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r}: expected a JSON object, such as '{{\"num_classes\": 37}}'", param, ctx)
+        return found
+
+
+RATES = Rates()
+
+
+def rates_option(default: str = "0:16:2") -> Callable[[Function], Function]:
+    return click.option("--rates", type=RATES, default=default, help="0,8,16 or first:last:step")
+
+
+def model_options(**defaults: Any) -> Callable[[Function], Function]:
+    """Add the options of model and data; the command gets them as `model`, a ModelOptions."""
+    options = [
+        click.option("--run", type=FILE, help="folder of a training run"),
+        click.option("--published", type=FILE, help="a version in the store, e.g. model_store/reference/5"),
+        click.option("--architecture", help="a timm name, e.g. deit_small_patch16_224"),
+        click.option("--weights", help="'pretrained' (timm's own) or a file; with --architecture"),
+        click.option("--arguments", type=JsonObject(), default="{}", help="JSON arguments for timm.create_model"),
+        click.option("--task", default=ModelOptions.task, help="of --run or --architecture"),
+        click.option("--embedding", type=FILE, help="embedding of DTEM; default: that of the run or version"),
+        click.option(
+            "--data",
+            default=ModelOptions.data,
+            help="'digits' (the reference task) or a folder with one subfolder per class",
+        ),
+        click.option(
+            "--split",
+            default=defaults.get("split", ModelOptions.split),
+            help="train, validation or test, of a dataset that has splits",
+        ),
+        click.option(
+            "--n-images",
+            type=click.IntRange(min=1),
+            default=defaults.get("n_images"),
+            help="number of images; default: the whole folder, or 10,000 digits",
+        ),
+    ]
+
+    def add(function: Function) -> Function:
+        @wraps(function)
+        def packed(**given: Any) -> Any:
+            model = ModelOptions(**{part.name: given.pop(part.name) for part in fields(ModelOptions)})
+            return function(model=model, **given)
+
+        decorated: Function = packed
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return add
+
+
+def example(*lines: str) -> str:
+    """Return examples as the epilog of a help text, not re-wrapped."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,44 @@
+"""Options that several commands share. This module imports the standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and which images.
+
+    run: folder of a training run. published: a version in the store. architecture: a timm name, with weights
+        ("pretrained" or a file) and arguments of timm.create_model. One of these three is given.
+    task: of a run or an architecture. embedding: a file; None means that of the run or version.
+    data: a dataset or a folder with one subfolder per class. n_images: None means all, or 10,000 digits.
+    """
+
+    run: Path | None = None
+    published: Path | None = None
+    architecture: str | None = None
+    weights: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    task: str = "classify"
+    embedding: Path | None = None
+    data: str = "digits"
+    split: str = "test"
+    n_images: int | None = None
+
+
+def parse_rates(text: str) -> tuple[int, ...]:
+    """Parse rates: `0,2,4`, or `0:16:2` with the end included. Raises: ValueError"""
+    try:
+        if ":" in text:
+            first, last, step = (int(part) for part in text.split(":"))
+            rates = tuple(range(first, last + 1, step))
+        else:
+            rates = tuple(int(part) for part in text.split(","))
+    except ValueError as err:
+        raise ValueError(f"{text!r}: expected rates such as 0,8,16, or first:last:step such as 0:16:2") from err
+    if not rates or min(rates) < 0 or len(set(rates)) < len(rates):
+        raise ValueError(f"{text!r}: expected distinct rates of at least 0")
+    return rates
