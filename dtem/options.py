@@ -68,8 +68,14 @@ def model_options(**defaults: Any) -> Callable[[Function], Function]:
     options = [
         click.option("--run", type=FILE, help="folder of a training run"),
         click.option("--published", type=FILE, help="a version in the store, e.g. model_store/reference/5"),
-        click.option("--architecture", help="a timm name, e.g. deit_small_patch16_224"),
-        click.option("--weights", help="'pretrained' (timm's own) or a file; with --architecture"),
+        click.option(
+            "--weights",
+            help="a checkpoint: a file, a folder of Hugging Face or timm, or hf-hub:NAME; 'pretrained' for timm's own",
+        ),
+        click.option(
+            "--architecture",
+            help="a timm name, e.g. deit_small_patch16_224; default: what the checkpoint states or implies",
+        ),
         click.option("--arguments", type=JsonObject(), default="{}", help="JSON arguments for timm.create_model"),
         click.option("--task", default=ModelOptions.task, help="of --run or --architecture"),
         click.option("--embedding", type=FILE, help="embedding of DTEM; default: that of the run or version"),
