@@ -154,6 +154,12 @@ class LearningOptions(Protocol):
     @property
     def erasing(self) -> float: ...
 
+    @property
+    def min_crop(self) -> float: ...
+
+    @property
+    def flip(self) -> float: ...
+
 
 class NamedDataset(ABC):
     """A dataset as commands and recipes use it.
@@ -234,7 +240,13 @@ class Folder(NamedDataset):
         return FolderImages(Path(self.name), rule, n_images, labels)
 
     def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
-        augment = augmentation(rule, randaugment=options.randaugment, erasing=options.erasing)
+        augment = augmentation(
+            rule,
+            randaugment=options.randaugment,
+            erasing=options.erasing,
+            min_crop=options.min_crop,
+            flip=options.flip,
+        )
         return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
 
     def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
