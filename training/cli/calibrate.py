@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from joblib import cpu_count
@@ -20,7 +20,7 @@ from training.cli.devices import chosen_device
 from training.cli.model_options import ChosenModel, chosen_model, chosen_split, newest_version
 from training.cli.options import ModelOptions
 from training.data.decoded import DecodedImages
-from training.data.sources import Source, find_dataset
+from training.data.sources import Source, check_classes, find_dataset
 from training.evaluate.calibrate import (
     PairedEvaluator,
     Trial,
@@ -87,7 +87,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     log = with_suffix(options.out, ".trials.jsonl")
     known = _known(log, about)
     calibrating = evaluator(source)
-    print(_shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
+    print(shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
     bar = tqdm(total=options.n_trials, desc="trials", initial=len(known), ncols=80, disable=not sys.stderr.isatty())
     with bar:
 
@@ -126,7 +126,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     return 0
 
 
-def _shown_bound(max_accuracy_drop: float, n_images: int) -> str:
+def shown_bound(max_accuracy_drop: float, n_images: int) -> str:
     """Say which loss counts as within the bound, and how many images would narrow it down."""
     unseen = resolution_points(n_images)
     found = f"on {n_images} images, a loss of up to {max_accuracy_drop + unseen:.2g} points counts as within the bound"
@@ -153,11 +153,8 @@ def _sources(model: ModelOptions, options: Namespace, chosen: ChosenModel) -> tu
             f"{model.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
             "requested: reduce --n-images and --n-unseen"
         )
-    n_classes = int(chosen.vit.num_classes)  # type: ignore[arg-type]
-    if not options.unlabelled and len(folder.labels) != n_classes:
-        raise ValueError(
-            f"{model.data} has {len(folder.labels)} classes, the model {n_classes}; without labels, pass --unlabelled"
-        )
+    if not options.unlabelled:
+        check_classes(int(cast(Any, chosen.vit).num_classes), folder)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     return _Part(folder, order[:n_images], "calibration"), _Part(folder, order[n_images:], "unseen")
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from training.cli.model_options import (
 )
 from training.cli.options import ModelOptions
 from training.data.decoded import DecodedImages
-from training.data.sources import Source
+from training.data.sources import Source, check_classes
 from training.evaluate.progress import progress
 from training.evaluate.results import (
     Evaluation,
@@ -63,6 +63,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     if published is not None:
         model = replace(model, n_images=published.about["n_images"], split=published.about["split"])
     source = chosen_source(model, chosen.rule)
+    check_classes(int(cast(Any, chosen.vit).num_classes), source)
     about = published.about if published is not None else _about(model, options.device, batch_size, chosen, source)
     rows = finished_rows(options.out, about)
     rows += [row for row in published.rows if row.key not in {known.key for known in rows}] if published else []

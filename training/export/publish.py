@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from training.data.decoded import DecodedImages
 from training.data.preprocessing import InputRule
-from training.data.sources import Source
+from training.data.sources import Source, check_classes
 from training.evaluate.progress import progress
 from training.evaluate.results import Row, write_evaluation
 from training.export.formats import GraphFormat, find_format
@@ -54,9 +54,9 @@ from training.tasks.task import Task, output_tensors
 
 N_GOLDEN = 4
 _N_PARITY = 32
-_N_CANDIDATES = 256
+_N_CANDIDATES = 128
 """Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
-_GOLDEN_GMACS = 2000
+_GOLDEN_GMACS = 1000
 """To look for golden images: about a minute on a CPU, however large the model."""
 
 
@@ -99,6 +99,7 @@ def publish(
         schema.
     """
     check_plan(plan, store)
+    check_classes(int(cast(Any, vit).num_classes), source)
     task, graph_formats = find_task(plan.task), plan_formats(plan)
     graphs = _planned(task, vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
