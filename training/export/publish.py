@@ -45,6 +45,7 @@ from training.export.needs import Needs, needs
 from training.export.parity import Golden, Parity, check_parity, golden_images, parity_pixels, varied
 from training.export.plan import Plan, check_plan
 from training.merging.policies import UNMERGED, default_policy, supported_policies
+from training.models.activations import BUDGET_BYTES
 from training.models.calibration import Calibration
 from training.models.embedding import DecoupledEmbedding
 from training.models.variants import variant_key
@@ -229,7 +230,8 @@ def _golden_chunks(images: DecodedImages, graphs: Sequence[Graph]) -> Iterator[T
 
     Shapes: uint8 (n, H, W, 3)
     """
-    n_images = int(min(16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
+    n_fitting = BUDGET_BYTES // (4 * images.pixels[0].numel())
+    n_images = int(min(n_fitting, 16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
     yield from varied(images.pixels, n_images).split(_N_CANDIDATES)  # type: ignore[no-untyped-call]
 
 
