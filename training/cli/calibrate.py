@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from joblib import cpu_count
@@ -17,10 +17,11 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from training.cli.devices import chosen_device
-from training.cli.model_options import ChosenModel, chosen_model, chosen_split, newest_version
+from training.cli.model_options import ChosenModel, announce, chosen_model, chosen_split, newest_version, opened_source
 from training.cli.options import ModelOptions
 from training.data.decoded import DecodedImages
-from training.data.sources import Source, check_classes, find_dataset
+from training.data.pixel_rule import describe
+from training.data.sources import Source, find_dataset
 from training.evaluate.calibrate import (
     PairedEvaluator,
     Trial,
@@ -56,6 +57,8 @@ def run(model: ModelOptions, options: Namespace) -> int:
     began_at = time.perf_counter()
     device = chosen_device(options.device)
     chosen = chosen_model(model)
+    if chosen.n_outputs == 1:
+        raise ValueError("the model has 1 output: calibration compares the most probable of several labels")
     depth = len(chosen.vit.blocks)  # type: ignore[arg-type]
     if options.split_depth is not None and not 0 <= options.split_depth <= depth:
         raise ValueError(f"--split-depth {options.split_depth}: expected from 0 to the ViT's {depth} blocks")
@@ -142,19 +145,20 @@ def _sources(model: ModelOptions, options: Namespace, chosen: ChosenModel) -> tu
     Raises: ValueError where a folder has too few images, or other classes than the model.
     """
     n_images, n_unseen = model.n_images or 0, options.n_unseen
-    dataset = find_dataset(model.data)
+    dataset = find_dataset(chosen.data)
     if dataset.has_splits:
         if model.split == "test":
             raise ValueError("--split test is reserved for the report: calibrate on train or validation")
-        return dataset.open(chosen.rule, n_images, chosen_split(model.split)), dataset.open(chosen.rule, n_unseen)
-    folder: Any = dataset.open(chosen.rule, n_images + n_unseen)
+        found = opened_source(chosen, n_images, chosen_split(model.split))
+        announce(chosen, found, is_labelled=not options.unlabelled)
+        return found, dataset.open(chosen.rule, n_unseen)
+    folder: Any = opened_source(chosen, n_images + n_unseen, "test", is_labelled=not options.unlabelled)
     if len(folder) < n_images + n_unseen:
         raise ValueError(
-            f"{model.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
+            f"{chosen.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
             "requested: reduce --n-images and --n-unseen"
         )
-    if not options.unlabelled:
-        check_classes(int(cast(Any, chosen.vit).num_classes), folder)
+    announce(chosen, folder, is_labelled=not options.unlabelled)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
     return _Part(folder, order[:n_images], "calibration"), _Part(folder, order[n_images:], "unseen")
 
@@ -175,6 +179,7 @@ def _about(options: Namespace, chosen: ChosenModel, source: Source) -> dict[str,
         "dataset": source.name,
         "split": source.split,
         "n_images": len(source),
+        "pixels": describe(chosen.rule),
         "weights": weights_digest(chosen.vit),
         "embedding": weights_digest(chosen.embedding) if chosen.embedding and options.metric == "embedding" else None,
     }

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from training.cli.model_options import (
 )
 from training.cli.options import ModelOptions
 from training.data.decoded import DecodedImages
-from training.data.sources import Source, check_classes
+from training.data.pixel_rule import describe
+from training.data.sources import Source
 from training.evaluate.progress import progress
 from training.evaluate.results import (
     Evaluation,
@@ -62,8 +63,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     published = _published(model) if options.measured else None
     if published is not None:
         model = replace(model, n_images=published.about["n_images"], split=published.about["split"])
-    source = chosen_source(model, chosen.rule)
-    check_classes(int(cast(Any, chosen.vit).num_classes), source)
+    source = chosen_source(model, chosen)
     about = published.about if published is not None else _about(model, options.device, batch_size, chosen, source)
     rows = finished_rows(options.out, about)
     rows += [row for row in published.rows if row.key not in {known.key for known in rows}] if published else []
@@ -144,5 +144,6 @@ def _about(model: ModelOptions, device: str, batch_size: int, chosen: ChosenMode
         "split": source.split,
         "n_images": len(source),
         "batch_size": batch_size,
+        "pixels": describe(chosen.rule),
         **({} if device == "cpu" else {"device": device}),
     }

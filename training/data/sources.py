@@ -127,11 +127,11 @@ def check_classes(n_outputs: int, source: Source) -> None:
     where, note = source.name, ""
     if isinstance(source, FolderImages):
         where = str(source.folders.root)
-        note = "; give the names of all outputs as labels if these are a part of them"
+        note = "; if they are a part of the outputs, name all as labels"
         if source.folders.empty:
             note = f"; folders without images are no classes: {shown(source.folders.empty)}" + note
     raise ValueError(
-        f"the model has {n_outputs} outputs, but {where} has {len(source.labels)} classes: {shown(source.labels)}{note}"
+        f"{where} has {len(source.labels)} classes, the model {n_outputs} outputs: {shown(source.labels)}{note}"
     )
 
 
@@ -158,6 +158,12 @@ class LearningOptions(Protocol):
 
     @property
     def erasing(self) -> float: ...
+
+    @property
+    def min_crop(self) -> float: ...
+
+    @property
+    def flip(self) -> float: ...
 
 
 class NamedDataset(ABC):
@@ -239,7 +245,13 @@ class Folder(NamedDataset):
         return FolderImages(Path(self.name), rule, n_images, labels)
 
     def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
-        augment = augmentation(rule, randaugment=options.randaugment, erasing=options.erasing)
+        augment = augmentation(
+            rule,
+            randaugment=options.randaugment,
+            erasing=options.erasing,
+            min_crop=options.min_crop,
+            flip=options.flip,
+        )
         return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
 
     def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:

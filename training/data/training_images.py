@@ -79,8 +79,8 @@ class AugmentedFolder:
         file, label = self._samples[index]
         try:
             image = read_whole(Path(file))
-        except (OSError, ValueError) as err:
-            raise ValueError(f"{file} cannot be read: {err}") from err
+        except Exception as err:  # noqa: BLE001 - decoders raise many kinds of errors
+            raise ValueError(f"training image {file} cannot be read: {err or type(err).__name__}") from None
         with seeded(_AUGMENTATION_SEED, self._seed, epoch, index):
             return self._augment(image), label
 

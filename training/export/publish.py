@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from training.data.decoded import DecodedImages
 from training.data.preprocessing import InputRule
-from training.data.sources import Source, check_classes
+from training.data.sources import Source
 from training.evaluate.progress import progress
 from training.evaluate.results import Row, write_evaluation
 from training.export.formats import GraphFormat, find_format
@@ -100,7 +100,6 @@ def publish(
         schema.
     """
     check_plan(plan, store)
-    check_classes(int(cast(Any, vit).num_classes), source)
     task, graph_formats = find_task(plan.task), plan_formats(plan)
     graphs = _planned(task, vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
@@ -127,7 +126,7 @@ def publish(
             **source_entries(source, plan.recipe),
             **exporter_entries(plan.git_commit, [work / name for name in wanted]),
             "input": input_entry(rule),
-            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
+            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations)), plan.activation),
             "variants": exported.variants,
             "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
             "default": default,
