@@ -93,7 +93,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     log = with_suffix(options.out, ".trials.jsonl")
     known = _known(log, about)
     calibrating = evaluator(source)
-    print(_shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
+    print(shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
     bar = tqdm(total=options.n_trials, desc="trials", initial=len(known), ncols=80, disable=not sys.stderr.isatty())
     with bar:
 
@@ -132,7 +132,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     return 0
 
 
-def _shown_bound(max_accuracy_drop: float, n_images: int) -> str:
+def shown_bound(max_accuracy_drop: float, n_images: int) -> str:
     """Say which loss counts as within the bound, and how many images would narrow it down."""
     unseen = resolution_points(n_images)
     found = f"on {n_images} images, a loss of up to {max_accuracy_drop + unseen:.2g} points counts as within the bound"

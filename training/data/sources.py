@@ -24,6 +24,9 @@ from training.data.training_images import AugmentedFolder, TrainingDigits, Train
 
 REFERENCE_INPUT = InputRule(height=112, width=112, resize_shorter_side=112)
 
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "test", "testing")
+"""Names of folders that say which part of a dataset they hold; the folder above names the dataset."""
+
 
 class Source(Protocol):
     """Images with labels. Shapes: an item is uint8 (H, W, 3) and its label.
@@ -98,7 +101,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
         n_images = min(n_images or len(files), len(files))
         self._files = [files[index * len(files) // n_images] for index in range(n_images)]
-        self.name, self.split = root.resolve().parent.name or root.name, root.name
+        folder = root.resolve()
+        is_split = folder.name in SPLIT_FOLDERS and folder.parent.name
+        self.name, self.split = (folder.parent.name, folder.name) if is_split else (folder.name, "all")
 
     def __len__(self) -> int:
         return len(self._files)
