@@ -28,8 +28,10 @@ from training.models.weights import differences
 __all__ = ["Checkpoint", "UnreadableCheckpoint", "is_source", "open_checkpoint"]
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
-_UNUSED = re.compile(r"mask_token|(.*\.)?(total_ops|total_params|n_averaged|num_batches_tracked)|decoder.*")
-"""Tensors that training scripts save and no classifier reads."""
+_UNUSED = re.compile(
+    r"mask_token|(.*\.)?(total_ops|total_params|n_averaged|num_batches_tracked)|decoder.*|.*\.qkv\.(weight|bias)_embedding"
+)
+"""Tensors that training scripts save and no classifier reads, and an embedding's rows in our own files."""
 _LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")
 
 
