@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedding.save(folder / "embedding.safetensors")
     model = ["--architecture", "vit_tiny_patch16_224", "--arguments", json.dumps(ARGUMENTS)]
     files = ["--weights", str(folder / "weights.safetensors"), "--embedding", str(folder / "embedding.safetensors")]
-    plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--n-images", "200"]
+    plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--data", "digits", "--n-images", "200"]
     assert dtem("export", [*model, *files, *plan]) == 0
     return store
 

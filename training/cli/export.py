@@ -31,6 +31,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
         timm_arguments=chosen.timm_arguments,
         recipe=chosen.recipe,
         task=chosen.task.name,
+        activation=chosen.activation,
     )
 
     def on_start(needed: Needs) -> None:
@@ -39,7 +40,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     published = publish(
         chosen.vit,
         chosen.rule,
-        chosen_source(model, chosen.rule),
+        chosen_source(model, chosen),
         plan,
         options.store,
         chosen.embedding,

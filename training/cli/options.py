@@ -11,10 +11,15 @@ from typing import Any
 class ModelOptions:
     """Which model, and which images.
 
-    run: folder of a training run. published: a version in the store. architecture: a timm name, with weights
-        ("pretrained" or a file) and arguments of timm.create_model. One of these three is given.
+    run: folder of a training run. published: a version in the store. weights: a checkpoint (file, folder,
+        local-dir:PATH, hf-hub:NAME), or "pretrained" with architecture. One of these three is given.
+    architecture, arguments: a timm name and arguments of timm.create_model; for a checkpoint, None and empty
+        mean what it states or implies.
     task: of a run or an architecture. embedding: a file; None means that of the run or version.
-    data: a dataset or a folder with one subfolder per class. n_images: None means all, or 10,000 digits.
+    data: a dataset or a folder with one subfolder per class; None means that of the run or version. n_images: None
+        means all, or 10,000 digits. labels: a file with the names of the model's outputs.
+    mean, std, crop_pct, crop_mode, interpolation: of the pixels; None means those of the weights.
+    activation: softmax or sigmoid; None means that of the version, or softmax.
     """
 
     run: Path | None = None
@@ -24,9 +29,16 @@ class ModelOptions:
     arguments: dict[str, Any] = field(default_factory=dict)
     task: str = "classify"
     embedding: Path | None = None
-    data: str = "digits"
+    data: str | None = None
     split: str = "test"
     n_images: int | None = None
+    labels: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    activation: str | None = None
 
 
 def parse_rates(text: str) -> tuple[int, ...]:

@@ -40,6 +40,28 @@ def stated_rule(config: Mapping[str, Any], *, height: int, width: int) -> InputR
     )
 
 
+def stated_config(rule: InputRule) -> dict[str, Any]:
+    """Return the keys of timm's `pretrained_cfg` from which `stated_rule` makes the rule.
+
+    Raises: ValueError where no crop_pct leads to both resized sides.
+    """
+    height, width = (rule.resize_shorter_side or side for side in (rule.resize_height, rule.resize_width))
+    crop_pct = min(rule.height / (height or rule.height), rule.width / (width or rule.width))
+    # The quotient may round to just below a whole number.
+    for candidate in (crop_pct, math.nextafter(crop_pct, 0)):
+        config = {
+            "crop_pct": candidate,
+            "crop_mode": rule.crop,
+            "interpolation": rule.interpolation,
+            "mean": list(rule.mean),
+            "std": list(rule.std),
+        }
+        made = stated_rule(config, height=rule.height, width=rule.width)
+        if (made.resize_height, made.resize_width) == (height, width):
+            return config
+    raise ValueError(f"resized to {height}x{width} for {rule.height}x{rule.width}: no crop_pct leads to that")
+
+
 def read_rule(entry: Mapping[str, Any]) -> InputRule:
     """Return the rule of a manifest's `input`. Raises: ValueError"""
     stated: dict[str, Any] = {name: value for name, value in entry.items() if name not in ("name", "layout", "dtype")}
@@ -86,7 +108,7 @@ def describe(rule: InputRule) -> str:
     resized = f"{rule.resize_height}x{rule.resize_width}"
     if rule.resize_shorter_side is not None:
         resized = f"a shorter side of {rule.resize_shorter_side}"
-    mean, std = (" ".join(f"{value:.6g}" for value in values) for values in (rule.mean, rule.std))
+    mean, std = (",".join(f"{value:.6g}" for value in values) for values in (rule.mean, rule.std))
     return (
         f"{rule.height}x{rule.width} pixels, crop mode {rule.crop}, resized to {resized}, {rule.interpolation}, "
         f"mean {mean}, std {std}"

@@ -122,11 +122,11 @@ def check_classes(n_outputs: int, source: Source) -> None:
     where, note = source.name, ""
     if isinstance(source, FolderImages):
         where = str(source.folders.root)
-        note = "; give the names of all outputs as labels if these are a part of them"
+        note = "; if they are a part of the outputs, name all as labels"
         if source.folders.empty:
             note = f"; folders without images are no classes: {shown(source.folders.empty)}" + note
     raise ValueError(
-        f"the model has {n_outputs} outputs, but {where} has {len(source.labels)} classes: {shown(source.labels)}{note}"
+        f"{where} has {len(source.labels)} classes, the model {n_outputs} outputs: {shown(source.labels)}{note}"
     )
 
 

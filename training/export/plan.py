@@ -25,7 +25,8 @@ def manifest_schema() -> dict[str, Any]:
 class Plan:
     """The name, rates, formats and tolerances of an export. Units: tolerances in logits
 
-    task: a name in `TASKS`. default_r: None means the rate above 0 that is nearest to 8.
+    task: a name in `TASKS`. activation: from logits to probabilities. default_r: None means the
+        rate above 0 that is nearest to 8.
     default_policy: None means dtem where there is an embedding, else tome.
     git_commit: of the code that exports; None asks git.
     """
@@ -44,6 +45,7 @@ class Plan:
     golden_tolerance: float = 1e-3
     git_commit: str | None = None
     task: str = CLASSIFY
+    activation: str = "softmax"
 
     def __post_init__(self) -> None:
         if not self.rates or len(set(self.rates)) != len(self.rates) or min(self.rates) < 0:

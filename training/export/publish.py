@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.data.decoded import BATCH as DECODE_BATCH
 from training.data.decoded import DecodedImages
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
@@ -114,7 +113,7 @@ def publish(
             embedding.save(work / EMBEDDING)
         for calibration in calibrations:
             calibration.save(work / calibration_file(calibration.policy))
-        exported = _export_all(DecodedImages(source, work, _decoding(source)), plan, graphs, work, predecessor)
+        exported = _export_all(DecodedImages(source, work, progress), plan, graphs, work, predecessor)
         wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *exported.parity}
         wanted |= {file for variant in exported.variants for file in variant["requires"]}
         wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
@@ -126,7 +125,7 @@ def publish(
             **source_entries(source, plan.recipe),
             **exporter_entries(plan.git_commit, [work / name for name in wanted]),
             "input": input_entry(rule),
-            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
+            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations)), plan.activation),
             "variants": exported.variants,
             "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
             "default": default,
@@ -271,10 +270,6 @@ def _remove_others(work: Path, wanted: set[str]) -> None:
 def plan_formats(plan: Plan) -> list[GraphFormat]:
     """Return the formats in each precision. Raises: ValueError for a combination that does not exist."""
     return [find_format(name, precision) for precision in plan.precisions for name in plan.formats]
-
-
-def _decoding(source: Source) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda batches: progress(batches, "images", -(-len(source) // DECODE_BATCH))
 
 
 def _require_disk(store: Path, needed: Needs) -> None:

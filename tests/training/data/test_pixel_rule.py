@@ -27,7 +27,7 @@ def test_crop_options_replace_the_shorter_side() -> None:
 
 def test_description_is_one_line_that_names_the_options() -> None:
     assert describe(override(TIMM, mean=(0.485, 0.456, 0.406))) == (
-        "224x224 pixels, crop mode center, resized to 248x248, bicubic, mean 0.485 0.456 0.406, std 0.5 0.5 0.5"
+        "224x224 pixels, crop mode center, resized to 248x248, bicubic, mean 0.485,0.456,0.406, std 0.5,0.5,0.5"
     )
     assert "a shorter side of 112" in describe(PUBLISHED)
 

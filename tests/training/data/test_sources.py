@@ -99,7 +99,7 @@ def test_a_folder_without_images_is_no_class_and_is_named_where_classes_are_miss
     source = FolderImages(folder, RULE)
     check_classes(2, source)
     assert [source[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"3 outputs, but .*val has 2 classes: n01-red, n02-blue; .*: n00-empty;"):
+    with pytest.raises(ValueError, match=r"val has 2 classes, the model 3 outputs: n01-red, n02-blue; .*: n00-empty;"):
         check_classes(3, source)
 
 

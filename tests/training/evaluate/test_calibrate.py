@@ -212,7 +212,7 @@ def command(tmp_path: Path) -> list[str]:
 def command_in(tmp_path: Path) -> list[str]:
     save_file(tiny_vit().state_dict(), tmp_path / "weights.safetensors")
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(tmp_path / "weights.safetensors")]
-    data = ["--n-images", "60", "--n-unseen", "20", "--n-trials", "20", "--max-accuracy-drop", "20"]
+    data = ["--data", "digits", "--n-images", "60", "--n-unseen", "20", "--n-trials", "20", "--max-accuracy-drop", "20"]
     return [*model, "--arguments", json.dumps(ARGUMENTS), *data, "--out", str(tmp_path / "found" / "atm")]
 
 

@@ -76,7 +76,7 @@ FAULTS: dict[str, Callable[[], FrozenModule]] = {
 def test_graph_and_eager_that_differ_are_refused(
     published: Path, pixels: Tensor, graph_format: GraphFormat, fault: str
 ) -> None:
-    with pytest.raises(ParityError, match=r"tome-r8\.\w+: batch 1"):
+    with pytest.raises(ParityError, match=r"tome-r8\.\w+: batch"):
         check(FAULTS[fault](), graph_format, published / f"tome-r8{graph_format.suffix}", pixels[:32])
 
 

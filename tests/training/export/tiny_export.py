@@ -59,7 +59,16 @@ def command(folder: Path) -> list[str]:
             calibration.save(folder / f"{calibration.policy}.json")
         (folder / "store").mkdir()
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
-    data = ["--arguments", json.dumps(ARGUMENTS), "--n-images", "300", "--rates", ",".join(map(str, RATES))]
+    data = [
+        "--data",
+        "digits",
+        "--arguments",
+        json.dumps(ARGUMENTS),
+        "--n-images",
+        "300",
+        "--rates",
+        ",".join(map(str, RATES)),
+    ]
     return [*model, *data, "--name", "tiny", "--store", str(folder / "store")]
 
 
