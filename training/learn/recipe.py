@@ -255,7 +255,7 @@ class FinetuneRecipe(ImageRecipe):
 
     optimiser: LayerwiseAdamW
     weights: str | None = None
-    """Weights to start from: "pretrained" for timm's, or a file; none means from scratch."""
+    """Weights to start from: "pretrained" for timm's, or a checkpoint; none means from scratch."""
     drop_path: float = 0.0
     """Probability that the last block is skipped; that of earlier blocks is proportionally lower."""
     ema: float | None = None
