@@ -28,6 +28,9 @@ from app.observability.stderr import divert_stderr
 from app.serving.service import Service
 from app.settings import Settings, read_settings
 from app.store.catalogue import Catalogue
+from app.system.descriptors import allow_descriptors
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BACKLOG = 2048
@@ -112,7 +115,7 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
     """Configure uvicorn, with every choice it would otherwise derive from the installed packages."""
     return uvicorn.Config(
         create_app(service),
-        http=cast(type[asyncio.Protocol], Connections(read_timeouts(settings), service.metrics.count_refusal)),
+        http=cast(type[asyncio.Protocol], make_connections(settings, service)),
         loop="none",
         ws="none",
         lifespan="on",
@@ -127,6 +130,17 @@ def configure(settings: Settings, service: Service, tls: ssl.SSLContext | None) 
         # `Server` has already drained.
         timeout_graceful_shutdown=ABORT_SECONDS,
     )
+
+
+def make_connections(settings: Settings, service: Service) -> Connections:
+    max_connections = allow_descriptors(settings.max_connections)
+    if max_connections < settings.max_connections:
+        logger.warning(
+            "DTEM_MAX_CONNECTIONS is %d, but the limit of open files allows %d: raise it (ulimit -n)",
+            settings.max_connections,
+            max_connections,
+        )
+    return Connections(read_timeouts(settings), max_connections, service.metrics.count_refusal)
 
 
 def announce(catalogue: Catalogue, listener: socket.socket, settings: Settings) -> str:

@@ -218,6 +218,9 @@ class ShuttingDown(ServiceError):
     """The service is draining."""
 
 
+# Counted as a refusal, but never answered: the client has not sent a request.
+TOO_MANY_CONNECTIONS = "too_many_connections"
+
 PROBLEMS: dict[type[ServiceError], tuple[int, str]] = {
     MalformedRequest: (400, "malformed_request"),
     TargetTooLong: (414, "target_too_long"),

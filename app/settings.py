@@ -103,6 +103,11 @@ class Settings(BaseModel):
     reload_seconds: float = Field(
         default=5.0, ge=0, le=86400, description="interval between scans of the model store; 0: only on SIGHUP"
     )
+    max_connections: int = Field(
+        default=4096,
+        ge=1,
+        description="maximum open connections; beyond it, the one that has been idle longest is closed",
+    )
     keep_alive_seconds: int = Field(
         default=65, ge=1, description="keep-alive timeout; longer than a typical load balancer's 60 s"
     )

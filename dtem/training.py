@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import requires
 from typing import Any
@@ -17,9 +18,17 @@ from training.cli.options import ModelOptions
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
-def run_training(command: str, /, model: ModelOptions | None = None, **options: Any) -> int:
+def run_training(
+    command: str,
+    /,
+    model: ModelOptions | None = None,
+    *,
+    check: Callable[[Namespace], None] = lambda options: None,
+    **options: Any,
+) -> int:
     """Run `training.cli.<command>`, and return its exit status.
 
+    check: what can be refused before the packages of the training half are imported, which takes seconds.
     The options get `command_line`, which repeats the command, for reports.
     Raises: click.UsageError where the request is refused, or packages are missing.
     """
@@ -27,6 +36,9 @@ def run_training(command: str, /, model: ModelOptions | None = None, **options: 
     chosen = Namespace(**options, command_line=shlex.join(["dtem", *context.find_root().obj]))
     refusals: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
+        check(chosen)
+        if model is not None:
+            model.require_data()
         body = import_module(f"training.cli.{command}")
         refusals += getattr(body, "REFUSALS", ())
         return int(body.run(chosen) if model is None else body.run(model, chosen))

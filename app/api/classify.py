@@ -14,9 +14,9 @@ from app.api.inference import (
     RECORD,
     PlainRoute,
     note_selection,
+    probabilities_of,
     require_task,
     server_timing,
-    softmax,
     while_connected,
 )
 from app.api.parameters import describe_query, read_query
@@ -27,6 +27,7 @@ from app.errors import ClientGone, ServiceError
 from app.observability.record import RequestRecord
 from app.serving.entry import Outcome
 from app.serving.service import Service
+from app.store.manifest import Manifest
 from app.store.outputs import LOGITS
 from app.store.selection import Query, Selection, select
 
@@ -70,7 +71,8 @@ def make_router(service: Service) -> APIRouter:
     async def classify(request: Request) -> JSONResponse:
         """The body is an image, or a multipart form with one or more `file` parts. A form returns a list with the
         result or the problem of each file. `r` is used exactly as given or refused; with `allow_degrade` or `max_r` a
-        higher rate may be used under load.
+        higher rate may be used under load. Probabilities are a softmax over all labels, or, of a model whose
+        `activation` is sigmoid, of each label by itself: then several labels can apply, and they do not add up to 1.
         """
         return await _classify(service, request, read_query(request))
 
@@ -109,7 +111,7 @@ def _describe(outcome: Outcome, chosen: Selection, record: RequestRecord) -> dic
         raise outcome
     manifest, spec = chosen.model.manifest, outcome.variant.spec
     return {
-        "predictions": _rank(outcome.outputs[LOGITS], manifest.labels, chosen.top_k),
+        "predictions": _rank(outcome.outputs[LOGITS], manifest, chosen.top_k),
         "model": {"name": manifest.name, "version": manifest.version},
         "policy": spec.policy,
         "r": spec.r,
@@ -133,8 +135,8 @@ def _describe_file(outcome: Outcome, name: str | None, chosen: Selection, record
     return {**_describe(outcome, chosen, record), "filename": name}
 
 
-def _rank(logits: NDArray[np.float32], labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
-    probabilities = softmax(logits)
+def _rank(logits: NDArray[np.float32], manifest: Manifest, top_k: int) -> list[dict[str, Any]]:
+    probabilities, labels = probabilities_of(logits, manifest), manifest.labels
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     return [{"label": labels[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
 

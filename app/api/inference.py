@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 
 from app.errors import ClientGone, InvalidParameter
 from app.observability.record import RequestRecord
+from app.store.manifest import Manifest
 from app.store.selection import Selection
 
 # Marks a route that runs a model, in its `openapi_extra`. Its requests are counted and logged.
@@ -88,8 +89,11 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         watching.cancel()
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Shapes: (..., classes)."""
+def probabilities_of(logits: NDArray[np.float32], manifest: Manifest) -> NDArray[np.float64]:
+    """Apply the model's activation. Shapes: (..., classes)."""
+    if manifest.output.activation == "sigmoid":
+        # 1 / (1 + exp(-x)) would overflow.
+        return np.asarray(np.exp(-np.logaddexp(0.0, -logits.astype(np.float64))))
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     exponentials = np.exp(shifted)
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))

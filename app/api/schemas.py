@@ -26,7 +26,9 @@ class Problem(BaseModel):
 class Prediction(BaseModel):
     label: str
     index: int
-    probability: float
+    probability: float = Field(
+        description="by the model's `activation`: softmax, over all labels; or sigmoid, of this label alone"
+    )
 
 
 class ModelName(BaseModel):
@@ -67,7 +69,7 @@ class TimingsMs(BaseModel):
 
 
 class Classification(BaseModel):
-    """The most probable classes of an image, and their cost."""
+    """The most probable labels of an image, and their cost."""
 
     predictions: list[Prediction]
     model: ModelName
@@ -146,11 +148,14 @@ class ModelDocument(BaseModel):
     version: str
     architecture: str
     labels: list[str]
+    activation: Literal["softmax", "sigmoid"] = Field(
+        description="from logits to probabilities; sigmoid: the labels are independent, and several can apply"
+    )
     input: dict[str, Any]
     dataset: str
     licence: str
     credits: list[str]
-    git_commit: str
+    git_commit: str | None
     created: datetime.datetime
     device: str
     default: DefaultDocument

@@ -10,7 +10,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from app.errors import PROBLEMS
+from app.errors import PROBLEMS, TOO_MANY_CONNECTIONS
 from app.observability.record import RequestRecord
 from app.store.catalogue import Labels
 from app.store.refusals import ReloadResult
@@ -81,7 +81,7 @@ class Metrics:
         """Create the counters of rare events at 0: an alert on `increase` misses the first event of a new series."""
         for result in get_args(ReloadResult):
             self._reloads.labels(result)
-        for _, reason in PROBLEMS.values():
+        for reason in (*(code for _, code in PROBLEMS.values()), TOO_MANY_CONNECTIONS):
             self._refusals.labels(reason)
         for reason in LATE:
             self._misses.labels(reason)

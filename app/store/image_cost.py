@@ -47,7 +47,7 @@ class DecodingCost:
 
 @dataclass(frozen=True)
 class Shape:
-    """size: by the header. resized: what the image is resized to, before it is cropped."""
+    """size: by the header. resized: at most, before it is cropped."""
 
     size: Size
     resized: Size

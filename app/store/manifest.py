@@ -1,6 +1,6 @@
 """Manifest: the contract between training and serving, as strict models.
 
-`python -m app.store.manifest > model_store/manifest.schema.json` rewrites the JSON Schema.
+`python -m app.store.manifest > training/export/manifest.schema.json` rewrites the JSON Schema.
 """
 
 import datetime
@@ -73,19 +73,39 @@ class Input(Part):
     dtype: Literal["uint8"]
     height: PositiveInt
     width: PositiveInt
-    resize_shorter_side: PositiveInt
-    crop: Literal["center"]
+    resize_height: PositiveInt | None = Field(default=None, description="with resize_width: see `crop`")
+    resize_width: PositiveInt | None = None
+    resize_shorter_side: PositiveInt | None = Field(
+        default=None, description="in place of resize_height and resize_width; crop `center` only"
+    )
+    crop: Literal["center", "squash", "border"] = Field(
+        description=(
+            "how the image is resized before its centre is cropped. center: to cover resize_height x resize_width at "
+            "its aspect ratio. squash: to exactly that. border: to fit within that, padded with the mean"
+        )
+    )
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-    jpeg_draft_scale: PositiveInt = Field(description="minimum size of JPEG drafts, times resize_shorter_side")
+    jpeg_draft_scale: PositiveInt = Field(description="minimum size of JPEG drafts, times the size after resizing")
     alpha_background: tuple[Channel, Channel, Channel]
-    mean: tuple[float, float, float] = Field(description="informative: the graph normalises its input")
+    mean: tuple[float, float, float] = Field(
+        description="the colour of borders; otherwise informative, since the graph normalises its input"
+    )
     std: tuple[Positive, Positive, Positive] = Field(description="informative: the graph normalises its input")
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Self:
-        if self.resize_shorter_side < max(self.height, self.width):
-            crop = f"{self.height} x {self.width}"
-            raise ValueError(f"resize_shorter_side ({self.resize_shorter_side}) is smaller than the crop ({crop})")
+        crop, shorter = f"{self.height} x {self.width}", self.resize_shorter_side
+        height, width = self.resize_height, self.resize_width
+        if (shorter is None) == (height is None) or (height is None) != (width is None):
+            raise ValueError("expected resize_height and resize_width, or resize_shorter_side")
+        if shorter is not None and self.crop != "center":
+            raise ValueError(f"crop {self.crop!r} needs resize_height and resize_width, not resize_shorter_side")
+        if shorter is not None and shorter < max(self.height, self.width):
+            raise ValueError(f"resize_shorter_side ({shorter}) is smaller than the crop ({crop})")
+        if height is not None and width is not None and (height < self.height or width < self.width):
+            raise ValueError(f"resize_height x resize_width ({height} x {width}) is smaller than the crop ({crop})")
+        if self.crop == "border" and not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean {list(self.mean)} is no colour for a border: expected values from 0 to 1")
         return self
 
 
@@ -94,6 +114,10 @@ class Output(Part):
 
     name: Text = Field(description="output of the task; for `classify`, the logits")
     dtype: Literal["float32", "int64"]
+    activation: Literal["softmax", "sigmoid"] = Field(
+        default="softmax",
+        description="of task `classify`: from logits to probabilities, over all labels or of each label alone",
+    )
     tokens: Text | None = Field(
         default=None, description="adaptive policies, int64: tokens entering each block, and tokens left"
     )
@@ -224,7 +248,11 @@ class Manifest(Part):
     architecture: Architecture
     labels: tuple[Text, ...] = Field(min_length=1)
     training: Training
-    git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    git_commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        default=None, description="of the exporter; null where it was not in a git checkout"
+    )
+    exporter: Text | None = Field(default=None, description="package and version that exported")
+    min_onnxruntime: Text | None = Field(default=None, description="the least ONNX Runtime that reads the graphs")
     created: AwareDatetime
     input: Input
     output: Output
@@ -245,6 +273,8 @@ class Manifest(Part):
             _require_schedule(variant, self.architecture)
             if variant.data_dependent and None in (self.output.tokens, self.output.gmacs):
                 raise ValueError(f"output: {variant.id} requires tokens and gmacs")
+        if self.task == "classify" and len(self.labels) == 1 and self.output.activation == "softmax":
+            raise ValueError("output: a softmax over one label is always 1; expected activation 'sigmoid'")
         wanted = (self.default.policy, self.default.r)
         if wanted not in [(variant.policy, variant.r) for variant in self.variants]:
             raise ValueError(f"default: no variant with policy {wanted[0]} and r {wanted[1]}")

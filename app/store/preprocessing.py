@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from PIL import (  # noqa: F401
 
 from app.backends import Pixels
 from app.errors import MalformedImage, NotAnImage, ServiceError, TooManyPixels
-from app.store.image_cost import DecodingCost, Shape, bytes_after_loading, estimate, estimate_webp
+from app.store.image_cost import DecodingCost, Shape, Size, bytes_after_loading, estimate, estimate_webp
 from app.store.image_structure import MAX_JPEG_SCANS, check_structure, find_first_scan, require_few_scans
 from app.store.manifest import Input
 from app.system.libtiff import silence_libtiff
@@ -49,6 +50,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPS = {TRANSPOSITIONS[orientation] for orientation in (5, 6, 7, 8)}
 # Keys of Pillow's `info` that may have an orientation.
 EXIF_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 # All texts of a PNG together, uncompressed.
@@ -147,8 +149,7 @@ def _open(data: bytes, rule: Input, limits: DecodeLimits) -> _Opening:
     _require_defined_range(image)
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         n_scans = _count_buffered_scans(image, data)
-        min_side = rule.jpeg_draft_scale * rule.resize_shorter_side
-        image.draft(None, (min_side, min_side))
+        image.draft(None, _draft_size(image.size, rule))
     return _Opening(data, shape, estimate(image, shape, n_scans, _may_turn(image)), image)
 
 
@@ -161,7 +162,7 @@ def _may_turn(image: Image.Image) -> bool:
 
 def _measure(size: tuple[int, int], data: bytes, rule: Input, limits: DecodeLimits) -> Shape:
     _require_size(*size, rule, limits.max_pixels)
-    return Shape(size, resized_size(*size, rule.resize_shorter_side), len(data))
+    return Shape(size, largest_resized_size(size, rule), len(data))
 
 
 def _count_buffered_scans(image: JpegImagePlugin.JpegImageFile, data: bytes) -> int:
@@ -182,11 +183,23 @@ def _decode(image: Image.Image, rule: Input, opening: _Opening, limits: DecodeLi
     needed_bytes = bytes_after_loading(image, opening.shape.resized, is_turned=transposition is not None)
     if needed_bytes > opening.cost.n_bytes:
         _require_bytes(needed_bytes, image.size, opening.cost.n_bytes)
+    size = resized_size(_full_size(image, opening.shape.size, transposition, rule), rule)
     if transposition is not None:
         image = image.transpose(transposition)
     image = _flatten(image, rule.alpha_background)
-    image = _resize(image, rule)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling[rule.interpolation.upper()])
     return _crop(image, rule)
+
+
+def _full_size(image: Image.Image, size: Size, transposition: Image.Transpose | None, rule: Input) -> Size:
+    """Return the upright size from which the resized one follows: that before the draft of a JPEG.
+
+    size: by the header. A resize_shorter_side follows from the draft, which rounds its sides up.
+    """
+    is_drafted = isinstance(image, JpegImagePlugin.JpegImageFile) and rule.resize_shorter_side is None
+    width, height = size if is_drafted else image.size
+    return (height, width) if transposition in SWAPS else (width, height)
 
 
 @contextmanager
@@ -222,7 +235,7 @@ def _require_size(width: int, height: int, rule: Input, max_pixels: int) -> None
     """Check the size in the header, before decoding, and the size after resizing: a 1 x 5000 strip becomes large."""
     if width < 1 or height < 1:
         raise MalformedImage("The image has no pixels.", width=width, height=height)
-    sizes = {"has": (width, height), "would be resized to": resized_size(width, height, rule.resize_shorter_side)}
+    sizes = {"has": (width, height), "would be resized to": largest_resized_size((width, height), rule)}
     for verb, (w, h) in sizes.items():
         if w * h > max_pixels:
             detail = f"The image {verb} {w} x {h} pixels; the limit is {max_pixels}."
@@ -243,11 +256,39 @@ def _require_defined_range(image: Image.Image) -> None:
         raise NotAnImage(f"Unsupported pixel type ({UNDEFINED_RANGE[image.mode]}): its value range is undefined.")
 
 
-def resized_size(width: int, height: int, shorter_side: int) -> tuple[int, int]:
-    """Scale to the shorter side; round the longer one half up, in integer arithmetic."""
-    shorter, longer = min(width, height), max(width, height)
-    other = (2 * longer * shorter_side + shorter) // (2 * shorter)
-    return (shorter_side, other) if width <= height else (other, shorter_side)
+def resized_size(size: Size, rule: Input) -> Size:
+    """Return (width, height) after resizing an upright image.
+
+    Source: timm's `transforms_imagenet_eval` and torchvision's `Resize`, with their roundings.
+    """
+    width, height = size
+    shorter = min(size)
+    if rule.resize_shorter_side is not None:
+        # Round half up, in integer arithmetic.
+        side = rule.resize_shorter_side
+        return (2 * width * side + shorter) // (2 * shorter), (2 * height * side + shorter) // (2 * shorter)
+    target_width, target_height = cast(int, rule.resize_width), cast(int, rule.resize_height)
+    if rule.crop == "squash":
+        return target_width, target_height
+    if rule.crop == "center" and target_width == target_height:
+        return width * target_width // shorter, height * target_width // shorter
+    ratios = width / target_width, height / target_height
+    ratio = min(ratios) if rule.crop == "center" else max(ratios)
+    # A strip keeps one pixel, where timm fails.
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def largest_resized_size(size: Size, rule: Input) -> Size:
+    """Return an upper bound of each side after resizing, whether or not the orientation swaps them."""
+    upright, turned = resized_size(size, rule), resized_size(size[::-1], rule)
+    return max(upright[0], turned[1]), max(upright[1], turned[0])
+
+
+def _draft_size(size: Size, rule: Input) -> Size:
+    """Return the least size of a JPEG draft."""
+    side = rule.resize_shorter_side
+    width, height = largest_resized_size(size, rule) if side is None else (side, side)
+    return rule.jpeg_draft_scale * width, rule.jpeg_draft_scale * height
 
 
 def _read_orientation(image: Image.Image) -> Image.Transpose | None:
@@ -291,11 +332,19 @@ def _take_high_byte(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _resize(image: Image.Image, rule: Input) -> Image.Image:
-    size = resized_size(image.width, image.height, rule.resize_shorter_side)
-    return image if image.size == size else image.resize(size, Image.Resampling[rule.interpolation.upper()])
-
-
 def _crop(image: Image.Image, rule: Input) -> Pixels:
-    left, top = (image.width - rule.width) // 2, (image.height - rule.height) // 2
+    """Crop the centre, or pad around it."""
+    left, top = _margin(image.width, rule.width, rule), _margin(image.height, rule.height, rule)
+    if image.width < rule.width or image.height < rule.height:
+        canvas = Image.new("RGB", (rule.width, rule.height), tuple(round(255 * value) for value in rule.mean))
+        canvas.paste(image, (-left, -top))
+        return np.array(canvas, dtype=np.uint8)
     return np.array(image.crop((left, top, left + rule.width, top + rule.height)), dtype=np.uint8)
+
+
+def _margin(side: int, target: int, rule: Input) -> int:
+    """Return what is cropped before the centre; below 0, what is padded."""
+    if side < target:
+        return -((target - side) // 2)
+    # timm's crop rounds halves to even, as Python does.
+    return (side - target) // 2 if rule.resize_shorter_side is not None else round((side - target) / 2)

@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     calibration = calibrations[options.policy]
     classifier = adaptive_classifier(chosen.vit, chosen.rule, calibration, chosen.embedding)
     session = open_session(options.published / f"{options.policy}.onnx", 1)
-    pixels = torch.cat([part for part, _ in pixel_batches(chosen_source(model, chosen.rule), 32, 0)])
+    pixels = torch.cat([part for part, _ in pixel_batches(chosen_source(model, chosen), 32, 0)])
 
     def graph(batch: Tensor) -> list[Tensor]:
         return [torch.from_numpy(array) for array in session.run(None, {"pixels": batch.numpy()})]

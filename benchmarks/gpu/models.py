@@ -46,7 +46,8 @@ def encode_jpegs(pixels: Tensor, rule: InputRule) -> list[bytes]:
 
 
 def _encode_jpeg(pixels: Tensor, rule: InputRule) -> bytes:
-    side, buffer = rule.resize_shorter_side + 8, io.BytesIO()
+    resized = rule.resize_shorter_side or max(rule.resize_height or 0, rule.resize_width or 0)
+    side, buffer = resized + 8, io.BytesIO()
     image = Image.fromarray(pixels.numpy()).resize((side * 4 // 3, side))
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()

@@ -33,7 +33,7 @@ from benchmarks.spread import percentile
 from benchmarks.timing import time_interleaved
 from deploy.local.process import ServerProcess, ServiceProcess
 from training.data.preprocessing import InputRule, read_pixels
-from training.export.parity import MIN_MARGIN, decisions
+from training.export.parity import MIN_MARGIN, margins
 from training.models.classifier import ServedClassifier, input_rule
 
 JPEG, PIXELS = "jpeg", "pixels"
@@ -154,7 +154,7 @@ def _largest(values: Tensor) -> float | None:
 
 
 def _is_clear(classifier: ServedClassifier, pixels: Tensor) -> Tensor:
-    return decisions(classifier, pixels).margin >= MIN_MARGIN
+    return margins(classifier, pixels) >= MIN_MARGIN
 
 
 def _classify(server: ServerProcess, r: int, data: bytes) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ from app.backends import ENGINES
 from benchmarks.gpu.commit import read_commit
 from benchmarks.gpu.models import RandomImages, draw_pixels, make_vit
 from benchmarks.gpu.size import Size
-from deploy.local.process import ROOT
-from training.export.publish import Plan, publish
+from training.export.plan import Plan
+from training.export.publish import publish
 from training.models.classifier import input_rule
 
 VERSION = "1"
@@ -27,7 +26,6 @@ def store_folder(work: Path, model: str) -> Path:
 def rows(size: Size, model: str, work: Path) -> Iterator[Row]:
     store = store_folder(work, model)
     store.mkdir(parents=True)
-    shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
     vit: Any = make_vit(size.models[model])
     rule = input_rule(vit)
     plan = Plan(
@@ -48,6 +46,6 @@ def rows(size: Size, model: str, work: Path) -> Iterator[Row]:
         "kind": "export",
         "model": model,
         "seconds": time.perf_counter() - started_at,
-        "parity": published.parity,
+        "parity": {name: found.difference for name, found in published.parity.items()},
         "bytes": {file.name: file.stat().st_size for file in sorted(published.folder.iterdir())},
     }

@@ -22,6 +22,7 @@ from app.errors import DeadlinePassed, NotReady, ServiceError, UnknownPath, echo
 from app.observability.logs import name_request
 from app.settings import Settings
 from app.store.selection import MAX_DEADLINE_MS
+from app.system.descriptors import allow_descriptors
 from deploy.ray.body import Body
 from deploy.ray.middleware import BODY, ELAPSED, SERVED_BY
 
@@ -50,7 +51,7 @@ def middlewares() -> list[Middleware]:
 
 @cache
 def _connections() -> Connections:
-    return Connections(read_timeouts(Settings()), _log_refusal)
+    return Connections(read_timeouts(Settings()), allow_descriptors(Settings().max_connections), _log_refusal)
 
 
 def connect(**arguments: Any) -> Connection:

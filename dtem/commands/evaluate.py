@@ -18,7 +18,8 @@ EXAMPLES = example(
 @click.option("--policies", help="comma-separated, of none, tome, dtem, random; default: those that the model supports")
 @click.option("--measured", is_flag=True, help="start from what the export of --published measured")
 @click.option("--calibrations", help="comma-separated files of dtem calibrate")
-@click.option("--batch-size", type=click.IntRange(min=1), default=50)
+@click.option("--batch-size", type=click.IntRange(min=1), help="default: 50, or fewer where the model is large")
+@click.option("--device", default="cpu", help="a PyTorch device, e.g. cuda")
 @click.option("--out", type=FILE, required=True, help="writes <out>.json, <out>.npz, <out>.md and <out>.png")
 def command(**options: Any) -> int:
     """Measure accuracy and GMACs of policies over rates.

@@ -5,6 +5,7 @@ import click
 
 from dtem.options import FILE, example, model_options, rates_option
 from dtem.training import run_training
+from training.cli.plan import check
 
 EXAMPLES = example(
     "dtem export --run runs/reference --name reference",
@@ -18,7 +19,7 @@ EXAMPLES = example(
 @click.option("--version", help="a whole number; default: the next one")
 @click.option("--store", type=FILE, default=Path("model_store"))
 @rates_option()
-@click.option("--default-r", type=int, default=8, help="rate of requests that choose none")
+@click.option("--default-r", type=int, help="rate of requests that choose none; default: the nearest to 8 above 0")
 @click.option("--default-policy", help="default: dtem where there is an embedding, else tome")
 @click.option("--calibrations", help="comma-separated files of dtem calibrate")
 @click.option("--formats", default="onnx", help="comma-separated, of onnx, torchscript")
@@ -30,4 +31,4 @@ def command(**options: Any) -> int:
     With an embedding, policy dtem is exported in addition to tome and none; with calibrations, the adaptive
     policies atm and adaptive-dtem. An interrupted export resumes. A published version never changes.
     """
-    return run_training("export", **options)
+    return run_training("export", check=check, **options)

@@ -14,7 +14,7 @@ from app.settings import Settings
 from app.store.catalogue import Catalogue
 from app.store.loader import StoreOptions
 from app.store.start import load_catalogue
-from tests.app.tiny_store import write_store
+from tests.app.tiny_store import read_manifest, write_manifest, write_store
 
 # Timeout; a test that reaches it has failed.
 SECONDS = 30
@@ -33,6 +33,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def catalogue(store: Path) -> Catalogue:
     return load_catalogue(store, open_backend("onnxruntime", OPTIONS), ONNX)
+
+
+@pytest.fixture(scope="session")
+def independent_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
+    """The tiny model with labels that are independent of each other."""
+    root = tmp_path_factory.mktemp("independent")
+    folder = write_store(root)
+    manifest = read_manifest(folder)
+    manifest["output"]["activation"] = "sigmoid"
+    write_manifest(folder, manifest)
+    return load_catalogue(root, open_backend("onnxruntime", OPTIONS), ONNX)
 
 
 ClientFactory = Callable[..., TestClient]

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from app.store.manifest import Manifest, render_schema
 from tests.app.tiny_store import make_manifest, write_store
 
-SCHEMA = Path(__file__).parents[2] / "model_store" / "manifest.schema.json"
+ROOT = Path(__file__).parents[2]
+SCHEMA = ROOT / "training" / "export" / "manifest.schema.json"
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
@@ -35,10 +36,14 @@ def test_schema_is_valid_and_accepts_a_manifest(manifest: dict[str, Any]) -> Non
     assert Manifest.model_validate_json(json.dumps(manifest)).name == "tiny"
 
 
-@pytest.mark.parametrize("path", sorted(SCHEMA.parent.glob("*/*/manifest.json")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "model_store").glob("*/*/manifest.json")), ids=str)
 def test_schema_and_models_accept_every_manifest_in_the_store(path: Path) -> None:
     VALIDATOR.validate(json.loads(path.read_bytes()))
     assert Manifest.model_validate_json(path.read_bytes()).version == path.parent.name
+
+
+def resized(**changes: Any) -> dict[str, Any]:
+    return {"resize_shorter_side": None, "resize_height": 8, "resize_width": 8, **changes}
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -62,6 +67,8 @@ BOTH_REFUSE: dict[str, Change] = {
     "no variants": lambda m: m.update(variants=[]),
     "other layout": lambda m: m["input"].update(layout="NCHW"),
     "other interpolation": lambda m: m["input"].update(interpolation="cubic"),
+    "other crop": lambda m: m["input"].update(crop="corner"),
+    "other activation": lambda m: m["output"].update(activation="tanh"),
     "background of four": lambda m: m["input"].update(alpha_background=[1, 2, 3, 4]),
     "embedding without its rate": lambda m: m.update(embedding={"file": "golden.npz", "dim": 8, "recipe": ""}),
     "float channel": lambda m: m["input"].update(alpha_background=[1.5, 2, 3]),
@@ -102,6 +109,19 @@ MODELS_REFUSE: dict[str, tuple[Change, str]] = {
         "not in ascending order",
     ),
     "crop larger than the image": (lambda m: m["input"].update(height=9), r"\(8\) is smaller than the crop \(9 x 8\)"),
+    "no resized size": (lambda m: m["input"].pop("resize_shorter_side"), "expected resize_height and resize_width, or"),
+    "two resized sizes": (lambda m: m["input"].update(resize_height=8, resize_width=8), "expected resize_height and"),
+    "one resized side": (lambda m: m["input"].update(resized(resize_width=None)), "expected resize_height and"),
+    "squash of one side": (lambda m: m["input"].update(crop="squash"), "'squash' needs resize_height and"),
+    "crop wider than the image": (
+        lambda m: m["input"].update(resized(resize_width=7)),
+        r"\(8 x 7\) is smaller than the crop \(8 x 8\)",
+    ),
+    "border of no colour": (
+        lambda m: m["input"].update(resized(crop="border", mean=[123.7, 116.3, 103.5])),
+        r"mean \[123.7, 116.3, 103.5\] is no colour",
+    ),
+    "softmax over one label": (lambda m: m.update(labels=["red"]), "always 1; expected activation 'sigmoid'"),
     "date without zone": (lambda m: m.update(created="2026-11-20T12:00:00"), "timezone"),
 }
 
@@ -126,6 +146,20 @@ def test_models_accept_mean_token_counts_of_adaptive_policies(manifest: dict[str
     assert manifest["variants"][-1]["data_dependent"]
     manifest["variants"][-1].update(tokens=[65, 60, 50])
     Manifest.model_validate_json(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("crop", ["center", "squash", "border"])
+def test_both_sides_may_take_the_place_of_the_shorter_one(manifest: dict[str, Any], crop: str) -> None:
+    del manifest["input"]["resize_shorter_side"]
+    manifest["input"].update(resize_height=9, resize_width=10, crop=crop)
+    VALIDATOR.validate(manifest)
+    assert Manifest.model_validate_json(json.dumps(manifest)).input.resize_width == 10
+
+
+def test_a_head_of_one_output_has_a_sigmoid(manifest: dict[str, Any]) -> None:
+    manifest["labels"], manifest["output"]["activation"] = ["red"], "sigmoid"
+    VALIDATOR.validate(manifest)
+    assert Manifest.model_validate_json(json.dumps(manifest)).output.activation == "sigmoid"
 
 
 def test_default_may_be_an_adaptive_policy(manifest: dict[str, Any]) -> None:

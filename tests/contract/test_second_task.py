@@ -6,7 +6,6 @@ The task labels each patch: unmerge the tokens, apply the head to each, compare 
 import io
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,6 @@ def command(folder: Path) -> list[str]:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15)
     save_file(vit.state_dict(), folder / "weights.safetensors")
-    shutil.copy("model_store/manifest.schema.json", folder)
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
     model += ["--arguments", json.dumps(ARCHITECTURE), "--task", SEGMENT, "--data", "masks", "--n-images", "100"]
     return [*model, "--name", "segmenter", "--store", str(folder), "--rates", "0,8", "--default-policy", "tome"]

@@ -1,7 +1,6 @@
 """A tiny model, exported with an embedding and served with policies dtem, tome and none."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dtem")
     store = folder / "store"
     store.mkdir()
-    shutil.copy(ROOT / "model_store" / "manifest.schema.json", store)
     save_file(tiny_vit().state_dict(), folder / "weights.safetensors")
     torch.manual_seed(5)
     embedding = DecoupledEmbedding(EmbeddingConfig(depth=3, width=32, dim=8, r=16))
     embedding.save(folder / "embedding.safetensors")
     model = ["--architecture", "vit_tiny_patch16_224", "--arguments", json.dumps(ARGUMENTS)]
     files = ["--weights", str(folder / "weights.safetensors"), "--embedding", str(folder / "embedding.safetensors")]
-    plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--n-images", "200"]
+    plan = ["--name", "tiny", "--store", str(store), "--rates", "0,8", "--data", "digits", "--n-images", "200"]
     assert dtem("export", [*model, *files, *plan]) == 0
     return store
 

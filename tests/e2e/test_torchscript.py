@@ -1,6 +1,5 @@
 """The reference model exported as TorchScript: it answers as its published ONNX graphs do."""
 
-import shutil
 from pathlib import Path
 
 import httpx
@@ -21,7 +20,6 @@ QUERIES = ("r=0", "r=8", "policy=atm", "policy=adaptive-dtem")
 def test_both_formats_answer_alike(tmp_path: Path) -> None:
     published, store = ROOT / "model_store", tmp_path / "store"
     store.mkdir()
-    shutil.copy(published / "manifest.schema.json", store)
     model = ["--published", str(newest_version("reference")), "--name", "reference", "--store", str(store)]
     assert dtem("export", [*model, "--formats", "torchscript", "--rates", "0,8", "--n-images", "256"]) == 0
     answers = {}

@@ -180,6 +180,7 @@ def impatient(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         body_timeout_seconds=1,
         write_timeout_seconds=1,
         keep_alive_seconds=2,
+        max_connections=30,
     ) as server:
         yield server
 
@@ -200,6 +201,19 @@ def test_silent_connections_are_closed(impatient: Server, sent: bytes, statuses:
     before = count_refusals(impatient, "request_timeout")
     assert exchange(impatient, sent) == statuses
     assert count_refusals(impatient, "request_timeout") - before == statuses.count(408)
+
+
+def test_silent_connections_keep_nobody_out(impatient: Server) -> None:
+    before = count_refusals(impatient, "too_many_connections")
+    with contextlib.ExitStack() as stack:
+        upload = stack.enter_context(connect(impatient))
+        upload.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(PNG))
+        for _ in range(100):
+            stack.enter_context(connect(impatient))
+        assert impatient.ask("GET", "/health/live")[0] == 200
+        upload.sendall(PNG)
+        assert upload.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert count_refusals(impatient, "too_many_connections") - before >= 70
 
 
 def count_refusals(server: Server, reason: str) -> float:

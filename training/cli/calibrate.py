@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -11,20 +11,40 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from joblib import cpu_count
 from matplotlib.figure import Figure
-from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from training.cli.model_options import ChosenModel, chosen_model, chosen_split, newest_version
+from training.cli.devices import chosen_device
+from training.cli.model_options import ChosenModel, announce, chosen_model, chosen_split, newest_version, opened_source
 from training.cli.options import ModelOptions
-from training.data.sources import Source, find_dataset, pixel_batches
-from training.evaluate.calibrate import PairedEvaluator, Trial, read_trials, search, write_trial
+from training.data.decoded import DecodedImages
+from training.data.pixel_rule import describe
+from training.data.sources import Source, find_dataset
+from training.evaluate.calibrate import (
+    PairedEvaluator,
+    Trial,
+    images_to_show,
+    read_trials,
+    resolution_points,
+    search,
+    write_trial,
+)
+from training.evaluate.progress import progress
 from training.evaluate.results import with_suffix
 from training.merging.adaptive import Score
 from training.merging.policies import ADAPTIVE_METRICS
 from training.models.calibration import Calibration
 from training.models.weights import weights_digest
+
+_RESOLVED = 0.25
+"""A bound is shown where the images rule out a loss of a quarter more,"""
+_FINEST_POINTS = 0.1
+"""or of a tenth of a point more."""
+
+_N_IMAGES = 2000
+"""Images of the search, and of the report, where the options do not say."""
 
 
 def run(model: ModelOptions, options: Namespace) -> int:
@@ -34,11 +54,14 @@ def run(model: ModelOptions, options: Namespace) -> int:
     for name, accepted in (("metric", list(ADAPTIVE_METRICS)), ("score", list(get_args(Score)))):
         if getattr(options, name) not in accepted:
             raise ValueError(f"--{name} {getattr(options, name)}: expected one of {', '.join(accepted)}")
-    for name, minimum in (("n_unseen", 1), ("n_trials", 1), ("max_accuracy_drop", 0)):
+    for name, minimum in (("n_trials", 1), ("max_accuracy_drop", 0)):
         if not getattr(options, name) >= minimum:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {minimum}")
     began_at = time.perf_counter()
+    device = chosen_device(options.device)
     chosen = chosen_model(model)
+    if chosen.n_outputs == 1:
+        raise ValueError("the model has 1 output: calibration compares the most probable of several labels")
     depth = len(chosen.vit.blocks)  # type: ignore[arg-type]
     if options.split_depth is not None and not 0 <= options.split_depth <= depth:
         raise ValueError(f"--split-depth {options.split_depth}: expected from 0 to the ViT's {depth} blocks")
@@ -48,20 +71,20 @@ def run(model: ModelOptions, options: Namespace) -> int:
         )
     source, unseen = _sources(model, options, chosen)
     n_parallel = 1
-    if options.device == "cpu":
+    if device.type == "cpu":
         # Several batches with one thread each are faster than one batch with several threads.
-        n_parallel = os.cpu_count() or 1
+        n_parallel = cpu_count()
         torch.set_num_threads(1)
 
-    def evaluator(title: str, images: Source) -> PairedEvaluator:
-        pixels, labels = _load(title, images)
+    def evaluator(images: Source) -> PairedEvaluator:
+        decoded = DecodedImages(images, options.out.parent, progress)
         return PairedEvaluator(
             chosen.vit,
             chosen.rule,
             options.metric,
             chosen.embedding,
-            pixels,
-            None if options.unlabelled else labels,
+            decoded.pixels,
+            None if options.unlabelled else decoded.answers,
             device=options.device,
             n_parallel=n_parallel,
         )
@@ -69,15 +92,15 @@ def run(model: ModelOptions, options: Namespace) -> int:
     about = _about(options, chosen, source)
     log = with_suffix(options.out, ".trials.jsonl")
     known = _known(log, about)
-    calibrating = evaluator("images to calibrate on", source)
-    with tqdm(total=options.n_trials, desc="trials", unit="trial", initial=len(known)) as bar:
+    calibrating = evaluator(source)
+    print(shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
+    bar = tqdm(total=options.n_trials, desc="trials", initial=len(known), ncols=80, disable=not sys.stderr.isatty())
+    with bar:
 
         def on_trial(trial: Trial) -> None:
             write_trial(trial, log)
             bar.update()
-            bar.set_postfix_str(
-                f"{trial.gmacs:.3f} GMACs, {trial.loss_points:+.2f} points lost, {trial.n_images} images"
-            )
+            bar.set_postfix_str(f"{trial.gmacs:.3f} GMACs, {trial.loss_points:+.2f} points")
 
         best = search(
             calibrating,
@@ -89,7 +112,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
             known=known,
             on_trial=on_trial,
         )
-    reporting = evaluator("unseen images", unseen)
+    reporting = evaluator(unseen)
     trials = read_trials(log)
     calibration = Calibration(
         metric=options.metric,
@@ -109,30 +132,45 @@ def run(model: ModelOptions, options: Namespace) -> int:
     return 0
 
 
+def shown_bound(max_accuracy_drop: float, n_images: int) -> str:
+    """Say which loss counts as within the bound, and how many images would narrow it down."""
+    unseen = resolution_points(n_images)
+    found = f"on {n_images} images, a loss of up to {max_accuracy_drop + unseen:.2g} points counts as within the bound"
+    if unseen <= max_accuracy_drop * _RESOLVED:
+        return found
+    wanted = images_to_show(max(max_accuracy_drop * _RESOLVED, _FINEST_POINTS))
+    return f"{found}" if n_images >= wanted else f"warning: {found} of {max_accuracy_drop:g}; {wanted} would show it"
+
+
 def _sources(model: ModelOptions, options: Namespace, chosen: ChosenModel) -> tuple[Source, Source]:
     """Return the images of the search and of the report: two splits, or parts of a folder.
 
     Raises: ValueError where a folder has too few images, or other classes than the model.
     """
-    n_images, n_unseen = model.n_images or 0, options.n_unseen
-    dataset = find_dataset(model.data)
+    dataset = find_dataset(chosen.data)
     if dataset.has_splits:
+        n_images, n_unseen = model.n_images or _N_IMAGES, options.n_unseen or _N_IMAGES
         if model.split == "test":
             raise ValueError("--split test is reserved for the report: calibrate on train or validation")
-        return dataset.open(chosen.rule, n_images, chosen_split(model.split)), dataset.open(chosen.rule, n_unseen)
-    folder: Any = dataset.open(chosen.rule, n_images + n_unseen)
-    if len(folder) < n_images + n_unseen:
+        found = opened_source(chosen, n_images, chosen_split(model.split))
+        announce(chosen, found, is_labelled=not options.unlabelled)
+        return found, dataset.open(chosen.rule, n_unseen)
+    asked = [n for n in (model.n_images, options.n_unseen) if n is not None]
+    folder: Any = opened_source(
+        chosen, sum(asked) if len(asked) == 2 else None, "test", is_labelled=not options.unlabelled
+    )
+    n_images = model.n_images or min(_N_IMAGES, len(folder) - (options.n_unseen or len(folder) // 2))
+    n_unseen = options.n_unseen or min(_N_IMAGES, len(folder) - n_images)
+    if min(n_images, n_unseen) < 1 or len(folder) < n_images + n_unseen:
         raise ValueError(
-            f"{model.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
+            f"{chosen.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
             "requested: reduce --n-images and --n-unseen"
         )
-    n_classes = int(chosen.vit.num_classes)  # type: ignore[arg-type]
-    if not options.unlabelled and len(folder.labels) != n_classes:
-        raise ValueError(
-            f"{model.data} has {len(folder.labels)} classes, the model {n_classes}; without labels, pass --unlabelled"
-        )
+    announce(chosen, folder, is_labelled=not options.unlabelled)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return _Part(folder, order[:n_images], "calibration"), _Part(folder, order[n_images:], "unseen")
+    return _Part(folder, order[:n_images], "calibration"), _Part(
+        folder, order[n_images : n_images + n_unseen], "unseen"
+    )
 
 
 class _Part(Subset[Any]):
@@ -144,12 +182,6 @@ class _Part(Subset[Any]):
         self.split = f"{folder.split} ({name} part)"
 
 
-def _load(title: str, source: Source) -> tuple[Tensor, Tensor]:
-    batches = tqdm(pixel_batches(source, 50, n_workers=1), desc=title, total=-(-len(source) // 50), unit="batch")
-    pixels, labels = zip(*batches, strict=True)
-    return torch.cat(pixels), torch.cat(labels)
-
-
 def _about(options: Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
     names = ("metric", "score", "split_depth", "max_accuracy_drop", "n_trials", "seed", "unlabelled", "device")
     return {
@@ -157,6 +189,7 @@ def _about(options: Namespace, chosen: ChosenModel, source: Source) -> dict[str,
         "dataset": source.name,
         "split": source.split,
         "n_images": len(source),
+        "pixels": describe(chosen.rule),
         "weights": weights_digest(chosen.vit),
         "embedding": weights_digest(chosen.embedding) if chosen.embedding and options.metric == "embedding" else None,
     }

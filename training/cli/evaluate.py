@@ -5,12 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from training.cli.command import report
+from training.cli.devices import chosen_device
 from training.cli.model_options import (
     ChosenModel,
     chosen_model,
@@ -19,7 +20,10 @@ from training.cli.model_options import (
     read_calibrations,
 )
 from training.cli.options import ModelOptions
-from training.data.sources import Source, pixel_batches
+from training.data.decoded import DecodedImages
+from training.data.pixel_rule import describe
+from training.data.sources import Source
+from training.evaluate.progress import progress
 from training.evaluate.results import (
     Evaluation,
     Row,
@@ -39,19 +43,28 @@ from training.evaluate.table import (
     plot,
 )
 from training.merging.policies import check_policies, supported_policies
+from training.models.activations import images_at_once
 from training.models.frozen import FrozenModule
 from training.models.variants import variant_key
 from training.models.weights import weights_digest
 from training.tasks import frozen_calibration
 
+_BATCH_SIZE = 50
+"""At most, by default: fewer where the model is large."""
+
 
 def run(model: ModelOptions, options: Namespace) -> int:
+    device = chosen_device(options.device)
     chosen = chosen_model(model)
+    for module in (chosen.vit, chosen.embedding):
+        if module is not None:
+            module.to(device)
+    batch_size = options.batch_size or images_at_once(chosen.vit, _BATCH_SIZE)
     published = _published(model) if options.measured else None
     if published is not None:
         model = replace(model, n_images=published.about["n_images"], split=published.about["split"])
-    source = chosen_source(model, chosen.rule)
-    about = published.about if published is not None else _about(model, options, chosen, source)
+    source = chosen_source(model, chosen)
+    about = published.about if published is not None else _about(model, options.device, batch_size, chosen, source)
     rows = finished_rows(options.out, about)
     rows += [row for row in published.rows if row.key not in {known.key for known in rows}] if published else []
     done = {row.key for row in rows}
@@ -64,11 +77,15 @@ def run(model: ModelOptions, options: Namespace) -> int:
         raise ValueError(f"calibrations {', '.join(keys)}: expected each policy, metric and drop at most once")
 
     def frozen(policy: str, r: int) -> FrozenModule:
-        return frozen_policy(chosen.task, policy, chosen.vit, chosen.rule, r, chosen.embedding)
+        return frozen_policy(chosen.task, policy, chosen.vit, chosen.rule, r, chosen.embedding).to(device)
+
+    @cache
+    def images() -> DecodedImages:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        return DecodedImages(source, options.out.parent, progress)
 
     def batches(title: str) -> Iterable[tuple[Tensor, Tensor]]:
-        n_batches = -(-len(source) // options.batch_size)
-        return tqdm(pixel_batches(source, options.batch_size, n_workers=1), desc=title, total=n_batches, unit="batch")
+        return progress(images().batches(batch_size), title, -(-len(source) // batch_size))
 
     if published is None or options.policies:
         supported = supported_policies(has_embedding=chosen.embedding is not None)
@@ -78,7 +95,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
             rows.append(row)
             write_evaluation(options.out, about, in_order(rows))
     for key, calibration in zip(keys, calibrations, strict=True):
-        module = frozen_calibration(chosen.task, chosen.vit, chosen.rule, calibration, chosen.embedding)
+        module = frozen_calibration(chosen.task, chosen.vit, chosen.rule, calibration, chosen.embedding).to(device)
         if key not in done:
             rows.append(evaluate_adaptive(calibration, module, batches))
             write_evaluation(options.out, about, in_order(rows))
@@ -117,7 +134,7 @@ def chosen_policies(policies: str | None, chosen: ChosenModel, default: str) -> 
     return names
 
 
-def _about(model: ModelOptions, options: Namespace, chosen: ChosenModel, source: Source) -> dict[str, Any]:
+def _about(model: ModelOptions, device: str, batch_size: int, chosen: ChosenModel, source: Source) -> dict[str, Any]:
     """Describe the evaluation. Digests identify weights, which change during a training run."""
     return {
         "model": str(model.published or model.run or model.architecture),
@@ -126,5 +143,7 @@ def _about(model: ModelOptions, options: Namespace, chosen: ChosenModel, source:
         "dataset": source.name,
         "split": source.split,
         "n_images": len(source),
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
+        "pixels": describe(chosen.rule),
+        **({} if device == "cpu" else {"device": device}),
     }

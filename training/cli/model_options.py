@@ -6,29 +6,41 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from training.cli.options import ModelOptions
 from training.data.digits import SPLITS, Split
+from training.data.folders import find_classes, read_labels
+from training.data.pixel_rule import describe, override, read_rule
 from training.data.preprocessing import InputRule
-from training.data.sources import REFERENCE_DATASET, Source, find_dataset, open_source
+from training.data.sources import (
+    DATASETS,
+    REFERENCE_DATASET,
+    FolderImages,
+    Source,
+    check_classes,
+    find_dataset,
+    open_source,
+    published_data,
+    run_data,
+)
 from training.models.calibration import Calibration, load_calibration
 from training.models.checkpoints import is_source, open_checkpoint
-from training.models.classifier import CLASSIFY, input_rule
+from training.models.classifier import CLASSIFY, SOFTMAX, check_activation, input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.tasks import TASKS, find_task
 from training.tasks.task import Task
 
-EMBEDDING = "embedding.safetensors"
+EMBEDDING, LABELS = "embedding.safetensors", "labels.json"
 
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """A loaded model, the arguments that rebuild it, and the preprocessing of its images.
+    """A loaded model, the arguments that rebuild it, its images and their preprocessing.
 
-    labels, activation: as far as a checkpoint states them.
+    labels: of the model's outputs; None means the folders of the data.
     """
 
     vit: nn.Module
@@ -38,8 +50,14 @@ class ChosenModel:
     recipe: str
     embedding: DecoupledEmbedding | None = None
     task: Task = TASKS[CLASSIFY]
+    data: str = REFERENCE_DATASET
     labels: tuple[str, ...] | None = None
-    activation: str = "softmax"
+    activation: str = SOFTMAX
+
+    @property
+    def n_outputs(self) -> int:
+        model: Any = self.vit
+        return int(model.num_classes)
 
 
 def chosen_model(options: ModelOptions) -> ChosenModel:
@@ -56,7 +74,21 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     named = [name for name, value in given.items() if value]
     if len(named) != 1:
         raise ValueError(f"expected exactly one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
+    data = _chosen_data(options)
+    labels = read_labels(options.labels) if options.labels else None
     chosen = _chosen_vit(options)
+    rule = override(
+        chosen.rule,
+        mean=options.mean,
+        std=options.std,
+        crop_pct=options.crop_pct,
+        crop_mode=options.crop_mode,
+        interpolation=options.interpolation,
+    )
+    activation = options.activation or chosen.activation
+    chosen = replace(chosen, rule=rule, data=data, labels=labels or chosen.labels, activation=activation)
+    if chosen.task.name == CLASSIFY:
+        check_activation(activation, chosen.n_outputs)
     default = (options.run or options.published or Path()) / EMBEDDING
     file = options.embedding or (default if default.is_file() and (options.run or options.published) else None)
     if file is None:
@@ -66,6 +98,17 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     return replace(chosen, embedding=embedding)
 
 
+def _chosen_data(options: ModelOptions) -> str:
+    """Raises: ValueError where neither the options nor the model name the data"""
+    if options.data:
+        return options.data
+    if options.run:
+        return run_data(json.loads((options.run / "recipe.json").read_text()))
+    options.require_data()
+    folder = cast(Path, options.published)
+    return published_data(json.loads((folder / "manifest.json").read_text()))
+
+
 def _chosen_vit(options: ModelOptions) -> ChosenModel:
     if options.run:
         recipe = json.loads((options.run / "recipe.json").read_text())
@@ -73,13 +116,32 @@ def _chosen_vit(options: ModelOptions) -> ChosenModel:
         vit = task.load(name, weights=options.run / "weights.safetensors", **arguments)
         dataset = find_dataset(recipe.get("data", {}).get("source", REFERENCE_DATASET))
         rule = dataset.rule(lambda: input_rule(vit))
-        return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"], task=task)
+        labels = options.run / LABELS
+        return ChosenModel(
+            vit.eval(),
+            name,
+            arguments,
+            rule,
+            recipe["file"],
+            task=task,
+            labels=read_labels(labels) if labels.is_file() else None,
+            activation=recipe.get("activation", SOFTMAX),
+        )
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]
-        task, rule = find_task(manifest.get("task", CLASSIFY)), _rule_of(manifest["input"])
+        task, rule = find_task(manifest.get("task", CLASSIFY)), read_rule(manifest["input"])
         vit = task.load(name, weights=options.published / "weights.safetensors", **arguments)
-        return ChosenModel(vit.eval(), name, arguments, rule, manifest["training"]["recipe"], task=task)
+        return ChosenModel(
+            vit.eval(),
+            name,
+            arguments,
+            rule,
+            manifest["training"]["recipe"],
+            task=task,
+            labels=tuple(manifest["labels"]),
+            activation=manifest["output"].get("activation", SOFTMAX),
+        )
     if options.weights == "pretrained" and options.architecture and not is_source(options.architecture):
         task = find_task(options.task)
         vit = task.load(options.architecture, weights="pretrained", **options.arguments)
@@ -123,20 +185,38 @@ def newest_version(model: Path) -> Path | None:
 
 def published_rule(folder: Path) -> InputRule:
     """Return the preprocessing of a published version."""
-    return _rule_of(json.loads((folder / "manifest.json").read_text())["input"])
+    return read_rule(json.loads((folder / "manifest.json").read_text())["input"])
 
 
-def _rule_of(entry: dict[str, Any]) -> InputRule:
-    stated: dict[str, Any] = {
-        key: value for key, value in entry.items() if key not in ("name", "layout", "dtype", "crop")
-    }
-    tuples: dict[str, Any] = {key: tuple(value) for key, value in stated.items() if isinstance(value, list)}
-    return InputRule(**{**stated, **tuples})
+def chosen_source(options: ModelOptions, chosen: ChosenModel) -> Source:
+    """Open the images, and say which pixels the model sees.
+
+    Raises: FileNotFoundError; ValueError for an unknown split, or other classes than the model's outputs.
+    """
+    source = opened_source(chosen, options.n_images, chosen_split(options.split))
+    announce(chosen, source)
+    return source
 
 
-def chosen_source(options: ModelOptions, rule: InputRule) -> Source:
-    """Raises: FileNotFoundError; ValueError for an unknown split"""
-    return open_source(options.data, rule, options.n_images, chosen_split(options.split))
+def opened_source(chosen: ChosenModel, n_images: int | None, split: Split, *, is_labelled: bool = True) -> Source:
+    """Open a number of images, with the labels of the model.
+
+    Raises: FileNotFoundError; ValueError naming folders that the labels do not have.
+    """
+    labels = chosen.labels if is_labelled else None
+    if is_labelled and labels is None and chosen.n_outputs == 1 and chosen.data not in DATASETS:
+        # The second of two folders is positive, as in negative and positive, or 0 and 1.
+        labels = tuple(find_classes(Path(chosen.data)).names[-1:])
+    return open_source(chosen.data, chosen.rule, n_images, split, labels)
+
+
+def announce(chosen: ChosenModel, source: Source, *, is_labelled: bool = True) -> None:
+    """Compare the classes with the model's outputs, and say which pixels it sees. Raises: ValueError naming both"""
+    if chosen.task.name == CLASSIFY and is_labelled:
+        check_classes(chosen.n_outputs, source)
+    print(f"pixels: {describe(chosen.rule)}")
+    if isinstance(source, FolderImages) and source.folders.empty:
+        print(f"no classes, since without images: {', '.join(source.folders.empty)}")
 
 
 def chosen_split(name: str) -> Split:

@@ -16,7 +16,10 @@ class ModelOptions:
     architecture, arguments: a timm name and arguments of timm.create_model; for a checkpoint, None and empty
         mean what it states or implies.
     task: of a run or an architecture. embedding: a file; None means that of the run or version.
-    data: a dataset or a folder with one subfolder per class. n_images: None means all, or 10,000 digits.
+    data: a dataset or a folder with one subfolder per class; None means that of the run or version. n_images: None
+        means all, or 10,000 digits. labels: a file with the names of the model's outputs.
+    mean, std, crop_pct, crop_mode, interpolation: of the pixels; None means those of the weights.
+    activation: softmax or sigmoid; None means that of the version, or softmax.
     """
 
     run: Path | None = None
@@ -26,9 +29,21 @@ class ModelOptions:
     arguments: dict[str, Any] = field(default_factory=dict)
     task: str = "classify"
     embedding: Path | None = None
-    data: str = "digits"
+    data: str | None = None
     split: str = "test"
     n_images: int | None = None
+    labels: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    activation: str | None = None
+
+    def require_data(self) -> None:
+        """Raises: ValueError where neither the options nor a run or version can name the data"""
+        if (self.architecture or self.weights) and not (self.data or self.run or self.published):
+            raise ValueError("--architecture needs --data: a folder with one subfolder per class, or 'digits'")
 
 
 def parse_rates(text: str) -> tuple[int, ...]:

@@ -46,11 +46,18 @@ def seeded(*seed: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: float = 0.0) -> Augmentation:
+def augmentation(
+    rule: InputRule,
+    *,
+    randaugment: str | None = None,
+    erasing: float = 0.0,
+    min_crop: float = 0.08,
+    flip: float = 0.5,
+) -> Augmentation:
     """Return a transform: crop, flip and normalisation, optionally RandAugment and erasing.
 
-    randaugment: timm's name, e.g. rand-m9-mstd0.5-inc1. erasing: probability. There is no colour
-        jitter.
+    randaugment: timm's name, e.g. rand-m9-mstd0.5-inc1. erasing, flip: probabilities. min_crop: the
+        smallest crop, as a share of the area. There is no colour jitter.
     Raises: ValueError for a name that timm does not know.
     """
     if randaugment is not None and not randaugment.startswith("rand-"):
@@ -65,6 +72,8 @@ def augmentation(rule: InputRule, *, randaugment: str | None = None, erasing: fl
             mean=rule.mean,
             std=rule.std,
             re_prob=erasing,
+            scale=(min_crop, 1.0),
+            hflip=flip,
             re_mode="pixel",
         )
     except (AssertionError, KeyError, ValueError) as err:

@@ -37,22 +37,26 @@ _MAX_CROP_PIXELS = 120
 
 @dataclass(frozen=True)
 class Task:
-    """The difficulty of the images. The curriculum increases it; evaluation uses `REFERENCE_TASK`.
-
-    Units: sizes in pixels; photo_percent and texture_percent of the images, the rest having a plain
-        background; max_tilt_degrees in either direction; max_clutter strokes around the digit;
-        min_contrast in grey levels of 255
-    """
+    """The difficulty of the images. The curriculum increases it; evaluation uses `REFERENCE_TASK`."""
 
     image_pixels: int = 112
+    """Side of the image. Unit: pixels."""
     min_digit_pixels: int = 30
+    """Smallest height of a digit. Unit: pixels."""
     max_digit_pixels: int = 50
+    """Largest height of a digit. Unit: pixels."""
     photo_percent: int = 55
+    """Images with a photograph as their background. Unit: percent."""
     texture_percent: int = 35
+    """Images with a texture as their background; the rest have a plain one. Unit: percent."""
     max_tilt_degrees: int = 12
+    """Largest tilt in either direction. Unit: degrees."""
     max_clutter: int = 4
+    """Largest number of strokes around the digit."""
     min_contrast: int = 112
+    """Smallest contrast of digit and background. Unit: grey levels of 255."""
     light_on_dark: bool = False
+    """Whether all digits are light on dark."""
 
     def __post_init__(self) -> None:
         if not 8 <= self.min_digit_pixels <= self.max_digit_pixels <= self.image_pixels:

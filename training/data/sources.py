@@ -7,23 +7,25 @@ class. To add a dataset, add a subclass of `NamedDataset` here and an entry to `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 
 from training.data.augmentation import augmentation
 from training.data.digits import LABELS, REFERENCE_TASK, Split, Task, draw
+from training.data.folders import UnreadableImage, find_classes, match_labels, read_labels, shown
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.training_images import AugmentedFolder, TrainingDigits, TrainingImages
 
 REFERENCE_INPUT = InputRule(height=112, width=112, resize_shorter_side=112)
+
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "test", "testing")
+"""Names of folders that say which part of a dataset they hold; the folder above names the dataset."""
 
 
 class Source(Protocol):
@@ -82,28 +84,55 @@ class DigitScenes(Dataset[tuple[Tensor, int]]):
 class FolderImages(Dataset[tuple[Tensor, int]]):
     """Image files under `<root>/<class>/`; with n_images, every n-th file.
 
-    Raises: FileNotFoundError where the folder is missing or has no image.
+    labels: of the model's outputs, in their order; None means the names of the folders. A part of
+        the classes suffices, since each keeps its index; see `match_labels`.
+    Raises: FileNotFoundError where the folder is missing or has no image; ValueError naming folders
+        without a label.
     """
 
     licence, credits = "see the data's owner", ("see the data's owner",)
 
-    def __init__(self, root: Path, rule: InputRule, n_images: int | None = None) -> None:
-        folder = ImageFolder(str(root), loader=partial(_load, rule=rule))
-        n_images = min(n_images or len(folder), len(folder))
-        self._folder = folder
-        self._indices = [index * len(folder) // n_images for index in range(n_images)]
-        self.name, self.split, self.labels = root.resolve().parent.name or root.name, root.name, folder.classes
+    def __init__(
+        self, root: Path, rule: InputRule, n_images: int | None = None, labels: Sequence[str] | None = None
+    ) -> None:
+        self.folders, self._rule = find_classes(root), rule
+        self.labels = list(labels) if labels is not None else self.folders.names
+        indices = match_labels(self.folders, self.labels)
+        files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
+        n_images = min(n_images or len(files), len(files))
+        self._files = [files[index * len(files) // n_images] for index in range(n_images)]
+        folder = root.resolve()
+        is_split = folder.name in SPLIT_FOLDERS and folder.parent.name
+        self.name, self.split = (folder.parent.name, folder.name) if is_split else (folder.name, "all")
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels, label = self._folder[self._indices[index]]
-        return pixels, int(label)
+        """Raises: UnreadableImage"""
+        file, label = self._files[index]
+        try:
+            return torch.from_numpy(read_pixels(file, self._rule)), label
+        except Exception as err:  # Pillow raises many types, by format and defect
+            raise UnreadableImage(f"{file} cannot be read: {err or type(err).__name__}") from err
 
 
-def _load(path: str, rule: InputRule) -> Tensor:
-    return torch.from_numpy(read_pixels(Path(path), rule))
+def check_classes(n_outputs: int, source: Source) -> None:
+    """Compare a model's outputs with the labels of a source, before any image is read.
+
+    Raises: ValueError naming both.
+    """
+    if len(source.labels) == n_outputs:
+        return
+    where, note = source.name, ""
+    if isinstance(source, FolderImages):
+        where = str(source.folders.root)
+        note = "; if they are a part of the outputs, name all as labels"
+        if source.folders.empty:
+            note = f"; folders without images are no classes: {shown(source.folders.empty)}" + note
+    raise ValueError(
+        f"{where} has {len(source.labels)} classes, the model {n_outputs} outputs: {shown(source.labels)}{note}"
+    )
 
 
 class LearningOptions(Protocol):
@@ -114,6 +143,9 @@ class LearningOptions(Protocol):
 
     @property
     def validation(self) -> str | None: ...
+
+    @property
+    def labels(self) -> str | None: ...
 
     @property
     def n_validation(self) -> int: ...
@@ -129,6 +161,12 @@ class LearningOptions(Protocol):
 
     @property
     def erasing(self) -> float: ...
+
+    @property
+    def min_crop(self) -> float: ...
+
+    @property
+    def flip(self) -> float: ...
 
 
 class NamedDataset(ABC):
@@ -190,9 +228,9 @@ class ReferenceTask(NamedDataset):
             raise ValueError(f"data of {self.name} needs n_distinct, the number of different images")
         if not isinstance(n_distinct, int) or isinstance(n_distinct, bool) or n_distinct < 1:
             raise ValueError(f"n_distinct {n_distinct!r}: expected a whole number of at least 1")
-        if options.randaugment or options.erasing or options.validation or options.share != 1:
+        if options.randaugment or options.erasing or options.validation or options.labels or options.share != 1:
             raise ValueError(
-                f"randaugment, erasing, validation and share are for folders of images, not for {self.name}"
+                f"randaugment, erasing, validation, labels and share are for folders of images, not for {self.name}"
             )
 
 
@@ -204,21 +242,33 @@ class Folder(NamedDataset):
     def __init__(self, root: str) -> None:
         self.name = root
 
-    def open(self, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
-        return FolderImages(Path(self.name), rule, n_images)
+    def open(
+        self, rule: InputRule, n_images: int | None, split: Split = "test", labels: Sequence[str] | None = None
+    ) -> Source:
+        return FolderImages(Path(self.name), rule, n_images, labels)
 
     def open_training(self, options: LearningOptions, rule: InputRule, seed: int) -> TrainingImages:
-        augment = augmentation(rule, randaugment=options.randaugment, erasing=options.erasing)
-        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
+        augment = augmentation(
+            rule,
+            randaugment=options.randaugment,
+            erasing=options.erasing,
+            min_crop=options.min_crop,
+            flip=options.flip,
+        )
+        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share, labels=_labels_of(options))
 
     def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
         if options.validation is None or not options.n_validation:
             return None
-        return find_dataset(options.validation).open(rule, options.n_validation, "validation")
+        return open_source(options.validation, rule, options.n_validation, "validation", _labels_of(options))
 
     def check_options(self, options: LearningOptions) -> None:
         if options.n_distinct is not None:
             raise ValueError(f"n_distinct {options.n_distinct!r}: it is for digits; for a folder give a share")
+
+
+def _labels_of(options: LearningOptions) -> Sequence[str] | None:
+    return None if options.labels is None else read_labels(Path(options.labels))
 
 
 REFERENCE_DATASET = "digits"
@@ -230,9 +280,44 @@ def find_dataset(name: str) -> NamedDataset:
     return DATASETS.get(name) or Folder(name)
 
 
-def open_source(data: str, rule: InputRule, n_images: int | None, split: Split = "test") -> Source:
-    """Open a dataset by name. Raises: FileNotFoundError"""
-    return find_dataset(data).open(rule, n_images, split)
+def open_source(
+    data: str, rule: InputRule, n_images: int | None, split: Split = "test", labels: Sequence[str] | None = None
+) -> Source:
+    """Open a dataset by name. labels: of a model's outputs, for folders; see `FolderImages`.
+
+    Raises: FileNotFoundError; ValueError where the labels are not those of the data.
+    """
+    dataset = find_dataset(data)
+    if isinstance(dataset, Folder):
+        return dataset.open(rule, n_images, split, labels)
+    source = dataset.open(rule, n_images, split)
+    if labels is not None and list(labels) != list(source.labels):
+        raise ValueError(f"{data} has labels of its own, {shown(source.labels)}, not {shown(labels)}")
+    return source
+
+
+def run_data(recipe: Mapping[str, Any]) -> str:
+    """Return the data on which a training run is measured: its own validation folder, or the digits.
+
+    recipe: the run's recipe.json. Raises: ValueError where it has none.
+    """
+    data = recipe.get("data") or {}
+    source = data.get("source", REFERENCE_DATASET)
+    found = source if source in DATASETS else data.get("validation")
+    if not found:
+        raise ValueError(f"the run learned from {source} and has no validation folder: expected --data FOLDER")
+    return str(found)
+
+
+def published_data(manifest: Mapping[str, Any]) -> str:
+    """Return the data on which a version is measured, where it is a dataset by name.
+
+    Raises: ValueError where it is a folder.
+    """
+    name = manifest["training"]["dataset"]
+    if name == DigitScenes.name:
+        return REFERENCE_DATASET
+    raise ValueError(f"the version was measured on {name}, whose folder it does not record: expected --data FOLDER")
 
 
 def pixel_batches(source: Source, batch_size: int, n_workers: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from training.data.preprocessing import InputRule
 from training.evaluate.paired import PairedCounts, count_pairs
 from training.merging.adaptive import Score, Thresholds
+from training.models.activations import images_at_once
 from training.models.calibration import Measured, adaptive_model
 from training.models.classifier import AdaptiveClassifier
 from training.models.embedding import DecoupledEmbedding
@@ -35,6 +37,7 @@ from training.models.embedding import DecoupledEmbedding
 _FIRST_IMAGES = 128
 """Images in the first part of a trial. Each further part doubles the total."""
 _BATCH = 16
+"""At most: fewer where the model is large."""
 _POPULATION = 5
 """Population of the search per parameter."""
 _START = (3.0, -4.0, 0.0)
@@ -139,7 +142,8 @@ class PairedEvaluator:
         model = adaptive_model(self._vit, found, self._metric, self._embedding)
         classifier = AdaptiveClassifier(model, self._rule).eval().to(self._device)
         chosen = self._order[(self._order >= first) & (self._order < last)]
-        batches = [chosen[begin : begin + _BATCH] for begin in range(0, len(chosen), _BATCH)]
+        size = images_at_once(self._vit, _BATCH, self._n_parallel)
+        batches = [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
 
         @torch.inference_mode()
         def run(batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -170,6 +174,17 @@ def thresholds(x: Sequence[float], depth: int, score: Score) -> Thresholds:
 def resolution_points(n_images: int) -> float:
     """Return the loss that n_images cannot rule out even when no answer has changed."""
     return -100 * PairedCounts(n_images, 0, 0, 0).interval()[0]
+
+
+def images_to_show(max_accuracy_drop: float) -> int:
+    """Return how many images rule out a larger loss, where no answer has changed.
+
+    Units: points, above 0
+    """
+    most = 1
+    while resolution_points(most) > max_accuracy_drop:
+        most *= 2
+    return bisect_left(range(most + 1), -max_accuracy_drop, lo=1, key=lambda n: -resolution_points(n))
 
 
 def is_within_bound(counts: PairedCounts, max_accuracy_drop: float) -> bool:

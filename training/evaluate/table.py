@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from training.data.preprocessing import InputRule
-from training.evaluate.accuracy import Measurement, measure
+from training.evaluate.accuracy import Measurement, Model, measure
 from training.evaluate.results import Row, adaptive_key
 from training.merging.policies import FIXED_POLICIES, POLICIES, UNMERGED, Policy, check_policies, find_policy
 from training.models.calibration import Calibration
@@ -21,7 +21,7 @@ from training.models.frozen import FrozenModule
 from training.models.variants import FLOAT32
 from training.tasks import find_measure, find_task
 from training.tasks.measure import TOP1
-from training.tasks.task import Task
+from training.tasks.task import Task, output_tensors
 
 _RANDOM_SEED = 1
 
@@ -51,8 +51,8 @@ def evaluate(
 ) -> Iterable[Row]:
     """Yield a row for each policy and rate of the plan.
 
-    frozen: return the model under a policy at a rate. batches: return the images, in the same order
-        each time, given a title for the progress bar.
+    frozen: return the model under a policy at a rate, on the device that it runs on. batches:
+        return the images, in the same order each time, given a title for the progress bar.
     Raises: what `frozen` raises for any entry of the plan, before the first image is read.
     """
     for policy, r in plan:
@@ -60,8 +60,16 @@ def evaluate(
     for policy, r in plan:
         module = frozen(policy, r)
         by = find_task(module.task).measure
-        result = measure(torch.inference_mode()(module.forward), batches(f"{policy} r={r}"), by=by)
+        result = measure(_runner(module), batches(f"{policy} r={r}"), by=by)
         yield fixed_row(policy, r, module.model.tokens[-1], module.gmacs(), result)
+
+
+def _runner(module: FrozenModule) -> Model:
+    @torch.inference_mode()
+    def run(pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.cpu() for output in output_tensors(module(pixels.to(module.scale.device))))
+
+    return run
 
 
 def fixed_row(
@@ -92,7 +100,7 @@ def evaluate_adaptive(
     """
     key = adaptive_key(calibration.policy, calibration.metric, calibration.max_accuracy_drop)
     by = find_task(module.task).measure
-    result = measure(torch.inference_mode()(module.forward), batches(key), by=by)
+    result = measure(_runner(module), batches(key), by=by)
     return adaptive_row(calibration, result)
 
 

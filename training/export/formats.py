@@ -5,20 +5,22 @@ To add a precision, add a converter module and an entry to `FORMATS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from training.export.onnx_format import OPSET, OnnxClassifier, export_onnx
-from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
+from training.export.onnx_format import OPSET, OnnxClassifier, OnnxScores, export_onnx
+from training.export.torchscript_format import TorchScriptClassifier, export_torchscript, traced_scores
 from training.models.frozen import FrozenModule
 from training.models.variants import FLOAT32
 
 Exported: TypeAlias = Callable[[Tensor], Any]
 """Shapes: uint8 (B, H, W, 3) -> the outputs of the graph's task, one tensor or several"""
+Shown: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
+"""Shapes: uint8 (B, H, W, 3) -> the outputs, and (B, |A|, |B|) scores for each block that merges"""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,14 @@ class GraphFormat:
         names of the files that the graph requires. A converter of another precision writes its own
         weights next to the graph.
     load: run a graph on the CPU, as the service does.
+    show: (module, example, graph file) -> the graph with its scores after its outputs, by which
+        parity follows its decisions; None where they cannot be taken out, and then results alone
+        are compared.
+    feed: graph file -> the graph that decides by given scores: (pixels, scores) -> as `show`.
     parity_tolerance: largest accepted difference of the result from eager; None means that of the
         export. A format with a tolerance of its own computes other numbers than eager, so its
         golden outputs are the graph's.
+    contains_weights: whether each file has a copy of the weights.
     """
 
     name: str
@@ -40,12 +47,33 @@ class GraphFormat:
     opset: int | None
     write: Callable[[FrozenModule, Tensor, Path, Path], list[str]]
     load: Callable[[Path], Exported]
+    show: Callable[[FrozenModule, Tensor, Path], Shown] | None = None
+    feed: Callable[[Path], Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, ...]]] | None = None
     parity_tolerance: float | None = None
+    contains_weights: bool = False
 
 
 FORMATS = (
-    GraphFormat("onnx", FLOAT32, ".onnx", OPSET, write=export_onnx, load=OnnxClassifier),
-    GraphFormat("torchscript", FLOAT32, ".pt", None, write=export_torchscript, load=TorchScriptClassifier),
+    GraphFormat(
+        "onnx",
+        FLOAT32,
+        ".onnx",
+        OPSET,
+        write=export_onnx,
+        load=OnnxClassifier,
+        show=lambda module, example, file: OnnxScores(file),
+        feed=lambda file: OnnxScores(file, is_fed=True),
+    ),
+    GraphFormat(
+        "torchscript",
+        FLOAT32,
+        ".pt",
+        None,
+        write=export_torchscript,
+        load=TorchScriptClassifier,
+        show=lambda module, example, file: traced_scores(module, example),
+        contains_weights=True,
+    ),
 )
 FORMAT_NAMES = tuple(dict.fromkeys(entry.name for entry in FORMATS))
 PRECISIONS = tuple(dict.fromkeys(entry.precision for entry in FORMATS))

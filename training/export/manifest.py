@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import onnx
 from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
 from training.evaluate.results import Row, value_entry
 from training.export.formats import GraphFormat
+from training.export.plan import manifest_schema
+from training.models.classifier import SOFTMAX
 from training.models.embedding import DecoupledEmbedding
 from training.models.variants import variant_id
 from training.tasks.task import Output
@@ -33,6 +37,11 @@ PROMISE = (
     "Batch-invariant: results do not depend on the other images in the batch, up to floating-point rounding. The batch "
     "is padded, and absent tokens are masked."
 )
+
+
+_FIRST_OF_OPSET = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.20", 23: "1.23"}
+_FIRST_OF_IR = {8: "1.11", 9: "1.15", 10: "1.18", 11: "1.23"}
+"""ONNX Runtime's first release with an opset or an IR version of ONNX, from its release notes."""
 
 
 def calibration_file(policy: str) -> str:
@@ -105,13 +114,15 @@ def source_entries(source: Source, recipe: str) -> dict[str, Any]:
 
 
 def input_entry(rule: InputRule) -> dict[str, Any]:
-    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", "crop": "center", **asdict(rule)}
+    stated = {key: value for key, value in asdict(rule).items() if value is not None}
+    return {"name": "pixels", "layout": "NHWC", "dtype": "uint8", **stated}
 
 
-def output_entry(outputs: Sequence[Output]) -> dict[str, Any]:
-    """Return the manifest's `output`: names by role, and the dtype of the result."""
+def output_entry(outputs: Sequence[Output], activation: str = SOFTMAX) -> dict[str, Any]:
+    """Return the manifest's `output`: names by role, the dtype of the result, and an activation but softmax."""
     result, *others = outputs
-    return {result.role: result.name, "dtype": result.dtype, **{output.role: output.name for output in others}}
+    entry = {result.role: result.name, "dtype": result.dtype, **{output.role: output.name for output in others}}
+    return entry if activation == SOFTMAX else {**entry, "activation": activation}
 
 
 def embedding_entry(embedding: DecoupledEmbedding | None) -> dict[str, Any]:
@@ -122,22 +133,17 @@ def embedding_entry(embedding: DecoupledEmbedding | None) -> dict[str, Any]:
     return {"embedding": {"file": EMBEDDING, "dim": config.dim, "r": config.r, "recipe": config.recipe}}
 
 
-def file_entries(folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    return {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files}
-
-
-def write_manifest(entries: dict[str, Any], folder: Path, schema: Path, *, task: str) -> None:
-    """Add the folder's files, the time and the task to the manifest, validate it and write it.
+def write_manifest(entries: dict[str, Any], folder: Path, names: Iterable[str], *, task: str) -> None:
+    """Add these files of the folder, the time and the task to the manifest, validate it and write it.
 
     Raises: jsonschema.ValidationError where the manifest does not match the schema.
     """
-    definition = json.loads(schema.read_text())
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entries = {"schema_version": 1, **entries, "task": task, "created": created, "files": file_entries(folder)}
+    files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in sorted(names)}
+    entries = {"schema_version": 1, **entries, "task": task, "created": created, "files": files}
     # A round trip through JSON turns tuples into lists, which the schema expects.
     manifest = json.loads(json.dumps(entries))
-    jsonschema.validate(manifest, definition)
+    jsonschema.validate(manifest, manifest_schema())
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -145,13 +151,44 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def git_commit(folder: Path = Path(__file__).parent) -> str:
-    """Return the commit of the code that exports. Raises: ValueError outside a git checkout."""
+def exporter_entries(commit: str | None, files: Sequence[Path]) -> dict[str, Any]:
+    """Return what exported the version, and the least ONNX Runtime that reads its graphs.
+
+    commit: None asks git.
+    """
+    graphs = [onnx.load(file, load_external_data=False) for file in files if file.suffix == ".onnx"]
+    least = [version for graph in graphs for version in _least_onnxruntime(graph)]
+    return {
+        "git_commit": commit or git_commit(),
+        "exporter": f"dtem-serve {_package_version()}",
+        "min_onnxruntime": max(least, key=lambda version: [int(part) for part in version.split(".")], default=None),
+    }
+
+
+def _least_onnxruntime(graph: onnx.ModelProto) -> list[str]:
+    """Return the first releases that read the graph's IR version, and its operators where that is known."""
+    opset = next(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
+    found = [_FIRST_OF_IR.get(graph.ir_version), _FIRST_OF_OPSET.get(opset)]
+    return [version for version in found if version is not None]
+
+
+def _package_version() -> str:
     try:
-        command = ["git", "rev-parse", "HEAD"]
+        return version("dtem-serve")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Return the commit of the code that exports, None where it is in no git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as err:
-        raise ValueError(
-            f"{folder} is in no git checkout with a commit, or git is missing. The manifest records the commit of the "
-            "exporter: export from a clone of the repository"
-        ) from err
+
+    try:
+        # An installed package may lie in a checkout of something else, which does not track it.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import BytesIO
@@ -11,22 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from joblib import cpu_count
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from training.data.sources import Source, pixel_batches
+from training.data.decoded import DecodedImages
+from training.data.sources import Source
 from training.evaluate.accuracy import measure
+from training.evaluate.progress import progress
 from training.evaluate.results import Row, pack, read_evaluation, unpack
 from training.evaluate.table import adaptive_row, fixed_row
 from training.export.formats import GraphFormat
 from training.export.manifest import EVALUATION, MANIFEST, WEIGHTS, sha256
+from training.models.activations import images_at_once
 from training.models.calibration import Calibration
 from training.models.frozen import FrozenModule
 from training.models.variants import variant_key
 from training.tasks import find_task
 
 BATCH_SIZE = 50
-_MEASURED = "measurements.json"  # in the work folder only, to resume from
+"""At most: fewer where the model is large."""
+MEASURED = "measurements.json"  # in the work folder only, to resume from
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def measured_row(
     graph: Graph,
     graph_format: GraphFormat,
     name: str,
-    source: Source,
+    source: DecodedImages,
     work: Path,
     predecessor: Path | None,
 ) -> tuple[Row, list[float], str]:
@@ -58,7 +61,7 @@ def measured_row(
     export, or of the predecessor, a published version.
     """
     module, model = graph.module, graph.module.model
-    kept = work / _MEASURED
+    kept = work / MEASURED
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
     if key in known:
@@ -69,11 +72,10 @@ def measured_row(
         row, date = published
     else:
         date = datetime.now(UTC).date().isoformat()
-        batches = tqdm(
-            pixel_batches(source, BATCH_SIZE, 1), desc=name, total=-(-len(source) // BATCH_SIZE), unit="batch"
-        )
-        by = find_task(module.task).measure
-        result = measure(exported, batches, n_parallel=os.cpu_count() or 1, by=by)
+        by, n_parallel = find_task(module.task).measure, cpu_count()
+        size = min(BATCH_SIZE, images_at_once(module.model.vit, n_parallel=n_parallel))
+        batches = progress(source.batches(size), name, -(-len(source) // size))
+        result = measure(exported, batches, n_parallel=n_parallel, by=by)
         if graph.calibration is not None and result.tokens is not None:
             row = adaptive_row(graph.calibration, result, graph_format.precision)
             tokens = result.tokens.mean(axis=0).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor
 
+from training.export.scores import ShownScores, n_decisions
 from training.export.weights import reference_weights, tensor_places
 from training.models.frozen import FrozenModule
 from training.tasks import graph_outputs
 
 OPSET = 20
+_SCORES, _FED = "scores.", "fed."
+"""Names of the scores of each block that merges, and of the scores that replace them in a check."""
 
 
 def export_onnx(module: FrozenModule, example: Tensor, file: Path, weights: Path) -> list[str]:
@@ -30,16 +34,18 @@ def export_onnx(module: FrozenModule, example: Tensor, file: Path, weights: Path
     Shapes: example uint8 (B, H, W, 3) with B >= 2
     Raises: ValueError where more than a tenth of the weights would be copied into the graph.
     """
+    outputs = [output.name for output in graph_outputs(module)]
+    scores = [f"{_SCORES}{index}" for index in range(n_decisions(module))]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # The exporter warns about its own internals.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module,
+            ShownScores(module),
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixels"],
-            output_names=[output.name for output in graph_outputs(module)],
+            output_names=[*outputs, *scores],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten.linear.default: _linear},
             verbose=False,
@@ -47,6 +53,8 @@ def export_onnx(module: FrozenModule, example: Tensor, file: Path, weights: Path
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     graph = program.model_proto
+    # The scores keep their names as inner values, by which `OnnxScores` finds them.
+    del graph.graph.output[len(outputs) :]
     n_inline = reference_weights(graph, tensor_places(weights), weights.name)
     if n_inline * 10 > weights.stat().st_size:
         raise ValueError(f"{file}: {n_inline} bytes of weights are not in {weights}, so the graph would contain copies")
@@ -92,12 +100,44 @@ class OnnxClassifier:
     """An exported graph, run on a CPU as the service does."""
 
     def __init__(self, file: Path, n_threads: int = 1) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads
-        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._session = _open(str(file), file.parent, n_threads)
 
     def __call__(self, pixels: Tensor) -> Any:
         """Return the outputs of the graph: one tensor, or a tuple."""
         found = self._session.run(None, {"pixels": np.ascontiguousarray(pixels.numpy())})
         outputs = tuple(torch.from_numpy(array) for array in found)
         return outputs if len(outputs) > 1 else outputs[0]
+
+
+class OnnxScores:
+    """A graph file that also returns its scores, or decides by given scores.
+
+    The file itself is loaded; only its inputs and outputs differ.
+    is_fed: `run` takes the scores to decide by.
+    """
+
+    def __init__(self, file: Path, *, is_fed: bool = False, n_threads: int = 1) -> None:
+        model = onnx.load(file, load_external_data=False)
+        self._names = [name for node in model.graph.node for name in node.output if name.startswith(_SCORES)]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names)
+        self._fed = [name.replace(_SCORES, _FED) for name in self._names] if is_fed else []
+        for name, fed in zip(self._names, self._fed, strict=False):
+            for node in model.graph.node:
+                node.input[:] = [fed if value == name else value for value in node.input]
+            info = onnx.helper.make_tensor_value_info(fed, onnx.TensorProto.FLOAT, [None, None, None])
+            model.graph.input.append(info)
+        self._session = _open(model.SerializeToString(), file.parent, n_threads)
+
+    def __call__(self, pixels: Tensor, scores: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Return the outputs of the graph, and the scores of each block that merges."""
+        fed = {name: tensor.numpy() for name, tensor in zip(self._fed, scores, strict=True)}
+        found = self._session.run(None, {"pixels": np.ascontiguousarray(pixels.numpy()), **fed})
+        return tuple(torch.from_numpy(array) for array in found)
+
+
+def _open(model: str | bytes, folder: Path, n_threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    # Where a model in memory finds its weights file.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -6,6 +6,8 @@ measurements, so an interrupted export resumes.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,89 +17,63 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.data.decoded import DecodedImages
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
+from training.evaluate.progress import progress
 from training.evaluate.results import Row, write_evaluation
 from training.export.formats import GraphFormat, find_format
 from training.export.manifest import (
     EMBEDDING,
     EVALUATION,
     GOLDEN,
+    MANIFEST,
     WEIGHTS,
     accuracy_entry,
     architecture_entry,
     calibration_file,
     embedding_entry,
-    git_commit,
+    exporter_entries,
     input_entry,
     output_entry,
     source_entries,
     variant_entries,
     write_manifest,
 )
-from training.export.measured import BATCH_SIZE, Graph, measured_row
-from training.export.parity import ParityError, decisions, golden_pixels, largest_difference, parity_pixels
+from training.export.measured import BATCH_SIZE, MEASURED, Graph, measured_row
+from training.export.needs import Needs, needs
+from training.export.parity import Golden, Parity, check_parity, golden_images, parity_pixels, varied
+from training.export.plan import Plan, check_plan
 from training.merging.policies import UNMERGED, default_policy, supported_policies
+from training.models.activations import BUDGET_BYTES
 from training.models.calibration import Calibration
-from training.models.classifier import CLASSIFY
 from training.models.embedding import DecoupledEmbedding
-from training.models.variants import FLOAT32, variant_key
+from training.models.variants import variant_key
 from training.models.weights import save_weights
 from training.tasks import find_task, frozen_calibration, graph_outputs
 from training.tasks.task import Task, output_tensors
 
 N_GOLDEN = 4
-_N_CANDIDATES = 512
-_N_FURTHER = 8192
-"""Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
 _N_PARITY = 32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The name, rates, formats and tolerances of an export. Units: tolerances in logits
-
-    task: a name in `TASKS`. default_policy: None means dtem where there is an embedding, else tome.
-    git_commit: of the code that exports; None asks git.
-    """
-
-    name: str
-    version: str
-    timm_name: str
-    timm_arguments: dict[str, Any]
-    recipe: str
-    rates: tuple[int, ...]
-    default_r: int
-    default_policy: str | None = None
-    formats: tuple[str, ...] = ("onnx",)
-    precisions: tuple[str, ...] = (FLOAT32,)
-    parity_tolerance: float = 1e-4
-    golden_tolerance: float = 1e-3
-    git_commit: str | None = None
-    task: str = CLASSIFY
-
-    def __post_init__(self) -> None:
-        if self.default_r not in self.rates:
-            raise ValueError(f"default_r {self.default_r}: expected one of the rates {list(self.rates)}")
-        if len(set(self.rates)) != len(self.rates) or min(self.rates) < 0:
-            raise ValueError(f"rates {list(self.rates)}: expected distinct numbers of at least 0")
-        _ = self.graph_formats, find_task(self.task)
-
-    @property
-    def graph_formats(self) -> list[GraphFormat]:
-        """The formats in each precision.
-
-        Raises: ValueError for a combination that does not exist.
-        """
-        return [find_format(name, precision) for precision in self.precisions for name in self.formats]
+_N_CANDIDATES = 128
+"""Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
+_GOLDEN_GMACS = 1000
+"""To look for golden images: about a minute on a CPU, however large the model."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """The folder of a version, and the largest difference from eager of each graph file."""
+    """A version's folder, its default, and how closely each graph file follows eager.
+
+    golden_margin: of the golden images' decisions; below `MIN_MARGIN`, a host that rounds otherwise
+        may refuse the version.
+    """
 
     folder: Path
-    parity: dict[str, float]
+    parity: dict[str, Parity]
+    default: dict[str, Any]
+    n_golden: int
+    golden_margin: float
 
 
 def publish(
@@ -109,55 +85,67 @@ def publish(
     embedding: DecoupledEmbedding | None = None,
     calibrations: Sequence[Calibration] = (),
     predecessor: Path | None = None,
+    on_start: Callable[[Needs], None] = lambda needs: None,
 ) -> Published:
     """Export, verify and measure all graphs, and move the version into the store.
 
+    Where it fails or is interrupted, only finished measurements are kept, to resume from.
+    on_start: called with what the export needs, once it is certain to begin.
+
     calibrations: at most one per adaptive policy. predecessor: a published version, whose
         measurements of identical files on the same images are reused.
-    Raises: ParityError past the tolerance; FileExistsError where the version exists (versions are
-        immutable); CalibrationMismatch; ValueError where the default is not among the graphs, or
-        outside a git checkout; jsonschema.ValidationError where the manifest does not match the
+    Raises: as `check_plan`; ParityError past the tolerance; CalibrationMismatch; ValueError where a
+        rate is too large for the model, or the default is not among the graphs; OSError where the
+        disk has too little space; jsonschema.ValidationError where the manifest does not match the
         schema.
     """
-    task = find_task(plan.task)
+    check_plan(plan, store)
+    task, graph_formats = find_task(plan.task), plan_formats(plan)
     graphs = _planned(task, vit, rule, plan.rates, embedding, calibrations)
     default = _checked_default(plan, graphs, embedding)
-    commit = plan.git_commit or git_commit()
-    target = store / plan.name / plan.version
-    if target.exists():
-        raise FileExistsError(f"{target} exists, and versions are immutable: choose another version")
-    work = target.with_name(f".{plan.version}.unfinished")
-    work.mkdir(parents=True, exist_ok=True)
-    save_weights(vit, embedding, work / WEIGHTS)
-    if embedding is not None:
-        embedding.save(work / EMBEDDING)
-    for calibration in calibrations:
-        calibration.save(work / calibration_file(calibration.policy))
-    parity, variants = _export_all(source, plan, graphs, work, predecessor)
-    wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *parity}
-    wanted |= {file for variant in variants for file in variant["requires"]}
-    wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
-    _remove_others(work, wanted | ({EMBEDDING} if embedding is not None else set()))
-    entries = {
-        "name": plan.name,
-        "version": plan.version,
-        "architecture": architecture_entry(vit, plan.timm_name, plan.timm_arguments),
-        **source_entries(source, plan.recipe),
-        "git_commit": commit,
-        "input": input_entry(rule),
-        "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations))),
-        "variants": variants,
-        "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
-        "default": default,
-        **embedding_entry(embedding),
-    }
-    write_manifest(entries, work, store / "manifest.schema.json", task=task.name)
+    needed = needs(vit, graphs, source, graph_formats)
+    on_start(needed)
+    _require_disk(store, needed)
+    work = plan.work(store)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        save_weights(vit, embedding, work / WEIGHTS)
+        if embedding is not None:
+            embedding.save(work / EMBEDDING)
+        for calibration in calibrations:
+            calibration.save(work / calibration_file(calibration.policy))
+        exported = _export_all(DecodedImages(source, work, progress), plan, graphs, work, predecessor)
+        wanted = {WEIGHTS, GOLDEN, f"{EVALUATION}.json", f"{EVALUATION}.npz", *exported.parity}
+        wanted |= {file for variant in exported.variants for file in variant["requires"]}
+        wanted |= {calibration_file(calibration.policy) for calibration in calibrations}
+        wanted |= {EMBEDDING} if embedding is not None else set()
+        entries = {
+            "name": plan.name,
+            "version": plan.version,
+            "architecture": architecture_entry(vit, plan.timm_name, plan.timm_arguments),
+            **source_entries(source, plan.recipe),
+            **exporter_entries(plan.git_commit, [work / name for name in wanted]),
+            "input": input_entry(rule),
+            "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations)), plan.activation),
+            "variants": exported.variants,
+            "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
+            "default": default,
+            **embedding_entry(embedding),
+        }
+        write_manifest(entries, work, wanted, task=task.name)
+    except BaseException:
+        # Measurements took long and are small. The rest is made again in minutes, and is as large as
+        # the model.
+        _remove_others(work, {MEASURED})
+        raise
+    _remove_others(work, {MANIFEST, *wanted})
     for path in work.iterdir():
         # safetensors makes files readable by their owner only, but the service may run as another
         # user.
         path.chmod(0o644)
-    work.replace(target)
-    return Published(target, parity)
+    work.replace(plan.target(store))
+    golden = exported.golden
+    return Published(plan.target(store), exported.parity, default, len(golden.pixels), golden.margin)
 
 
 def _planned(
@@ -195,47 +183,55 @@ def _checked_default(plan: Plan, graphs: Sequence[Graph], embedding: DecoupledEm
     rates = [graph.r for graph in graphs if policy in graph.policies]
     if rates == [None]:
         return {"policy": policy, "r": None}
-    if plan.default_r not in rates:
-        raise ValueError(f"default_r {plan.default_r}: expected one of {rates}, the rates of policy {policy}")
-    return {"policy": policy, "r": plan.default_r}
+    return {"policy": policy, "r": plan.default_of([r for r in rates if r is not None])}
+
+
+@dataclass(frozen=True)
+class _Exported:
+    parity: dict[str, Parity]
+    variants: list[dict[str, Any]]
+    golden: Golden
 
 
 def _export_all(
-    source: Source, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Write, verify and measure each graph, and write the golden file.
-
-    Return the differences from eager by file, and the manifest's variants.
-    """
-    parity: dict[str, float] = {}
+    images: DecodedImages, plan: Plan, graphs: Sequence[Graph], work: Path, predecessor: Path | None
+) -> _Exported:
+    """Write, verify and measure each graph, and write the golden file."""
+    parity: dict[str, Parity] = {}
     variants: list[dict[str, Any]] = []
     rows: dict[str, Row] = {}
-    modules = [graph.module for graph in graphs]
-    candidates, *_ = _pixel_chunks(source, 0, _N_CANDIDATES)
-    decided = [decisions(module, candidates) for module in modules]
-    further = _pixel_chunks(source, _N_CANDIDATES, _N_FURTHER)
-    golden = {"pixels": golden_pixels(modules, decided, candidates, further, N_GOLDEN)}
-    for graph, found in zip(graphs, decided, strict=True):
-        pixels = parity_pixels(graph.module, candidates, _N_PARITY, found)
-        for graph_format in plan.graph_formats:
+    golden = golden_images([graph.module for graph in graphs], _golden_chunks(images, graphs), N_GOLDEN)
+    arrays = {"pixels": golden.pixels}
+    candidates = varied(images.pixels[:_N_PARITY], _N_PARITY)
+    for graph in graphs:
+        pixels = parity_pixels(graph.module, candidates, _N_PARITY)
+        for graph_format in plan_formats(plan):
             name = graph.key(graph_format.precision) + graph_format.suffix
             requires = graph_format.write(graph.module, pixels[:2], work / name, work / WEIGHTS)
             exported = graph_format.load(work / name)
-            parity[name] = largest_difference(graph.module, exported, pixels)
             tolerance = graph_format.parity_tolerance or plan.parity_tolerance
-            if parity[name] > tolerance:
-                raise ParityError(f"{name}: differs from eager by {parity[name]:.2e} > {tolerance:.0e}")
-            row, tokens, date = measured_row(exported, graph, graph_format, name, source, work, predecessor)
+            parity[name] = check_parity(graph.module, graph_format, work / name, exported, pixels, tolerance)
+            row, tokens, date = measured_row(exported, graph, graph_format, name, images, work, predecessor)
             # Formats of one precision share a row, that of the first.
             rows.setdefault(row.key, row)
-            accuracy = accuracy_entry(row, source, date)
+            accuracy = accuracy_entry(row, images, date)
             variants += variant_entries(graph.policies, name, requires, graph_format, row, tokens, accuracy)
             reference = graph.module if graph_format.parity_tolerance is None else exported
-            golden |= _golden_outputs(graph, graph_format.precision, reference, golden["pixels"])
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in golden.items()}
-    np.savez(work / GOLDEN, **arrays)
-    write_evaluation(work / EVALUATION, _about(plan, source), list(rows.values()))
-    return parity, variants
+            arrays |= _golden_outputs(graph, graph_format.precision, reference, golden.pixels)
+    written: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
+    np.savez(work / GOLDEN, **written)
+    write_evaluation(work / EVALUATION, _about(plan, images), list(rows.values()))
+    return _Exported(parity, variants, golden)
+
+
+def _golden_chunks(images: DecodedImages, graphs: Sequence[Graph]) -> Iterator[Tensor]:
+    """Yield images, varied where there are few, up to a limit on the MACs to look at them.
+
+    Shapes: uint8 (n, H, W, 3)
+    """
+    n_fitting = BUDGET_BYTES // (4 * images.pixels[0].numel())
+    n_images = int(min(n_fitting, 16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
+    yield from varied(images.pixels, n_images).split(_N_CANDIDATES)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -264,24 +260,22 @@ def _about(plan: Plan, source: Source) -> dict[str, Any]:
 
 
 def _remove_others(work: Path, wanted: set[str]) -> None:
-    """Delete notes for resuming, and graphs of an earlier, different plan."""
-    for path in work.iterdir():
+    """Delete all other files, and the folder and its parent where they are then empty."""
+    for path in work.iterdir() if work.is_dir() else ():
         if path.name not in wanted:
             path.unlink()
+    for folder in (work, work.parent):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
-def _pixel_chunks(source: Source, first: int, last: int) -> Iterator[Tensor]:
-    """Yield the images from first to last, or to the end of the source.
-
-    Shapes: uint8 (n, H, W, 3)
-    """
-    for begin in range(first, min(last, len(source)), _N_CANDIDATES):
-        end = min(begin + _N_CANDIDATES, last, len(source))
-        yield torch.stack([source[index][0] for index in range(begin, end)])
+def plan_formats(plan: Plan) -> list[GraphFormat]:
+    """Return the formats in each precision. Raises: ValueError for a combination that does not exist."""
+    return [find_format(name, precision) for precision in plan.precisions for name in plan.formats]
 
 
-def next_version(store: Path, name: str) -> str:
-    """Return the number of the next version."""
-    folder = store / name
-    taken = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    return str(max(taken, default=0) + 1)
+def _require_disk(store: Path, needed: Needs) -> None:
+    folder = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed.disk_bytes:
+        raise OSError(f"store {store}: {free / 1e9:.1f} GB free, {needed.disk_bytes / 1e9:.1f} GB needed")

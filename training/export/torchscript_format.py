@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.export.scores import ShownScores
 from training.models.frozen import FrozenModule
 
 
@@ -17,14 +18,26 @@ def export_torchscript(module: FrozenModule, example: Tensor, file: Path, weight
 
     Shapes: example uint8 (B, H, W, 3) with B >= 2
     """
+    _frozen_trace(module, example).save(str(file))
+    return []
+
+
+def traced_scores(module: FrozenModule, example: Tensor) -> Any:
+    """Return a graph made in the same way that also returns its scores.
+
+    A graph file does not name its inner values, so its scores cannot be taken out of it.
+    """
+    return torch.no_grad()(_frozen_trace(ShownScores(module).eval(), example))
+
+
+def _frozen_trace(module: nn.Module, example: Tensor) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         # Ignore the deprecation, and that traced shapes become constants, as intended.
         warnings.simplefilter("ignore")
         traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
             module, (example,), check_trace=False
         )
-        torch.jit.freeze(traced).save(str(file))
-    return []
+        return torch.jit.freeze(traced)
 
 
 class TorchScriptClassifier:

@@ -8,8 +8,8 @@ plain classifier of whole images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.data.digits import LABELS, draw
+from training.learn.finite import check_finite
 from training.learn.learning_rate import half_cosine, warmup
 from training.learn.losses import LOSSES, cross_entropy
 from training.learn.parameter_groups import parameter_groups
+from training.learn.picture import draw_learning
 from training.learn.recipe import Recipe, Stage
-from training.learn.run_folder import RunLog, save_checkpoint, saved_state
+from training.learn.run_folder import METRICS, RunLog, opened_folder, save_checkpoint, saved_state
 from training.learn.scenes import Batch, batches
+from training.learn.session import recorded_session
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
 
@@ -112,7 +115,9 @@ class BackboneTraining:
         loss = LOSSES[self.recipe.loss](logits, batch.labels, label_smoothing=settings.label_smoothing)
         token_loss = cross_entropy(token_logits.flatten(0, 1), batch.token_labels.flatten(), label_smoothing=0.0)
         (loss + stage.token_label_weight * token_loss).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.modules.parameters(), settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), settings.clip_norm)
+        step = self.n_seen // settings.batch_size + 1
+        check_finite(step, loss=loss.item() + token_loss.item(), gradient_norm=float(norm))
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.n_seen += len(batch.labels)
@@ -131,19 +136,36 @@ class BackboneTraining:
 
         Units: checkpoint_every in images
         """
-        self.resume()
-        progress = tqdm(total=self.recipe.n_images, initial=self.n_seen, unit="image", smoothing=0.02)
-        with closing(RunLog(self.folder, self.n_seen)) as log, progress:
-            for stage, batch in self._remaining():
+        parameters = sum(parameter.numel() for parameter in self.modules.parameters())
+        with ExitStack() as stack:
+            # Weights, and for resuming the weights again with AdamW's two averages, in float32.
+            stack.enter_context(opened_folder(self.folder, 16 * parameters + 1_000_000))
+            self.resume()
+            facts = {"device": "cpu", "n_processes": 1, "n_images": self._n_images, "from_n_seen": self.n_seen}
+            session = stack.enter_context(recorded_session(self.folder, facts))
+            log = stack.enter_context(closing(RunLog(self.folder, self.n_seen)))
+            progress = stack.enter_context(
+                tqdm(total=self.recipe.n_images, initial=self.n_seen, unit="image", smoothing=0.02)
+            )
+            remaining = stack.enter_context(closing(self._remaining()))
+            for stage, batch in remaining:
                 figures = self.step(batch, stage)
                 progress.update(len(batch.labels))
                 progress.set_postfix(
                     {"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"}
                 )
                 log.write(self.n_seen, figures)
-                if self.n_seen % checkpoint_every < len(batch.labels):
+                session["to_n_seen"] = self.n_seen
+                if self.n_seen == self._n_images:
+                    self._checkpoint(log, n_images=2_000)
+                elif self.n_seen % checkpoint_every < len(batch.labels):
                     self._checkpoint(log, n_images=500)
-            self._checkpoint(log, n_images=2_000)
+
+    @property
+    def _n_images(self) -> int:
+        """The images of the run: whole batches of each stage."""
+        batch_size = self.recipe.optimiser.batch_size
+        return sum(stage.n_images // batch_size * batch_size for stage in self.recipe.stages)
 
     def _checkpoint(self, log: RunLog, n_images: int) -> None:
         """Validate, log, then save: the log always contains everything before the checkpoint."""
@@ -151,7 +173,7 @@ class BackboneTraining:
         log.flush()
         self.save()
 
-    def _remaining(self) -> Iterator[tuple[Stage, Batch]]:
+    def _remaining(self) -> Generator[tuple[Stage, Batch], None, None]:
         first = 0
         batch_size = self.recipe.optimiser.batch_size
         for stage in self.recipe.stages:
@@ -193,7 +215,11 @@ class BackboneTraining:
             "optimiser": self.optimiser.state_dict(),
             "n_seen": self.n_seen,
         }
-        save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit, None)})
+        artefacts = {
+            "learning.png": partial(draw_learning, self.folder / METRICS),
+            "weights.safetensors": partial(save_weights, self.vit, None),
+        }
+        save_checkpoint(self.folder, self.recipe, state, artefacts)
 
     def resume(self) -> None:
         """Restore the last checkpoint, if there is one. Raises: ValueError for another recipe's."""

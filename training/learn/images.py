@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from training.data.preprocessing import InputRule
 from training.data.random_words import RandomWords
-from training.data.sources import Source, find_dataset, pixel_batches
+from training.data.sources import Source, find_dataset
 from training.data.training_images import TrainingImages
-from training.learn.processes import ignore_stop_signals
+from training.learn.processes import obey_parent_only
 from training.learn.recipe import Data
 
 _ORDER_SEED = 78
@@ -27,8 +27,11 @@ class Validation:
 
     @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Shapes: uint8 (B, H, W, 3), (B,)"""
-        return list(pixel_batches(self.source, 100, self._n_workers))
+        """Shapes: uint8 (B, H, W, 3), (B,)
+
+        Raises: ValueError or OSError naming a file that cannot be read.
+        """
+        return list(_loaded(self.source, self._n_workers, batch_size=100))
 
 
 def training_images(data: Data, rule: InputRule, seed: int) -> TrainingImages:
@@ -79,11 +82,12 @@ def image_batches(
     rank: int = 0,
     n_processes: int = 1,
     n_workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield this process's part of the batches of steps `first_step` … `n_steps - 1`.
 
     Shapes: float32 (B / n_processes, 3, H, W), (B / n_processes,)
-    Raises: ValueError where the batch size is not a multiple of the number of processes.
+    Raises: ValueError where the batch size is not a multiple of the number of processes, or naming
+        a file that cannot be read.
     """
     if batch_size % n_processes:
         raise ValueError(f"batch_size {batch_size} cannot be shared evenly by {n_processes} processes")
@@ -92,10 +96,44 @@ def image_batches(
         range(step * batch_size + rank * n_part, step * batch_size + (rank + 1) * n_part)
         for step in range(first_step, n_steps)
     ]
-    yield from DataLoader(
-        cast(Any, _Positions(images, seed)),
-        batch_sampler=cast(Any, batches),
+    yield from _loaded(_Positions(images, seed), n_workers, batch_sampler=batches)
+
+
+class _Caught(Dataset[Any]):
+    """A dataset whose items are exceptions where reading fails.
+
+    An exception that leaves a worker would arrive as text, with the worker's traceback.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.images[index]
+        except (OSError, ValueError) as err:
+            return err.with_traceback(None)
+
+
+def _collated(items: list[Any]) -> Any:
+    error = next((item for item in items if isinstance(item, Exception)), None)
+    return default_collate(items) if error is None else error
+
+
+def _loaded(images: Any, n_workers: int, **batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches that workers read. Raises: what reading an image raised."""
+    loader = DataLoader(
+        _Caught(images),
         num_workers=n_workers,
         prefetch_factor=4 if n_workers else None,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=obey_parent_only,
+        collate_fn=_collated,
+        **batches,
     )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield tuple(batch)

@@ -7,14 +7,15 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Event
-from typing import Any, TypeVar
+from threading import Event, Thread
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REFUSED = 2
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,37 @@ class Processes:
         self.average([share])
         return float(share) > 0
 
+    def agreed(self, call: Callable[[], T]) -> T:
+        """Call in each process; where the call fails in one of them, end all of them.
+
+        Otherwise the others would wait for ever for the process that failed. The first process
+        reports; the others exit quietly, unless the fault is their own and unexpected.
+        Raises: what the call raised; ValueError with the message of another process's error;
+            SystemExit
+        """
+        if self.count == 1:
+            return call()
+        result, error = None, None
+        try:
+            result = call()
+        except Exception as err:  # noqa: BLE001 - raised below, once all processes know of it
+            error = err
+        if self.any(error is not None):
+            messages: list[Any] = [None] * self.count
+            distributed.all_gather_object(messages, None if error is None else str(error))
+            if error is not None and (self.is_first or not isinstance(error, (ValueError, OSError))):
+                raise error
+            if self.is_first:
+                raise ValueError(next(message for message in messages if message is not None))
+            raise SystemExit(_REFUSED)
+        return cast(T, result)
+
     def from_first(self, read: Callable[[], T]) -> T:
-        """Read in the first process and broadcast: other processes may not have the file."""
-        found: list[Any] = [read() if self.is_first else None]
+        """Read in the first process and broadcast: other processes may not have the file.
+
+        Raises: as `agreed`.
+        """
+        found: list[Any] = [self.agreed(lambda: read() if self.is_first else None)]
         if self.count > 1:
             distributed.broadcast_object_list(found, device=self.device)
         result: T = found[0]
@@ -88,6 +117,10 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def stop_signals() -> Iterator[Event]:
     """Set the event on Ctrl-C or SIGTERM, so that a run can end after its step.
@@ -104,7 +137,20 @@ def stop_signals() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """Ignore stop signals in a data worker, which the training process ends."""
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def obey_parent_only(worker: int = 0) -> None:
+    """Ignore stop signals in a data worker, except the SIGTERM of the training process itself.
+
+    A terminal and `torchrun` signal the whole process group, and the run still needs its images
+    then. But at its exit Python sends each worker SIGTERM and waits for it: a worker that ignored
+    this one would keep the run alive for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Threads that start later inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -141,6 +141,11 @@ def adaptive_matching(
     if metric.shape[1] - n_protected < 2:
         return IDENTITY
     found = candidates(metric, size, split=split, score=score, n_protected=n_protected)
+    return match_candidates(found, threshold, n_protected)
+
+
+def match_candidates(found: Candidates, threshold: float, n_protected: int = 1) -> AdaptiveMatching:
+    """Merge each token of A whose best score is above the threshold."""
     best, partner = found.scores.max(dim=-1)
     return merge_candidates(found, best > threshold, partner, n_protected)
 

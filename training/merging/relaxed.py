@@ -22,16 +22,14 @@ EPSILON = float(torch.finfo(torch.float32).eps)
 
 @dataclass(frozen=True)
 class Relaxation:
-    """The softness of the grouping.
-
-    tau1: scale of the similarities, before picked tokens are suppressed. tau2: temperature of each
-        pick.
-    n_partners: tokens of B that a token of A may move into; all others get exactly 0.
-    """
+    """The softness of the grouping."""
 
     tau1: float = 0.1
+    """Scale of the similarities, before picked tokens are suppressed."""
     tau2: float = 0.1
+    """Temperature of each pick."""
     n_partners: int = 3
+    """Tokens of B that a token of A may move into; all others get exactly 0. Unit: tokens."""
 
     def __post_init__(self) -> None:
         if self.tau1 <= 0 or self.tau2 <= 0:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from training.data.pixel_rule import stated_rule
 from training.data.preprocessing import InputRule
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.calibration import Calibration
@@ -14,6 +15,16 @@ from training.models.frozen import FrozenModule
 from training.models.vit import MergingVisionTransformer, MetricChoice
 
 CLASSIFY = "classify"
+SOFTMAX, SIGMOID = ACTIVATIONS = ("softmax", "sigmoid")
+"""From logits to probabilities: over all labels, or of each label alone."""
+
+
+def check_activation(activation: str, n_outputs: int) -> None:
+    """Raises: ValueError for an unknown activation, or a softmax over one output, which is always 1."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: expected {' or '.join(ACTIVATIONS)}")
+    if activation == SOFTMAX and n_outputs == 1:
+        raise ValueError("the model has 1 output, and a softmax over it is always 1: expected activation sigmoid")
 
 
 class ServedClassifier(FrozenModule):
@@ -45,18 +56,13 @@ class AdaptiveClassifier(FrozenModule):
 
 
 def input_rule(vit: nn.Module) -> InputRule:
-    """Return the preprocessing that timm states for a model's weights."""
+    """Return the preprocessing that timm states for a model's weights, at the model's own size.
+
+    Raises: ValueError where it is none that the service has.
+    """
     model: Any = vit
-    stated = model.pretrained_cfg
     height, width = model.patch_embed.img_size
-    return InputRule(
-        height=height,
-        width=width,
-        resize_shorter_side=int(max(height, width) / stated["crop_pct"]),
-        interpolation=stated["interpolation"],
-        mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]),
-    )
+    return stated_rule(model.pretrained_cfg, height=height, width=width)
 
 
 def frozen_classifier(

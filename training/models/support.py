@@ -116,8 +116,11 @@ def _head_reason(model: nn.Module) -> str | None:
     pooling = getattr(model, "global_pool", None)
     if pooling not in ("token", "avg"):
         return _POOLINGS.get(str(pooling), f"its pooling {pooling!r} is unknown")
-    if not isinstance(getattr(model, "head", None), nn.Linear):
+    head = getattr(model, "head", None)
+    if head is None or isinstance(head, nn.Identity):
         return "it has no classifier (num_classes is 0: set the number of classes)"
+    if not isinstance(head, nn.Linear):
+        return f"its head is a {type(head).__name__}, whose forward pass is unknown; expected one linear layer"
     return None
 
 

@@ -44,7 +44,9 @@ def wilson_interval(n_right: int, n_images: int) -> tuple[float, float]:
 
 
 def _is_right(logits: Tensor, labels: Tensor) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = (logits.argmax(1) == labels).numpy()
+    """Compare the most probable class; of one logit, whether its probability is above 0.5."""
+    answers = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    found: NDArray[np.bool_] = (answers == labels).numpy()
     return found
 
 

@@ -13,6 +13,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from app.api.http1.bodies import BodyReader, ChunkedReader, LengthReader
+from app.api.http1.capacity import Capacity
 from app.api.http1.deadlines import Deadlines
 from app.api.http1.exchange import Exchange, Output
 from app.api.http1.heads import Head, HeadBuffer, parse_head
@@ -49,6 +50,7 @@ class Connection(asyncio.Protocol):
         loop: asyncio.AbstractEventLoop,
         timeouts: Timeouts,
         deadlines: Deadlines,
+        capacity: Capacity,
         count_refusal: Callable[[str], None],
     ) -> None:
         if not config.loaded:
@@ -56,7 +58,7 @@ class Connection(asyncio.Protocol):
         self.config, self.server_state, self.loop = config, server_state, loop
         self.logger = logging.getLogger("uvicorn.error")
         self._app_state, self._timeouts, self._deadlines = app_state, timeouts, deadlines
-        self._count_refusal = count_refusal
+        self._capacity, self._count_refusal = capacity, count_refusal
         self._state = State.HEAD
         self._unread = b""
         self._head = HeadBuffer()
@@ -83,10 +85,12 @@ class Connection(asyncio.Protocol):
         keep_probing(self.transport)
         self._deadline = self.loop.time() + self.config.timeout_keep_alive
         self._deadlines.add(self, self.loop)
+        self._capacity.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server_state.connections.discard(self)
         self._deadlines.discard(self)
+        self._capacity.discard(self)
         self._unread = b""
         if self.cycle is not None:
             self.cycle.disconnected = not self.cycle.response_complete
@@ -117,6 +121,10 @@ class Connection(asyncio.Protocol):
         self.flow.resume_writing()
 
     # The server's calls.
+
+    def abort(self) -> None:
+        """Close at once, whatever is unread or unwritten."""
+        self.transport.abort()
 
     @property
     def is_idle(self) -> bool:
@@ -170,6 +178,7 @@ class Connection(asyncio.Protocol):
         if self._body.is_complete:
             self._complete_request()
         else:
+            self._capacity.await_body(self)
             self._begin_interval()
         task = self.loop.create_task(self.cycle.run_asgi(self.config.loaded_app))
         task.add_done_callback(self.server_state.tasks.discard)
@@ -228,6 +237,7 @@ class Connection(asyncio.Protocol):
     def _complete_request(self) -> None:
         assert self.cycle is not None
         self._state, self._deadline = State.COMPLETE, math.inf
+        self._capacity.answer(self)
         self.cycle.more_body = False
         if self.cycle.response_complete:
             self._end_exchange()
@@ -260,6 +270,7 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         self._state, self._has_begun = State.HEAD, False
+        self._capacity.await_request(self)
         # It refers to the version that answered, which may be dropped while the connection is idle.
         self.cycle = None
         self._deadline = self.loop.time() + self.config.timeout_keep_alive
@@ -283,6 +294,7 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         self._state, self._unread = State.REFUSED, b""
+        self._capacity.await_request(self)
         now = self.loop.time()
         self._linger_until, self._deadline = now + LINGER_SECONDS, now + LINGER_IDLE_SECONDS
         if self.transport.can_write_eof():

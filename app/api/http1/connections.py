@@ -7,6 +7,7 @@ from typing import Any
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from app.api.http1.capacity import Capacity
 from app.api.http1.connection import Connection
 from app.api.http1.deadlines import Deadlines
 from app.api.http1.timeouts import Timeouts
@@ -15,9 +16,9 @@ from app.api.http1.timeouts import Timeouts
 class Connections:
     """Given to uvicorn as its protocol class. The connections share one timer."""
 
-    def __init__(self, timeouts: Timeouts, count_refusal: Callable[[str], None]) -> None:
+    def __init__(self, timeouts: Timeouts, max_connections: int, count_refusal: Callable[[str], None]) -> None:
         self._timeouts, self._count_refusal = timeouts, count_refusal
-        self._deadlines = Deadlines()
+        self._deadlines, self._capacity = Deadlines(), Capacity(max_connections, count_refusal)
 
     def __call__(
         self,
@@ -27,4 +28,5 @@ class Connections:
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> Connection:
         loop = _loop or asyncio.get_running_loop()
-        return Connection(config, server_state, app_state, loop, self._timeouts, self._deadlines, self._count_refusal)
+        shared = (self._timeouts, self._deadlines, self._capacity, self._count_refusal)
+        return Connection(config, server_state, app_state, loop, *shared)

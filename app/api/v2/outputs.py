@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.api.inference import softmax
+from app.api.inference import probabilities_of
 from app.observability.record import ImageResult
 from app.store.manifest import Manifest
 from app.store.outputs import LOGITS, TASKS
@@ -53,7 +53,7 @@ def _stack(results: Results, role: str) -> NDArray[Any]:
 
 def _probabilities(manifest: Manifest) -> OutputTensor:
     def compute(results: Results) -> NDArray[Any]:
-        return softmax(_stack(results, LOGITS)).astype(np.float32)
+        return probabilities_of(_stack(results, LOGITS), manifest).astype(np.float32)
 
     return OutputTensor("probabilities", "FP32", (len(manifest.labels),), compute, is_classifiable=True)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from app.api.inference import probabilities_of
 from app.backends import Outputs, Pixels
 from app.store.catalogue import Catalogue, ServedModel, ServedVariant
 from app.store.preprocessing import open_image
@@ -53,6 +54,24 @@ def test_classify_returns_the_probabilities_of_the_rate(client: TestClient, r: i
     assert (answer["batch_size"], answer["degraded"]) == (1, False)
     accuracy = answer["accuracy"]
     assert (accuracy["top1"], accuracy["n_images"], accuracy["ci95"]) == (0.97, 10000, [0.966, 0.973])
+
+
+def test_classify_gives_each_of_independent_labels_its_own_probability(
+    make_client: ClientFactory, independent_catalogue: Catalogue
+) -> None:
+    client = make_client(independent_catalogue)
+    predictions = client.post("/classify?r=16", content=PNG).json()["predictions"]
+    logits = expected_logits(np.asarray(make_photo(8, 8))[None], 16)[0].astype(float)
+    expected = 1 / (1 + np.exp(-logits))
+    assert [item["index"] for item in predictions] == np.argsort(-expected).tolist()
+    np.testing.assert_allclose([item["probability"] for item in predictions], sorted(expected, reverse=True), rtol=1e-5)
+    assert client.get("/models/tiny").json()["activation"] == "sigmoid"
+
+
+def test_probabilities_do_not_overflow(catalogue: Catalogue, independent_catalogue: Catalogue) -> None:
+    logits = np.array([-1000.0, 0.0, 1000.0], np.float32)
+    for served, expected in ((catalogue, [0, 0, 1]), (independent_catalogue, [0, 0.5, 1])):
+        np.testing.assert_allclose(probabilities_of(logits, served.find(None, None).manifest), expected)
 
 
 def test_classify_reports_the_same_timings_in_body_and_header(client: TestClient) -> None:

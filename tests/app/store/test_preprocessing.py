@@ -196,7 +196,7 @@ def test_limit_pillow_sets_its_limit_to_ours(monkeypatch: pytest.MonkeyPatch) ->
     [((61, 43), (23, 16)), ((43, 61), (16, 23)), ((16, 16), (16, 16)), ((32, 33), (16, 17)), ((1, 1), (16, 16))],
 )
 def test_resized_size_rounds_half_up(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert resized_size(*size, 16) == expected
+    assert resized_size(size, RULE) == expected
 
 
 @settings(max_examples=150, deadline=None)

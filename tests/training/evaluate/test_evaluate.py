@@ -27,12 +27,14 @@ def command(tmp_path: Path) -> list[str]:
     save_file(tiny_vit().state_dict(), tmp_path / "weights.safetensors")
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(tmp_path / "weights.safetensors")]
     rates = ["--rates", "0,30,60", "--n-images", "24", "--batch-size", "10"]
-    return [*model, "--arguments", json.dumps(ARGUMENTS), *rates, "--out", str(tmp_path / "result")]
+    data = ["--data", "digits", "--arguments", json.dumps(ARGUMENTS)]
+    return [*model, *data, *rates, "--out", str(tmp_path / "result")]
 
 
 def _chosen(folder: Path) -> ChosenModel:
     weights = str(folder / "weights.safetensors")
-    return chosen_model(ModelOptions(architecture="vit_tiny_patch16_224", weights=weights, arguments=ARGUMENTS))
+    name = "vit_tiny_patch16_224"
+    return chosen_model(ModelOptions(architecture=name, weights=weights, arguments=ARGUMENTS, data="digits"))
 
 
 @pytest.fixture
@@ -167,7 +169,9 @@ def test_evaluate_takes_a_folder_of_images(command: list[str], tmp_path: Path) -
         folder = tmp_path / "val" / f"class{scene.label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.image).save(folder / f"{index}.png")
-    assert dtem("evaluate", [*command, "--data", str(tmp_path / "val"), "--rates", "0", "--n-images", "3"]) == 0
+    (tmp_path / "labels.txt").write_text("\n".join(f"class{index}" for index in range(10)))
+    data = ["--data", str(tmp_path / "val"), "--labels", str(tmp_path / "labels.txt")]
+    assert dtem("evaluate", [*command, *data, "--rates", "0", "--n-images", "3"]) == 0
     found = read_evaluation(tmp_path / "result.json")
     assert (found.about["split"], found.about["n_images"], len(found.rows[0].scores)) == ("val", 3, 3)
 
@@ -241,6 +245,8 @@ def test_rows_of_another_evaluation_are_not_mixed_in(
         (["--weights", "nowhere.safetensors"], "no checkpoint nowhere.safetensors"),
         (["--data", "nowhere"], "nowhere"),
         (["--rates", "0,120"], "cannot remove r=120"),
+        (["--device", "nowhere"], "--device nowhere: expected cpu, cuda or cuda:<number>"),
+        (["--device", "cuda:99"], "--device cuda:99: expected cpu, or one of the"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from app.store.manifest import Manifest
+from dtem import training
 from tests.training.commands import dtem
 from tests.training.export.tiny_export import RATES, command, embedding, frozen_adaptive
 from tests.training.tiny_vit import tiny_vit
@@ -21,18 +24,13 @@ from training.cli.options import ModelOptions
 from training.data.digits import draw
 from training.evaluate import accuracy
 from training.evaluate.results import read_evaluation
+from training.export import manifest as written
 from training.export import measured as measured_rows
-from training.export import parity
 from training.export import publish as publishing
 from training.export.manifest import git_commit
 from training.export.onnx_format import OnnxClassifier
-from training.export.parity import (
-    Decisions,
-    decisions,
-)
 from training.export.torchscript_format import TorchScriptClassifier
 from training.models.calibration import load_calibration
-from training.models.classifier import ServedClassifier
 from training.models.macs import matching_macs, vit_macs
 from training.models.variants import variant_key
 
@@ -129,8 +127,8 @@ def test_graph_that_differs_is_not_published(
     run = OnnxClassifier.__call__
     monkeypatch.setattr(OnnxClassifier, "__call__", lambda graph, pixels: run(graph, pixels) + 2e-4)
     assert dtem("export", command(tmp_path)) == 2
-    assert "none-r0.onnx: differs from eager by 2.0" in capsys.readouterr().err
-    assert not (tmp_path / "store" / "tiny" / "1").exists()
+    assert "none-r0.onnx: batch 1, without scores: differs from eager by 2.0" in capsys.readouterr().err
+    assert not list((tmp_path / "store").iterdir())
 
 
 @pytest.mark.usefixtures("quick_format")
@@ -146,7 +144,9 @@ def test_interrupted_export_keeps_its_measurements(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(measured_rows, "measure", counting)
     assert dtem("export", command(tmp_path)) == 130
-    assert [path.name for path in (tmp_path / "store" / "tiny").iterdir()] == [".1.unfinished"]
+    work = tmp_path / "store" / "tiny" / ".1.unfinished"
+    assert [path.name for path in work.parent.iterdir()] == [work.name]
+    assert [path.name for path in work.iterdir()] == ["measurements.json"], "a copy of the weights is left"
     measured.pop()
     assert dtem("export", command(tmp_path)) == 0
     assert len(measured) == 2  # of three rates two were known
@@ -178,7 +178,6 @@ def test_measurements_of_identical_files_are_taken_from_the_published_version(
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(published, store / "tiny" / "1")
-    shutil.copy("model_store/manifest.schema.json", store)
     file = store / "tiny" / "1" / "manifest.json"
     content = json.loads(file.read_text())
     content["variants"] = [variant for variant in content["variants"] if not variant["data_dependent"]]
@@ -268,19 +267,6 @@ def test_calibrations_that_do_not_fit_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_decisions_are_made_once_for_each_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decided: list[int] = []
-
-    def counting(classifier: ServedClassifier, pixels: Tensor) -> Decisions:
-        decided.append(classifier.model.schedule[0])
-        return decisions(classifier, pixels)
-
-    monkeypatch.setattr(publishing, "decisions", counting)
-    monkeypatch.setattr(parity, "decisions", counting)
-    assert dtem("export", [*command(tmp_path), "--rates", "8", "--formats", "torchscript"]) == 0
-    assert decided == [8]
-
-
 def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +275,8 @@ def test_export_resumed_with_another_plan_leaves_no_file_of_the_first(
         patch.setattr(publishing, "write_manifest", interrupt)
         assert dtem("export", [*plan, "--rates", "8", "--embedding", str(tmp_path / "own.safetensors")]) == 130
     (work,) = (tmp_path / "store" / "tiny").iterdir()
-    assert {path.name for path in work.glob("*.pt")} == {"tome-r8.pt", "dtem-r8.pt"}
+    assert [path.name for path in work.iterdir()] == ["measurements.json"], "dropped before the manifest was valid"
+    (work / "dtem-r8.pt").touch()  # as a killed export leaves
     assert dtem("export", [*plan, "--rates", "4", "--default-r", "4"]) == 0
     folder = tmp_path / "store" / "tiny" / "1"
     names = {path.name for path in folder.iterdir()}
@@ -303,15 +290,64 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_export_outside_a_git_checkout_is_refused(
+@pytest.mark.usefixtures("quick_format")
+def test_export_outside_a_git_checkout_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_commit(tmp_path) is None
+    monkeypatch.setattr(written, "git_commit", lambda: git_commit(tmp_path))
+    assert dtem("export", [*command(tmp_path), "--rates", "0,4,12", "--formats", "onnx"]) == 0
+    manifest = Manifest.model_validate_json((tmp_path / "store/tiny/1/manifest.json").read_bytes())
+    assert manifest.git_commit is None
+    assert manifest.exporter is not None
+    assert manifest.exporter.startswith("dtem-serve ")
+    assert manifest.default.r == 4, "the rate above 0 nearest to 8; of two, the lower"
+
+
+def test_manifest_names_the_least_onnxruntime(manifest: dict[str, Any]) -> None:
+    assert manifest["min_onnxruntime"] == "1.18"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--name", "Pets"], "name 'Pets': expected lower-case letters"),
+        (["--name", "../pets"], "name '../pets': expected"),
+        (["--name", "p" * 101], "at most 100 characters"),
+        (["--version", "v1"], "version 'v1': expected a whole number"),
+        (["--version", "0"], "version '0': expected a whole number"),
+        (["--rates", "0,4,12", "--default-r", "8"], "default_r 8: expected one of the rates [0, 4, 12]"),
+        (["--tolerance", "0"], "parity_tolerance 0.0: expected a number above 0"),
+        (["--store", "pyproject.toml"], "pyproject.toml is not a folder"),
+        (["--store", "/proc/1"], "cannot be written to"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = command(tmp_path)
+    monkeypatch.setattr(training, "import_module", interrupt)
+    assert dtem("export", [*plan, *extra]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_plan_is_checked_without_pytorch() -> None:
+    code = "import sys, training.export.plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_full_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"no git checkout.*export from a clone"):
-        git_commit(tmp_path)
-    monkeypatch.setattr(publishing, "git_commit", lambda: git_commit(tmp_path))
-    assert dtem("export", command(tmp_path)) == 2
-    assert f"dtem export: {tmp_path} is in no git checkout" in capsys.readouterr().err
-    assert not (tmp_path / "store" / "tiny").exists()
+    plan = command(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert dtem("export", plan) == 2
+    assert "0.0 GB free" in capsys.readouterr().err
+    assert not list((tmp_path / "store").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -319,7 +355,7 @@ def test_export_outside_a_git_checkout_is_refused(
     [
         (["--default-r", "4"], "default_r 4"),
         (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
-        (["--default-policy", "none"], "default_r 8: expected one of [0], the rates of policy none"),
+        (["--default-policy", "none", "--default-r", "8"], "default_r 8: expected one of [0], the rates of the"),
         (["--rates", "8,8"], "rates [8, 8]"),
         (["--formats", "onnx,tensorrt"], "format tensorrt with precision float32: expected one of onnx float32"),
         (["--precisions", "int4"], "format onnx with precision int4"),

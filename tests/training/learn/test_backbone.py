@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.learn.tiny_run import logged
 from training.data.digits import Task
 from training.learn import backbone
 from training.learn.backbone import BackboneTraining, learning_rate, sincos_positions
@@ -71,12 +72,16 @@ def test_interrupted_run_resumes_bit_identically(tmp_path: Path, monkeypatch: py
     assert resumed.n_seen == whole.n_seen == 48
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+    assert logged(tmp_path / "halved") == logged(tmp_path / "whole")
 
 
 def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     run = train(tmp_path)
     before = {name: tensor.clone() for name, tensor in weights(run).items()}
+    log = logged(tmp_path)
     again = train(tmp_path)
+    assert logged(tmp_path) == log
+    assert [entry["n_seen"] for entry in log if "validation_top1" in entry] == [8, 16, 24, 32, 40, 48]
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in before.items())
 
 
@@ -112,6 +117,17 @@ def test_training_overfits_one_batch(tmp_path: Path) -> None:
         run.n_seen = 8
         losses.append(run.step(batch, stage)["loss"])
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_loss_that_is_not_finite_ends_the_run_before_its_step(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    with torch.no_grad():
+        run.vit.head.bias[0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in weights(run).items()}
+    batch = next(batches(EASY, first=0, n_images=8, batch_size=8, patch_pixels=8, kept_patches=20, n_workers=0))
+    with pytest.raises(ValueError, match="step 7: the loss is nan"):
+        run.step(batch, RECIPE.stages[0])
+    assert all(torch.equal(tensor.nan_to_num(), weights(run)[name].nan_to_num()) for name, tensor in before.items())
 
 
 def test_kept_patches_hold_the_digit_and_token_labels_name_it() -> None:

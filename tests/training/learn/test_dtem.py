@@ -9,8 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.training.learn.tiny_run import VIT, logged, tiny_recipe, tiny_training, write_run, write_vit
-from training.learn.dtem import DtemTraining, learning_rate
+from training.learn.dtem import DtemTraining
+from training.learn.image_training import learning_rate
 from training.learn.images import image_batches
+from training.learn.losses import LOSSES
 from training.learn.recipe import AdamW, Data, DtemRecipe
 from training.models.embedding import EmbeddingMismatch, load_embedding
 from training.models.vit import load_vit
@@ -139,15 +141,15 @@ def test_checkpoint_that_fails_half_way_leaves_the_one_before(
     run.run(until=2, checkpoint_every=2)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
-    def failing_save(_: Any, file: Path) -> None:
-        file.write_bytes(b"half")
+    def failing_save(_: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", failing_save)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"state\.pt cannot be written, and the last checkpoint stays: no space left"):
         run.save()
     monkeypatch.undo()
-    assert (tmp_path / "state.pt").read_bytes() == before["state.pt"]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
     resumed = tiny_training(modular, tmp_path)
     resumed.resume()
     assert resumed.n_steps_taken == 2
@@ -278,3 +280,33 @@ def test_embedding_of_another_width_is_refused_to_begin_with(modular: DtemRecipe
     file = tmp_path / "given" / "embedding.safetensors"
     with pytest.raises(EmbeddingMismatch, match=r"embedding_weights .* d' 8, the recipe's .* d' 4"):
         tiny_training(replace(modular, embedding_weights=str(file), dim=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient norm"])
+def test_figure_that_is_not_finite_ends_the_run_before_its_step(
+    modular: DtemRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    run = tiny_training(modular, tmp_path)
+    run.run(checkpoint_every=2, until=3)
+    state, embedding = (tmp_path / "state.pt").read_bytes(), copied(run.embedding)
+
+    class InfiniteGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, loss: Tensor) -> Tensor:
+            return loss * float("nan") if bad == "loss" else loss.clone()
+
+        @staticmethod
+        def backward(_: Any, gradient: Tensor) -> Tensor:
+            return gradient * float("inf")
+
+    def diverging(logits: Tensor, targets: Tensor, **_: Any) -> Tensor:
+        loss: Tensor = InfiniteGradient.apply(torch.nn.functional.cross_entropy(logits, targets))
+        return loss
+
+    monkeypatch.setitem(LOSSES, "cross-entropy", diverging)
+    with pytest.raises(ValueError, match=rf"step 4: the {bad} is (nan|inf)"):
+        run.step(*next(image_batches(run.images, seed=5, first_step=3, n_steps=4, batch_size=8)))
+    assert not changed(run.embedding, embedding)
+    with pytest.raises(ValueError, match=rf"step 3: the {bad} is (nan|inf)"):
+        tiny_training(modular, tmp_path).run(checkpoint_every=1)
+    assert (tmp_path / "state.pt").read_bytes() == state

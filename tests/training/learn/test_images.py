@@ -103,6 +103,20 @@ def test_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         folder_images(root).draw(1, 0)
 
 
+@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"not a png", b"\x89PNG\r\n\x1a\n" + bytes(40), None])
+def test_image_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, content: bytes | None, n_workers: int) -> None:
+    file = write_images(tmp_path / "train", 1) / "bee" / "0.png"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=r"^training image \S*bee/0\.png cannot be read: [^\n]+$"):
+        list(
+            image_batches(
+                folder_images(tmp_path / "train"), seed=5, first_step=0, n_steps=1, batch_size=4, n_workers=n_workers
+            )
+        )
+
+
 def test_image_is_oriented_by_its_exif(tmp_path: Path) -> None:
     (tmp_path / "train" / "one").mkdir(parents=True)
     pixels = np.zeros((64, 64, 3), np.uint8)

@@ -1,6 +1,7 @@
 """The command as a user runs it: killed, interrupted, in two processes, refused."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,33 @@ def test_two_processes_take_the_steps_of_one_and_resume_its_run(tmp_path: Path) 
     found = load_file(tmp_path / "two" / "embedding.safetensors")
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("broken", ["train/bee/*.png", "val/bee/1.png"])
+def test_image_that_cannot_be_read_ends_the_run_with_its_name(tmp_path: Path, broken: str, n_workers: int) -> None:
+    recipe = write_run(tmp_path)
+    for file in tmp_path.glob(broken):
+        file.write_bytes(b"")
+    process = started(recipe, tmp_path / "out", n_workers)
+    _, errors = process.communicate(timeout=120)
+    line = errors.decode().splitlines()[-1]
+    assert process.returncode == 2
+    assert re.fullmatch(r"dtem learn: .*bee/\d\.png.*", line)
+
+
+@pytest.mark.slow
+def test_image_that_cannot_be_read_ends_several_processes(tmp_path: Path) -> None:
+    recipe = write_run(tmp_path)
+    for file in tmp_path.glob("train/bee/*.png"):
+        file.write_bytes(b"")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "dtem", "learn", *arguments(recipe, tmp_path / "out", 1)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert len(re.findall(r"^dtem learn: training image .*/bee/\d\.png", done.stderr, re.M)) == 1
+    assert "exitcode : 2" in re.sub(r"exitcode\s*:\s*", "exitcode : ", done.stderr)
 
 
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path, out: Path) -> str:

@@ -5,7 +5,8 @@ import torch
 
 from training.data.augmentation import augmentation
 from training.data.digits import REFERENCE_TASK
-from training.learn.recipe import DtemRecipe, Recipe, read_recipe
+from training.learn.prepare import recipe_rule
+from training.learn.recipe import DtemRecipe, FinetuneRecipe, Recipe, read_recipe
 from training.models.classifier import input_rule
 from training.models.vit import MergingVisionTransformer, load_vit
 
@@ -38,7 +39,11 @@ def test_reference_recipe_ends_on_the_task_that_is_evaluated() -> None:
         ("seed = 1", "seed = 1\ncolour = 3", "colour"),
         ("min_digit_pixels = 36", "min_digit_pixels = 360", "digit sizes 360"),
         ("[7e-4, 2e-4]", "7e-4", "learning_rate"),
-        ("[model]", "[modle]", "model"),
+        ("[model]", "[modle]", r"the recipe has no key 'modle': did you mean 'model'\? expected loss, model"),
+        ("warmup_images", "warmup_image", r"\[optimiser\] has no key 'warmup_image': did you mean 'warmup_images'"),
+        ("kept_patches = 96", "kept_patch = 96", r"\[\[stage\]\] 3 has no key 'kept_patch'"),
+        ("max_tilt_degrees = 20, max_clutter", "tilt = 20, max_clutter", r"\[\[stage\]\] 1 task has no key 'tilt'"),
+        ("[optimiser]", "[[optimiser]]", r"\[optimiser\] \[.*: expected a table"),
     ],
 )
 def test_bad_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -77,7 +82,13 @@ def test_bad_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, new: 
         ("clip_norm = 5.0", "clip_norm = 5.0\nbetas = [0.9]", r"betas \[0.9\]"),
         ("clip_norm = 5.0", "clip_norm = 5.0\nbetas = [0.9, 1.1]", r"betas \[0.9, 1.1\].* from 0 to 1"),
         ("clip_norm = 5.0", "clip_norm = 5.0\n[relaxation]\ntau1 = 0", "tau1 0"),
-        ('weights = "pretrained"', "", "weights"),
+        ('weights = "pretrained"', "", "the recipe lacks weights"),
+        ("seed = 1", "seed = 1\nembedding_weight = 3", "no key 'embedding_weight': did you mean 'embedding'"),
+        ("arguments = {}", "arguments = {}\nlayer_decay = 0.5", r"\[model\] has no key 'layer_decay'"),
+        ("mixup = 0.8", "mix_up = 0.8", r"\[data\] has no key 'mix_up': did you mean 'mixup'"),
+        ("clip_norm = 5.0", "clip_norm = 5.0\nlerning_rate = 1", "'lerning_rate': did you mean 'learning_rate'"),
+        ("clip_norm = 5.0", "clip_norm = 5.0\n[relaxation]\ntau3 = 0", r"\[relaxation\] has no key 'tau3'"),
+        ("mixup = 0.8", "min_crop = 0", "min_crop 0: expected a number above 0, at most 1"),
     ],
 )
 def test_bad_recipe_of_dtem_is_refused_with_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -95,6 +106,8 @@ def test_recipe_can_be_read_and_its_model_and_augmentation_built(file: Path) -> 
     recipe = read_recipe(file)
     with torch.device("meta"):
         vit = load_vit(recipe.architecture, **recipe.arguments)
+    if isinstance(recipe, FinetuneRecipe):
+        augmentation(recipe_rule(recipe), min_crop=recipe.data.min_crop, flip=recipe.data.flip)
     if isinstance(recipe, DtemRecipe):
         model = MergingVisionTransformer(vit, recipe.r, exhausted="reduce")
         assert model.schedule[0] == recipe.r

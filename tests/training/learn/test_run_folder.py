@@ -1,9 +1,40 @@
 import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from training.learn.run_folder import RunLog, replaced
+from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
+from training.learn.dtem import DtemTraining
+from training.learn.picture import _means, draw_learning
+from training.learn.recipe import DtemRecipe
+from training.learn.run_folder import RunLog, opened_folder, replaced
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> DtemRecipe:
+    return tiny_recipe(write_run(tmp_path_factory.mktemp("recipe"), n_images="n_images = 48", validation=""))
+
+
+@contextmanager
+def room_for(n_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond n_bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def test_log_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path: Path) -> None:
@@ -30,3 +61,112 @@ def test_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
         new.write_text("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
+
+
+def test_full_folder_is_refused_before_the_first_step(recipe: DtemRecipe, tmp_path: Path) -> None:
+    with room_for(500_000), pytest.raises(OSError, match=r"run cannot hold a checkpoint of 1\.\d MB: File too large"):
+        tiny_training(recipe, tmp_path / "run").run()
+    assert not contents(tmp_path / "run")
+
+
+def test_folder_that_is_a_file_is_refused(recipe: DtemRecipe, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(OSError, match="run cannot hold a checkpoint"):
+        tiny_training(recipe, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(("n_bytes", "file"), [(3_000, r"state\.pt"), (80_000, r"weights\.safetensors")])
+def test_disk_that_becomes_full_leaves_the_last_checkpoint(
+    recipe: DtemRecipe, tmp_path: Path, n_bytes: int, file: str
+) -> None:
+    whole, ended = tiny_training(recipe, tmp_path / "whole"), tiny_training(recipe, tmp_path / "ended")
+    whole.run(checkpoint_every=2)
+    ended.run(checkpoint_every=2, until=5)
+    before = contents(tmp_path / "ended")
+    # Without it, the frozen ViT is written too.
+    (tmp_path / "ended" / "state.pt").rename(tmp_path / "state.pt")
+    with room_for(n_bytes), pytest.raises(OSError, match=rf"{file} cannot be written, and the last .*File too large"):
+        ended.save()
+    (tmp_path / "state.pt").rename(tmp_path / "ended" / "state.pt")
+    assert contents(tmp_path / "ended") == before
+    assert tiny_training(recipe, tmp_path / "ended").run(checkpoint_every=2)
+    assert logged(tmp_path / "ended") == logged(tmp_path / "whole")
+
+
+def test_run_killed_while_it_saved_resumes(recipe: DtemRecipe, tmp_path: Path) -> None:
+    """Some files are of the next checkpoint, others are half written."""
+    whole, killed = tiny_training(recipe, tmp_path / "whole"), tiny_training(recipe, tmp_path / "killed")
+    whole.run(checkpoint_every=2)
+    killed.run(checkpoint_every=2, until=5)
+    (tmp_path / "killed" / "embedding.safetensors").write_bytes(
+        (tmp_path / "whole" / "embedding.safetensors").read_bytes()
+    )
+    (tmp_path / "killed" / "state.pt.tmp").write_bytes(b"half")
+    assert tiny_training(recipe, tmp_path / "killed").run(checkpoint_every=2)
+    assert contents(tmp_path / "killed").keys() == contents(tmp_path / "whole").keys()
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    found, expected = (contents(tmp_path / name)["embedding.safetensors"] for name in ("killed", "whole"))
+    assert found == expected
+
+
+def test_damaged_state_is_named(recipe: DtemRecipe, tmp_path: Path) -> None:
+    tiny_training(recipe, tmp_path).run(until=2, checkpoint_every=2)
+    state = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", state[:1000], b"<html>"):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+            tiny_training(recipe, tmp_path).run()
+
+
+def test_files_of_a_run_have_the_mode_of_the_umask(recipe: DtemRecipe, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        tiny_training(recipe, tmp_path / "run").run()
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(modes, 0o640)
+    assert {"weights.safetensors", "embedding.safetensors", "state.pt", "metrics.jsonl"} <= modes.keys()
+
+
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with opened_folder(tmp_path, 1), pytest.raises(OSError, match="in use by another run"), opened_folder(tmp_path, 1):
+        pass
+    with opened_folder(tmp_path, 1):
+        pass
+
+
+def test_folder_explains_itself(recipe: DtemRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_training(recipe, tmp_path).run(checkpoint_every=2, until=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(DtemTraining, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_training(recipe, tmp_path).run(checkpoint_every=2)
+    tiny_training(recipe, tmp_path).run(checkpoint_every=2)
+    sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    assert [session["from_n_seen"] for session in sessions] == [0, 16, 16]
+    assert [session["outcome"] for session in sessions] == ["ended", "KeyboardInterrupt:", "ended"]
+    assert sessions[-1]["to_n_seen"] == 48
+    for session in sessions:
+        assert session["start"] <= session["end"]
+        assert session["versions"]["torch"] == torch.__version__
+        assert session["versions"]["timm"]
+        assert "pytest" in session["command"]
+        assert session["device"] == "cpu"
+        assert session["host_cpu"]
+    with Image.open(tmp_path / "learning.png") as picture:
+        assert picture.size == (800, 400)
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 2
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_picture_of_many_steps_shows_means(tmp_path: Path) -> None:
+    lines = [json.dumps({"n_seen": n, "vit_loss": 1 / n}) for n in range(1, 5001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    draw_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")
+    n_seen, loss = _means(np.array([[n, 1 / n] for n in range(1, 5001)]))
+    assert len(n_seen) == len(loss) == 200
+    assert n_seen[0] == np.mean(range(1, 26))

@@ -47,6 +47,33 @@ learning_rate = [1e-3, 1e-5]
 weight_decay = 1e-4
 clip_norm = 5.0
 """
+FINETUNE = """
+kind = "finetune"
+seed = 5
+epochs = 3
+batch_size = 12
+micro_batch = 8
+
+[model]
+architecture = "vit_tiny_patch16_224"
+arguments = {{ img_size = 64, embed_dim = 32, depth = 3, num_heads = 2 }}
+weights = "{folder}/vit.safetensors"
+drop_path = 0.2
+
+[data]
+source = "{folder}/train"
+validation = "{folder}/val"
+min_crop = 0.5
+flip = 0.0
+mixup = 0.2
+label_smoothing = 0.1
+
+[optimiser]
+learning_rate = [3e-3, 1e-5]
+weight_decay = 0.05
+clip_norm = 1.0
+layer_decay = 0.8
+"""
 VIT = """
 [vit]
 learning_rate = [1e-4, 1e-5]
@@ -77,12 +104,12 @@ def write_images(root: Path, n_images: int, classes: tuple[str, ...] = ("ant", "
     return root
 
 
-def write_run(folder: Path, **replaced: str) -> Path:
+def write_run(folder: Path, text: str = _RECIPE, **replaced: str) -> Path:
     """Write ViT, images and recipe.toml, with lines replaced by key: `r="r = 12"`."""
     write_vit(folder / "vit.safetensors")
     write_images(folder / "train", 10)
     write_images(folder / "val", 2)
-    lines = _RECIPE.format(folder=folder).splitlines()
+    lines = text.format(folder=folder).splitlines()
     for key, line in replaced.items():
         (place,) = (index for index, old in enumerate(lines) if old.startswith(f"{key} ="))
         lines[place] = line

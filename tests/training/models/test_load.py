@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.models.families import SMALL, build
+from tests.training.tiny_vit import tiny_vit
 from training.models import MergingVisionTransformer, UnsupportedArchitecture, WeightsMismatch, load_vit
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 from training.models.weights import save_weights
@@ -52,6 +53,13 @@ def test_family_that_cannot_merge_is_refused_by_name(name: str, reason: str) -> 
 def test_vit_with_a_part_that_cannot_merge_is_refused(name: str, arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedArchitecture, match=f"{name} cannot merge tokens: .*{reason}"):
         load_vit(name, depth=1, **arguments)
+
+
+def test_a_head_of_several_layers_is_named() -> None:
+    vit = tiny_vit()
+    vit.head = nn.Sequential(nn.Identity(), nn.Linear(32, 10))
+    with pytest.raises(UnsupportedArchitecture, match=r"its head is a Sequential, .* expected one linear layer"):
+        MergingVisionTransformer(vit)
 
 
 def test_built_model_is_refused_by_its_class() -> None:

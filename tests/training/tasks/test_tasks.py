@@ -6,7 +6,7 @@ import torch
 
 from training import tasks
 from training.export.manifest import output_entry
-from training.models.classifier import CLASSIFY
+from training.models.classifier import CLASSIFY, check_activation
 from training.tasks import TASKS, find_measure, find_task, graph_outputs
 from training.tasks.task import output_tensors
 
@@ -26,6 +26,27 @@ def test_manifest_lists_outputs_by_role() -> None:
         "tokens": "tokens",
         "gmacs": "gmacs",
     }
+
+
+def test_manifest_names_an_activation_but_softmax() -> None:
+    outputs = TASKS[CLASSIFY].outputs_of(is_adaptive=False)
+    assert output_entry(outputs, "sigmoid") == {"name": "logits", "dtype": "float32", "activation": "sigmoid"}
+
+
+@pytest.mark.parametrize(
+    ("activation", "n_outputs", "message"),
+    [("softmax", 1, "1 output, .* always 1: expected activation sigmoid"), ("tanh", 3, "'tanh': expected softmax or")],
+)
+def test_a_head_that_cannot_answer_is_refused_by_name(activation: str, n_outputs: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_activation(activation, n_outputs)
+    check_activation("sigmoid", n_outputs)
+    check_activation("softmax", 2)
+
+
+def test_one_logit_is_right_on_its_side_of_a_half() -> None:
+    logits, labels = torch.tensor([[-2.0], [0.1], [3.0], [-0.1]]), torch.tensor([0, 1, 0, 1])
+    assert find_measure("top1").score(logits, labels).tolist() == [True, True, False, False]
 
 
 def test_outputs_of_a_module_are_those_of_its_task() -> None:

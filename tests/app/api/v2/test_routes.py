@@ -65,6 +65,16 @@ def test_infer_returns_every_output(client: TestClient, path: str) -> None:
     assert [item["datatype"] for item in answer["outputs"]] == ["FP32", "FP32", "BYTES", "INT64", "FP32"]
 
 
+def test_infer_gives_each_of_independent_labels_its_own_probability(
+    make_client: ClientFactory, independent_catalogue: Catalogue
+) -> None:
+    pixels = make_pixels(3)
+    outputs = outputs_of(infer(make_client(independent_catalogue), pixel_input(pixels), parameters={"r": 16}))
+    logits = expected_logits(pixels, 16)
+    np.testing.assert_allclose(outputs["probabilities"], 1 / (1 + np.exp(-logits)), rtol=1e-5)
+    assert outputs["label"].tolist() == [LABELS[place] for place in logits.argmax(axis=1)]
+
+
 def test_infer_describes_what_ran(client: TestClient) -> None:
     response = infer(client, pixel_input(make_pixels(2)), parameters={"r": "16", "policy": "tome"})
     parameters = response.json()["parameters"]
