@@ -110,13 +110,9 @@ def open_checkpoint(
         raise UnreadableCheckpoint(
             f"{file} states {len(labels)} labels, and its head has {fitted['num_classes']} classes"
         )
-    activation = stated.activation
-    if fitted["num_classes"] == 1 and activation == "softmax":
-        activation = "sigmoid"
-        notes.append("one logit: its sigmoid is the probability, since a softmax of one is always 1")
     if not stated.pixels:
         notes.append(f"no preprocessing stated: mean, std and crop are those of timm's {name}, unless you state them")
-    return Checkpoint(name, fitted, tensors, labels, stated.pixels, activation, (*notes, *resampled))
+    return Checkpoint(name, fitted, tensors, labels, stated.pixels, stated.activation, (*notes, *resampled))
 
 
 def _folder(source: str | Path) -> Path:

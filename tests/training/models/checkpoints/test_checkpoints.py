@@ -99,11 +99,6 @@ def test_layers_between_the_backbone_and_its_head_are_refused(tmp_path: Path) ->
         open_checkpoint(path)
 
 
-def test_one_logit_is_read_by_its_sigmoid(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.pth", vit_of(num_classes=1).state_dict())
-    assert open_checkpoint(path, NAME, {"patch_size": 8, "depth": 2}).activation == "sigmoid"
-
-
 INFERRED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "named": (NAME, {"num_classes": 5}, NAME, {"num_classes": 5, "img_size": 224}),
     "another size": (NAME, {"num_classes": 5, "img_size": 96}, NAME, {"num_classes": 5, "img_size": 96}),
