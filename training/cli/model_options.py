@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -162,9 +161,9 @@ def _from_checkpoint(options: ModelOptions) -> ChosenModel:
     checkpoint = open_checkpoint(str(source), architecture, options.arguments)
     task = find_task(options.task)
     vit = checkpoint.load(task.load)
-    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}", file=sys.stderr)
+    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}")
     for note in checkpoint.notes:
-        print(f"  {note}", file=sys.stderr)
+        print(f"  {note}")
     return ChosenModel(
         vit,
         checkpoint.architecture,
