@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,11 @@ from training.learn.finite import check_finite
 from training.learn.images import Validation, image_batches
 from training.learn.learning_rate import half_cosine, warmup
 from training.learn.losses import LOSSES
-from training.learn.processes import Processes
+from training.learn.picture import draw_learning
+from training.learn.processes import Processes, describe_device
 from training.learn.recipe import AdamW, ImageRecipe
-from training.learn.run_folder import RunLog, opened_folder, save_checkpoint, saved_state
+from training.learn.run_folder import METRICS, RunLog, opened_folder, save_checkpoint, saved_state
+from training.learn.session import recorded_session
 from training.models.classifier import ServedClassifier
 from training.models.vit import MergingVisionTransformer
 
@@ -47,13 +49,14 @@ class ImageTraining(ABC, Generic[R]):
     """A training run: modules, optimisers and steps taken, which a checkpoint saves and restores.
 
     recipe: with its length in images. vit: the whole model. learners: the modules that learn, by
-        name; optimisers have the same names.
+        name; optimisers have the same names. notes: for the user, before the run.
     Raises: ValueError where the run is shorter than one batch.
     """
 
     vit: Any
     learners: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -196,7 +199,18 @@ class ImageTraining(ABC, Generic[R]):
 
             entered(lambda: opened_folder(self.folder, self._checkpoint_bytes()))
             self.resume()
+            session = entered(lambda: recorded_session(self.folder, self._facts()))
             yield entered(self._opened_log)
+            if session is not None:
+                session["to_n_seen"] = self.n_seen
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "device": describe_device(self.processes.device),
+            "n_processes": self.processes.count,
+            "n_images": len(self.images),
+            "from_n_seen": self.n_seen,
+        }
 
     def _opened_log(self) -> AbstractContextManager[RunLog]:
         if self.validation is not None and self.n_steps_taken < self.recipe.n_steps:
@@ -213,11 +227,9 @@ class ImageTraining(ABC, Generic[R]):
             return
         log.write(self.n_seen, figures)
         is_last = self.n_steps_taken == self.recipe.n_steps
-        if self.is_validation_due(checkpoint_every) or is_last:
-            if self.validation is not None:
-                top1 = self.validate(self.validation)
-                log.write(self.n_seen, {"validation_top1": top1})
-        elif not is_stopping and self.n_steps_taken % checkpoint_every:
+        if self.validation is not None and (is_last or self.is_validation_due(checkpoint_every)):
+            log.write(self.n_seen, {"validation_top1": self.validate(self.validation)})
+        elif self.n_steps_taken % checkpoint_every and not (is_last or is_stopping):
             return
         log.flush()
         self.save()
@@ -273,7 +285,11 @@ class ImageTraining(ABC, Generic[R]):
         """Write a checkpoint in the first process."""
         if self.processes.is_first:
             labels = json.dumps(list(self.images.classes), ensure_ascii=False)
-            artefacts = {"labels.json": lambda file: file.write_text(labels), **self.artefacts()}
+            artefacts: dict[str, Callable[[Path], Any]] = {
+                "labels.json": lambda file: file.write_text(labels),
+                "learning.png": partial(draw_learning, self.folder / METRICS),
+                **self.artefacts(),
+            }
             save_checkpoint(self.folder, self.recipe, self.state(), artefacts)
 
     def resume(self) -> None:

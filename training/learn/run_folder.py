@@ -20,6 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.summary import scalar
 
+METRICS = "metrics.jsonl"
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -77,7 +79,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def save_checkpoint(
-    folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], None]]
+    folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], Any]]
 ) -> None:
     """Write state.pt, recipe.json and the artefacts, then replace the previous ones, state.pt last.
 
@@ -153,7 +155,7 @@ class RunLog:
 
     def __init__(self, folder: Path, n_seen: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "metrics.jsonl"
+        file = folder / METRICS
         if file.exists():
             lines = file.read_text().splitlines(keepends=True)
             # The last line may be incomplete.

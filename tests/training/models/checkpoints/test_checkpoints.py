@@ -268,7 +268,7 @@ def test_folder_of_timm_gives_model_labels_and_preprocessing(tmp_path: Path, pre
     assert checkpoint.labels == tuple(f"class {index}" for index in range(7))
     assert_equal(checkpoint.load(), vit)
     loaded: Any = checkpoint.load()
-    source = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    source: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     assert_equal(loaded, source)
     for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation", "input_size"):
         expected = source.pretrained_cfg[key]
