@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -104,9 +104,9 @@ def _chosen_data(options: ModelOptions) -> str:
         return options.data
     if options.run:
         return run_data(json.loads((options.run / "recipe.json").read_text()))
-    if options.published:
-        return published_data(json.loads((options.published / "manifest.json").read_text()))
-    raise ValueError("--architecture needs --data: a folder with one subfolder per class, or 'digits'")
+    options.require_data()
+    folder = cast(Path, options.published)
+    return published_data(json.loads((folder / "manifest.json").read_text()))
 
 
 def _chosen_vit(options: ModelOptions) -> ChosenModel:

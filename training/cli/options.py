@@ -40,6 +40,11 @@ class ModelOptions:
     interpolation: str | None = None
     activation: str | None = None
 
+    def require_data(self) -> None:
+        """Raises: ValueError where neither the options nor a run or version can name the data"""
+        if (self.architecture or self.weights) and not (self.data or self.run or self.published):
+            raise ValueError("--architecture needs --data: a folder with one subfolder per class, or 'digits'")
+
 
 def parse_rates(text: str) -> tuple[int, ...]:
     """Parse rates: `0,2,4`, or `0:16:2` with the end included. Raises: ValueError"""

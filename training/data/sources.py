@@ -18,11 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.augmentation import augmentation
 from training.data.digits import LABELS, REFERENCE_TASK, Split, Task, draw
-from training.data.folders import UnreadableImage, find_classes, match_labels, shown
+from training.data.folders import UnreadableImage, find_classes, match_labels, read_labels, shown
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.training_images import AugmentedFolder, TrainingDigits, TrainingImages
 
 REFERENCE_INPUT = InputRule(height=112, width=112, resize_shorter_side=112)
+
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "eval", "test", "testing")
+"""Names of folders that say which part of a dataset they hold; the folder above names the dataset."""
 
 
 class Source(Protocol):
@@ -98,7 +101,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
         n_images = min(n_images or len(files), len(files))
         self._files = [files[index * len(files) // n_images] for index in range(n_images)]
-        self.name, self.split = root.resolve().parent.name or root.name, root.name
+        folder = root.resolve()
+        is_split = folder.name in SPLIT_FOLDERS and folder.parent.name
+        self.name, self.split = (folder.parent.name, folder.name) if is_split else (folder.name, "all")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -138,6 +143,9 @@ class LearningOptions(Protocol):
 
     @property
     def validation(self) -> str | None: ...
+
+    @property
+    def labels(self) -> str | None: ...
 
     @property
     def n_validation(self) -> int: ...
@@ -220,9 +228,9 @@ class ReferenceTask(NamedDataset):
             raise ValueError(f"data of {self.name} needs n_distinct, the number of different images")
         if not isinstance(n_distinct, int) or isinstance(n_distinct, bool) or n_distinct < 1:
             raise ValueError(f"n_distinct {n_distinct!r}: expected a whole number of at least 1")
-        if options.randaugment or options.erasing or options.validation or options.share != 1:
+        if options.randaugment or options.erasing or options.validation or options.labels or options.share != 1:
             raise ValueError(
-                f"randaugment, erasing, validation and share are for folders of images, not for {self.name}"
+                f"randaugment, erasing, validation, labels and share are for folders of images, not for {self.name}"
             )
 
 
@@ -247,16 +255,20 @@ class Folder(NamedDataset):
             min_crop=options.min_crop,
             flip=options.flip,
         )
-        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
+        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share, labels=_labels_of(options))
 
     def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
         if options.validation is None or not options.n_validation:
             return None
-        return find_dataset(options.validation).open(rule, options.n_validation, "validation")
+        return open_source(options.validation, rule, options.n_validation, "validation", _labels_of(options))
 
     def check_options(self, options: LearningOptions) -> None:
         if options.n_distinct is not None:
             raise ValueError(f"n_distinct {options.n_distinct!r}: it is for digits; for a folder give a share")
+
+
+def _labels_of(options: LearningOptions) -> Sequence[str] | None:
+    return None if options.labels is None else read_labels(Path(options.labels))
 
 
 REFERENCE_DATASET = "digits"

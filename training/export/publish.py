@@ -45,6 +45,7 @@ from training.export.needs import Needs, needs
 from training.export.parity import Golden, Parity, check_parity, golden_images, parity_pixels, varied
 from training.export.plan import Plan, check_plan
 from training.merging.policies import UNMERGED, default_policy, supported_policies
+from training.models.activations import BUDGET_BYTES
 from training.models.calibration import Calibration
 from training.models.embedding import DecoupledEmbedding
 from training.models.variants import variant_key
@@ -54,9 +55,9 @@ from training.tasks.task import Task, output_tensors
 
 N_GOLDEN = 4
 _N_PARITY = 32
-_N_CANDIDATES = 256
+_N_CANDIDATES = 128
 """Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
-_GOLDEN_GMACS = 2000
+_GOLDEN_GMACS = 1000
 """To look for golden images: about a minute on a CPU, however large the model."""
 
 
@@ -228,7 +229,8 @@ def _golden_chunks(images: DecodedImages, graphs: Sequence[Graph]) -> Iterator[T
 
     Shapes: uint8 (n, H, W, 3)
     """
-    n_images = int(min(16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
+    n_fitting = BUDGET_BYTES // (4 * images.pixels[0].numel())
+    n_images = int(min(n_fitting, 16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
     yield from varied(images.pixels, n_images).split(_N_CANDIDATES)  # type: ignore[no-untyped-call]
 
 

@@ -136,6 +136,9 @@ class Data:
     """"digits" (the reference task), or a folder with one subfolder of images per class."""
     validation: str | None = None
     """Such a folder, to measure top-1 on. Digits have their own split."""
+    labels: str | None = None
+    """File with the labels in the order of the model's outputs, one per line or JSON; none means the
+    sorted names of the folders. Folders only."""
     n_validation: int = 500
     """Largest number of images to validate on, spread over the classes; 0 for none. Unit: images."""
     n_distinct: int | None = None

@@ -26,6 +26,7 @@ from training.evaluate.calibrate import (
     PairedEvaluator,
     Trial,
     attempt,
+    images_to_show,
     is_within_bound,
     read_trials,
     resolution_points,
@@ -323,7 +324,7 @@ def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: 
         (["--split", "test"], "calibrate on train or validation"),
         (["--metric", "embedding"], "--metric embedding needs an embedding"),
         (["--data", "FOLDER", "--n-unseen", "500"], "has 3 images; 60 to calibrate and 500"),
-        (["--data", "FOLDER", "--n-images", "2", "--n-unseen", "1"], "has 1 classes, the model 10"),
+        (["--data", "FOLDER", "--n-images", "2", "--n-unseen", "1"], "the model has 10 outputs, but"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(
@@ -362,3 +363,22 @@ def test_calibration_of_other_weights_or_another_file_is_refused(calibrated: Pat
         load_calibration(file)
     with pytest.raises(FileNotFoundError):
         load_calibration(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("points", [0.1, 0.25, 1.0])
+def test_images_to_show_a_bound_are_the_fewest(points: float) -> None:
+    n_images = images_to_show(points)
+    assert resolution_points(n_images) <= points < resolution_points(n_images - 1)
+
+
+@pytest.mark.parametrize(
+    ("drop", "n_images", "message"),
+    [
+        (1.0, 200, "warning: on 200 images, a loss of up to 2 points counts as within the bound of 1; 78"),
+        (1.0, 1000, "on 1000 images, a loss of up to 1.2 points counts as within the bound"),
+        (0.0, 200, "warning: on 200 images, a loss of up to 0.97 points counts as within the bound of 0; 19"),
+        (0.0, 2000, "on 2000 images, a loss of up to 0.098 points counts as within the bound"),
+    ],
+)
+def test_bound_that_the_images_cannot_show_warns(drop: float, n_images: int, message: str) -> None:
+    assert calibrate.shown_bound(drop, n_images).startswith(message)

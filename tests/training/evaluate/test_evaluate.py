@@ -245,6 +245,8 @@ def test_rows_of_another_evaluation_are_not_mixed_in(
         (["--weights", "nowhere.safetensors"], "no checkpoint nowhere.safetensors"),
         (["--data", "nowhere"], "nowhere"),
         (["--rates", "0,120"], "cannot remove r=120"),
+        (["--device", "nowhere"], "--device nowhere: expected cpu, cuda or cuda:<number>"),
+        (["--device", "cuda:99"], "--device cuda:99: expected cpu, or one of the"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
