@@ -76,8 +76,10 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     data = _chosen_data(options)
     labels = read_labels(options.labels) if options.labels else None
     chosen = _chosen_vit(options)
+    # Weights alone do not say which pixels they learned from; a dataset with pixels of its own does.
+    is_bare = not (options.run or options.published)
     rule = override(
-        chosen.rule,
+        find_dataset(data).rule(lambda: chosen.rule) if is_bare else chosen.rule,
         mean=options.mean,
         std=options.std,
         crop_pct=options.crop_pct,
