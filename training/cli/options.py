@@ -43,7 +43,7 @@ class ModelOptions:
     def require_data(self) -> None:
         """Raises: ValueError where neither the options nor a run or version can name the data"""
         if (self.architecture or self.weights) and not (self.data or self.run or self.published):
-            named = "--weights" if self.weights else "--architecture"
+            named = "--architecture" if self.architecture else "--weights"
             raise ValueError(f"{named} needs --data: a folder with one subfolder per class, or 'digits'")
 
 

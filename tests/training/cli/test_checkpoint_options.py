@@ -17,7 +17,7 @@ NAME = "vit_tiny_patch16_224"
 
 
 def chosen_model(**options: Any) -> ChosenModel:
-    return chosen_with_data(ModelOptions(data="digits", **options))
+    return chosen_with_data(ModelOptions(data="images", **options))
 
 
 def logits(vit: Any) -> torch.Tensor:
