@@ -43,7 +43,8 @@ class ModelOptions:
     def require_data(self) -> None:
         """Raises: ValueError where neither the options nor a run or version can name the data"""
         if (self.architecture or self.weights) and not (self.data or self.run or self.published):
-            raise ValueError("--architecture needs --data: a folder with one subfolder per class, or 'digits'")
+            named = "--weights" if self.weights else "--architecture"
+            raise ValueError(f"{named} needs --data: a folder with one subfolder per class, or 'digits'")
 
 
 def parse_rates(text: str) -> tuple[int, ...]:

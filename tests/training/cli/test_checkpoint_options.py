@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
-from training.cli.model_options import chosen_model
+from training.cli.model_options import ChosenModel
+from training.cli.model_options import chosen_model as chosen_with_data
 from training.cli.options import ModelOptions
 from training.models.vit import load_vit
 
 NAME = "vit_tiny_patch16_224"
+
+
+def chosen_model(**options: Any) -> ChosenModel:
+    return chosen_with_data(ModelOptions(data="digits", **options))
 
 
 def logits(vit: Any) -> torch.Tensor:
@@ -38,7 +43,7 @@ def timm_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("option", ["architecture", "weights"])
 def test_folder_of_timm_is_a_model_with_its_labels_and_preprocessing(timm_folder: Path, option: str) -> None:
     prefix = "local-dir:" if option == "architecture" else ""
-    chosen = chosen_model(ModelOptions(**{option: f"{prefix}{timm_folder}"}))  # type: ignore[arg-type]
+    chosen = chosen_model(**{option: f"{prefix}{timm_folder}"})
     assert (chosen.timm_name, chosen.timm_arguments) == (NAME, ARGUMENTS)
     assert chosen.labels == tuple(f"class {index}" for index in range(10))
     assert (chosen.rule.mean, chosen.rule.std) == ((0.1,) * 3, (0.2,) * 3)
@@ -49,7 +54,7 @@ def test_checkpoint_alone_is_a_model_and_what_was_found_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"model": {f"module.{name}": t for name, t in tiny_vit().state_dict().items()}}, tmp_path / "a.pth")
-    chosen = chosen_model(ModelOptions(weights=str(tmp_path / "a.pth"), arguments={"num_heads": 2}))
+    chosen = chosen_model(weights=str(tmp_path / "a.pth"), arguments={"num_heads": 2})
     assert torch.equal(logits(chosen.vit), logits(tiny_vit()))
     rebuilt = load_vit(chosen.timm_name, **chosen.timm_arguments).eval()
     rebuilt.load_state_dict(chosen.vit.state_dict())
@@ -71,9 +76,9 @@ def test_checkpoint_alone_is_a_model_and_what_was_found_is_said(
 )
 def test_options_that_name_no_model_or_several_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chosen_model(ModelOptions(**options))
+        chosen_model(**options)
 
 
 def test_missing_folder_is_refused() -> None:
     with pytest.raises(FileNotFoundError, match="no folder nowhere: local-dir:PATH names a folder"):
-        chosen_model(ModelOptions(architecture="local-dir:nowhere"))
+        chosen_model(architecture="local-dir:nowhere")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from training.models import UnsupportedArchitecture, load_vit
@@ -308,6 +309,20 @@ def test_facebook_names_of_layer_scale_are_read(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pth", {"model": stored})
     given = {**SMALL, "embed_dim": 64, "num_heads": 1}
     assert_equal(open_checkpoint(path, "deit3_small_patch16_224", given).load(), vit)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_torchvision_are_read(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+    model = torchvision.models.VisionTransformer(**sizes, num_classes=3).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    path = save(tmp_path / "a.pth", {"model": prefixed(model.state_dict(), prefix), "epoch": 1})
+    vit = open_checkpoint(path, arguments={"num_heads": 2}).load()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_token_and_average_is_an_argument_of_load_vit() -> None:
