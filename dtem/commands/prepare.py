@@ -7,6 +7,7 @@ import click
 
 from dtem.options import FILE, as_arguments, checkpoint_options, example, rates_option
 from training.cli.options import ModelOptions
+from training.export.plan import Plan, check_plan, next_version
 
 EXAMPLES = example(
     "dtem prepare mine.pth --data val --name mine",
@@ -34,8 +35,11 @@ def command(model: ModelOptions, name: str, store: Path, out: Path | None, **opt
     command goes on where it stopped, and what is published already is not made again.
     """
     folder = out or Path("runs") / name
-    version = _claim_version(folder, store / name, {"name": name, **options, "model": as_arguments(model)})
-    published = store / name / version
+    try:
+        model.require_data()
+        published = _claim_version(folder, store, name, {**options, "model": as_arguments(model)})
+    except (ValueError, OSError) as error:
+        raise click.UsageError(" ".join(str(error).split())) from error
     for step in _steps(model, folder, published, options):
         if step[0] == "export" and published.is_dir():
             continue
@@ -64,24 +68,24 @@ def _steps(model: ModelOptions, folder: Path, published: Path, options: dict[str
     return [*steps, export, ["summary", str(published), "--out", str(folder / "summary")]]
 
 
-def _claim_version(folder: Path, model: Path, about: dict[str, Any]) -> str:
-    """Return the version to publish, the same one whenever the same command runs.
+def _claim_version(folder: Path, store: Path, name: str, options: dict[str, Any]) -> Path:
+    """Return the folder of the version to publish, the same one whenever the same command runs.
 
-    Raises: click.UsageError where the folder is of another command.
+    Raises: ValueError where the work folder is of another command; as `Plan` and `check_plan`.
     """
     file = folder / "prepare.json"
-    wanted = json.loads(json.dumps(about, default=str))
+    wanted = json.loads(json.dumps({"name": name, **options}, default=str))
     if file.is_file():
         found = json.loads(file.read_text())
         if found["options"] != wanted:
             differing = [key for key in {**found["options"], **wanted} if found["options"].get(key) != wanted.get(key)]
-            raise click.UsageError(f"{folder} is of a command with other {', '.join(differing)}: choose another --out")
-        return str(found["version"])
-    taken = [int(path.name) for path in model.iterdir() if path.name.isdigit()] if model.is_dir() else []
-    version = str(max(taken, default=0) + 1)
+            raise ValueError(f"{folder} is of a command with other {', '.join(differing)}: choose another --out")
+        return store / name / str(found["version"])
+    version = next_version(store, name)
+    check_plan(Plan(name=name, version=version, rates=options["rates"]), store)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"version": version, "options": wanted}, indent=2) + "\n")
-    return version
+    return store / name / version
 
 
 def _run(step: list[str]) -> int:

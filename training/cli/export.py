@@ -13,7 +13,7 @@ from training.cli.options import ModelOptions
 from training.cli.plan import plan_of
 from training.export.needs import Needs
 from training.export.parity import MIN_MARGIN, ParityError
-from training.export.publish import Published, plan_formats, publish
+from training.export.publish import N_PARITY, Published, plan_formats, publish
 
 REFUSALS = (ParityError,)
 
@@ -34,13 +34,17 @@ def run(model: ModelOptions, options: Namespace) -> int:
         activation=chosen.activation,
     )
 
+    source = chosen_source(model, chosen)
+
     def on_start(needed: Needs) -> None:
+        if len(source) < N_PARITY:
+            print(f"parity: the {len(source)} images, and the same mirrored, shifted and with noise", file=sys.stderr)
         print(f"{needed}; unfinished work is in {plan.work(options.store)}", file=sys.stderr)
 
     published = publish(
         chosen.vit,
         chosen.rule,
-        chosen_source(model, chosen),
+        source,
         plan,
         options.store,
         chosen.embedding,
@@ -63,6 +67,7 @@ def _report(published: Published) -> None:
     if published.golden_margin < MIN_MARGIN:
         print(
             f"no image has clear decisions in all graphs: the golden image has a margin of "
-            f"{published.golden_margin:.1e}, below {MIN_MARGIN:.0e}. A CPU that rounds otherwise may refuse the "
-            "version; fewer --rates or more images make a clear one likelier"
+            f"{published.golden_margin:.1e}, below {MIN_MARGIN:.0e}. So hosts compare it within "
+            f"{published.golden_tolerance:.1e}, by what near ties change; fewer --rates or more images make a clear "
+            "image likelier"
         )

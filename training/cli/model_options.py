@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -77,8 +76,10 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     data = _chosen_data(options)
     labels = read_labels(options.labels) if options.labels else None
     chosen = _chosen_vit(options)
+    # Weights alone do not say which pixels they learned from; a dataset with pixels of its own does.
+    is_bare = not (options.run or options.published)
     rule = override(
-        chosen.rule,
+        find_dataset(data).rule(lambda: chosen.rule) if is_bare else chosen.rule,
         mean=options.mean,
         std=options.std,
         crop_pct=options.crop_pct,
@@ -162,9 +163,9 @@ def _from_checkpoint(options: ModelOptions) -> ChosenModel:
     checkpoint = open_checkpoint(str(source), architecture, options.arguments)
     task = find_task(options.task)
     vit = checkpoint.load(task.load)
-    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}", file=sys.stderr)
+    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}")
     for note in checkpoint.notes:
-        print(f"  {note}", file=sys.stderr)
+        print(f"  {note}")
     return ChosenModel(
         vit,
         checkpoint.architecture,

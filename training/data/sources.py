@@ -96,8 +96,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         self, root: Path, rule: InputRule, n_images: int | None = None, labels: Sequence[str] | None = None
     ) -> None:
         self.folders, self._rule = find_classes(root), rule
-        self.labels = list(labels) if labels is not None else self.folders.names
-        indices = match_labels(self.folders, self.labels)
+        self.labels = self.folders.names if labels is None else list(labels)
+        own = {name: index for index, name in enumerate(self.folders.names)}
+        indices = own if labels is None else match_labels(self.folders, labels)
         files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
         n_images = min(n_images or len(files), len(files))
         self._files = [files[index * len(files) // n_images] for index in range(n_images)]

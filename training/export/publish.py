@@ -42,7 +42,7 @@ from training.export.manifest import (
 )
 from training.export.measured import BATCH_SIZE, MEASURED, Graph, measured_row
 from training.export.needs import Needs, needs
-from training.export.parity import Golden, Parity, check_parity, golden_images, parity_pixels, varied
+from training.export.parity import Golden, Parity, check_parity, golden_images, parity_pixels, rounding_spread, varied
 from training.export.plan import Plan, check_plan
 from training.merging.policies import UNMERGED, default_policy, supported_policies
 from training.models.activations import BUDGET_BYTES
@@ -54,7 +54,8 @@ from training.tasks import find_task, frozen_calibration, graph_outputs
 from training.tasks.task import Task, output_tensors
 
 N_GOLDEN = 4
-_N_PARITY = 32
+_SPREAD_FACTOR = 2
+N_PARITY = 32
 _N_CANDIDATES = 128
 """Of a trained model, 3 images in 100 have clear decisions at all of ToMe's rates."""
 _GOLDEN_GMACS = 1000
@@ -65,15 +66,15 @@ _GOLDEN_GMACS = 1000
 class Published:
     """A version's folder, its default, and how closely each graph file follows eager.
 
-    golden_margin: of the golden images' decisions; below `MIN_MARGIN`, a host that rounds otherwise
-        may refuse the version.
+    golden_margin: of the golden images' decisions. Below `MIN_MARGIN`, golden_tolerance is above the
+        plan's, by what near ties change.
     """
 
     folder: Path
     parity: dict[str, Parity]
     default: dict[str, Any]
-    n_golden: int
     golden_margin: float
+    golden_tolerance: float
 
 
 def publish(
@@ -128,7 +129,7 @@ def publish(
             "input": input_entry(rule),
             "output": output_entry(task.outputs_of(is_adaptive=bool(calibrations)), plan.activation),
             "variants": exported.variants,
-            "golden": {"file": GOLDEN, "atol": plan.golden_tolerance},
+            "golden": {"file": GOLDEN, "atol": exported.golden_tolerance},
             "default": default,
             **embedding_entry(embedding),
         }
@@ -145,7 +146,7 @@ def publish(
         path.chmod(0o644)
     work.replace(plan.target(store))
     golden = exported.golden
-    return Published(plan.target(store), exported.parity, default, len(golden.pixels), golden.margin)
+    return Published(plan.target(store), exported.parity, default, golden.margin, exported.golden_tolerance)
 
 
 def _planned(
@@ -191,6 +192,7 @@ class _Exported:
     parity: dict[str, Parity]
     variants: list[dict[str, Any]]
     golden: Golden
+    golden_tolerance: float
 
 
 def _export_all(
@@ -201,10 +203,10 @@ def _export_all(
     variants: list[dict[str, Any]] = []
     rows: dict[str, Row] = {}
     golden = golden_images([graph.module for graph in graphs], _golden_chunks(images, graphs), N_GOLDEN)
-    arrays = {"pixels": golden.pixels}
-    candidates = varied(images.pixels[:_N_PARITY], _N_PARITY)
+    arrays, golden_tolerance = {"pixels": golden.pixels}, plan.golden_tolerance
+    candidates = varied(images.pixels[:N_PARITY], N_PARITY)
     for graph in graphs:
-        pixels = parity_pixels(graph.module, candidates, _N_PARITY)
+        pixels = parity_pixels(graph.module, candidates, N_PARITY)
         for graph_format in plan_formats(plan):
             name = graph.key(graph_format.precision) + graph_format.suffix
             requires = graph_format.write(graph.module, pixels[:2], work / name, work / WEIGHTS)
@@ -218,10 +220,14 @@ def _export_all(
             variants += variant_entries(graph.policies, name, requires, graph_format, row, tokens, accuracy)
             reference = graph.module if graph_format.parity_tolerance is None else exported
             arrays |= _golden_outputs(graph, graph_format.precision, reference, golden.pixels)
+            if not golden.is_clear:
+                # Another host may decide near ties otherwise, and is right.
+                spread = rounding_spread(graph.module, exported, golden.pixels)
+                golden_tolerance = max(golden_tolerance, _SPREAD_FACTOR * spread)
     written: dict[str, Any] = {name: tensor.numpy() for name, tensor in arrays.items()}
     np.savez(work / GOLDEN, **written)
     write_evaluation(work / EVALUATION, _about(plan, images), list(rows.values()))
-    return _Exported(parity, variants, golden)
+    return _Exported(parity, variants, golden, golden_tolerance)
 
 
 def _golden_chunks(images: DecodedImages, graphs: Sequence[Graph]) -> Iterator[Tensor]:
@@ -230,7 +236,7 @@ def _golden_chunks(images: DecodedImages, graphs: Sequence[Graph]) -> Iterator[T
     Shapes: uint8 (n, H, W, 3)
     """
     n_fitting = BUDGET_BYTES // (4 * images.pixels[0].numel())
-    n_images = int(min(n_fitting, 16 * _N_CANDIDATES, max(_N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
+    n_images = int(min(n_fitting, 16 * _N_CANDIDATES, max(N_PARITY, _GOLDEN_GMACS / graphs[0].module.gmacs())))
     yield from varied(images.pixels, n_images).split(_N_CANDIDATES)  # type: ignore[no-untyped-call]
 
 

@@ -54,7 +54,7 @@ def test_checkpoint_alone_is_a_model_and_what_was_found_is_said(
     rebuilt = load_vit(chosen.timm_name, **chosen.timm_arguments).eval()
     rebuilt.load_state_dict(chosen.vit.state_dict())
     assert torch.equal(logits(rebuilt), logits(tiny_vit()))
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     for part in ("weights of 'model.module'", "a ViT with 2 heads", "no preprocessing stated"):
         assert part in said
 

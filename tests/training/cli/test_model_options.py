@@ -13,6 +13,7 @@ from tests.training.commands import dtem
 from tests.training.tiny_vit import ARGUMENTS
 from training.cli.model_options import chosen_model, chosen_source
 from training.cli.options import ModelOptions
+from training.data.sources import REFERENCE_INPUT
 from training.models.vit import load_vit
 
 NAME = "vit_tiny_patch16_224"
@@ -108,3 +109,9 @@ def test_data_that_nothing_names_is_required(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.endswith(
         "--architecture needs --data: a folder with one subfolder per class, or 'digits'\n"
     )
+
+
+def test_weights_alone_see_the_digits_as_the_reference_model_does(tmp_path: Path) -> None:
+    assert chosen_model(model_with(10, tmp_path, data="digits")).rule == REFERENCE_INPUT
+    overridden = chosen_model(model_with(10, tmp_path, data="digits", std=(0.5, 0.5, 0.5))).rule
+    assert (overridden.mean, overridden.std) == (REFERENCE_INPUT.mean, (0.5, 0.5, 0.5))

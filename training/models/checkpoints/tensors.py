@@ -55,11 +55,14 @@ def find_vit(content: Mapping[str, Any], file: Path) -> Found:
     if not prefixes[style]:
         raise UnreadableCheckpoint(f"{file} {_looks_like(flat)}")
     prefix, others = _chosen(prefixes[style], file)
-    notes = [f"weights of {prefix.rstrip('.')!r}" + (f", not of {_some(others)}" if others else "")] if prefix else []
+    is_wrapped = prefix and style == "timm"
+    notes = (
+        [f"weights of {prefix.rstrip('.')!r}" + (f", not of {_some(others)}" if others else "")] if is_wrapped else []
+    )
     tensors = {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
     if style == "Hugging Face":
         tensors = {name.removeprefix(prefix): tensor for name, tensor in flat.items()}
-    elif (head := _head(flat, prefix, tensors)) is not None:
+    elif head := _head(flat, prefix, tensors, file):
         tensors |= {f"head.{name.rpartition('.')[2]}": flat[name] for name in head}
         notes.append(f"head: {head[0].rpartition('.')[0]}")
     if ignored := _ignored(content, flat, prefix):
@@ -96,27 +99,37 @@ def _chosen(prefixes: list[str], file: Path) -> tuple[str, list[str]]:
     return chosen[0], [prefix.rstrip(".") for prefix in prefixes if prefix != chosen[0]]
 
 
-def _head(flat: Mapping[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> list[str] | None:
-    """Return the names of a linear classifier that stands beside the ViT, or has another name in it."""
+def _head(flat: Mapping[str, Tensor], prefix: str, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+    """Return the names of a linear classifier that stands beside the ViT, or has another name in it.
+
+    Raises: UnreadableCheckpoint where other layers stand beside the ViT, since they may come between.
+    """
     if "head.weight" in tensors:
-        return None
+        return []
     width = tensors["patch_embed.proj.weight"].shape[0]
     scope = prefix
     while True:
+        inner = {name.removeprefix(scope): name for name in flat if name.startswith(scope)}
         found = [
             name
-            for name in flat
-            if name.startswith(scope)
-            and (match := _HEADS.fullmatch(name.removeprefix(scope)))
+            for name in inner
+            if (match := _HEADS.fullmatch(name))
             and match[2] == "weight"
-            and flat[name].ndim == 2
-            and flat[name].shape[1] == width
+            and flat[inner[name]].ndim == 2
+            and flat[inner[name]].shape[1] == width
         ]
         if len(found) == 1:
-            bias = found[0].removesuffix("weight") + "bias"
-            return [found[0], *([bias] if bias in flat else [])]
+            head = [name for name in (found[0], found[0].removesuffix("weight") + "bias") if name in inner]
+            beside = [
+                name
+                for name in inner
+                if name.endswith(".weight") and name not in head and not inner[name].startswith(prefix)
+            ]
+            if beside:
+                raise UnreadableCheckpoint(f"{file} has layers beside the ViT and its head: {_some(beside)}")
+            return [inner[name] for name in head]
         if not scope:
-            return None
+            return []
         scope = scope.rstrip(".").rpartition(".")[0]
         scope += "." if scope else ""
 

@@ -91,6 +91,14 @@ def test_head_beside_the_backbone_is_found(tmp_path: Path, name: str) -> None:
     assert f"head: state_dict.{name}" in checkpoint.notes
 
 
+def test_layers_between_the_backbone_and_its_head_are_refused(tmp_path: Path) -> None:
+    tensors = vit_of().state_dict()
+    head = {f"head.{kind}": tensors.pop(f"head.{kind}") for kind in ("weight", "bias")}
+    path = save(tmp_path / "a.pth", {**prefixed(tensors, "backbone."), **head, "neck.weight": torch.ones(192, 192)})
+    with pytest.raises(UnreadableCheckpoint, match=r"layers beside the ViT and its head: neck\.weight"):
+        open_checkpoint(path)
+
+
 INFERRED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "named": (NAME, {"num_classes": 5}, NAME, {"num_classes": 5, "img_size": 224}),
     "another size": (NAME, {"num_classes": 5, "img_size": 96}, NAME, {"num_classes": 5, "img_size": 96}),

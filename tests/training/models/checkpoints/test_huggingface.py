@@ -138,8 +138,6 @@ def reference_logits(kind: str, stored: dict[str, Tensor], images: Tensor) -> Te
             linear(hidden, f"{block}.attention.attention.{part}")
             .view(len(x), -1, HEADS, WIDTH // HEADS)
             .transpose(1, 2)
-            .view(len(x), -1, HEADS, WIDTH // HEADS)
-            .transpose(1, 2)
             for part in ("query", "key", "value")
         )
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)
