@@ -18,7 +18,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data.augmentation import Mixing
 from training.data.training_images import TrainingImages
@@ -29,6 +28,7 @@ from training.learn.learning_rate import half_cosine, warmup
 from training.learn.losses import LOSSES
 from training.learn.picture import draw_learning
 from training.learn.processes import Processes, describe_device
+from training.learn.progress import StepProgress
 from training.learn.recipe import AdamW, ImageRecipe
 from training.learn.run_folder import METRICS, RunLog, opened_folder, save_checkpoint, saved_state
 from training.learn.session import recorded_session
@@ -178,13 +178,14 @@ class ImageTraining(ABC, Generic[R]):
         agreed = self.processes.agreed
         with self._opened() as log:
             last = min(self.recipe.n_steps, until or self.recipe.n_steps)
-            with self._progress(last) as progress, closing(self._batches(last)) as batches:
+            shown = StepProgress(self.recipe.n_images, self.n_seen, is_shown=self.processes.is_first)
+            with shown as progress, closing(self._batches(last)) as batches:
                 while (batch := agreed(partial(next, batches, None))) is not None:
                     figures = agreed(partial(self.step, *batch))
-                    progress.update(self.recipe.batch_size)
-                    progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+                    progress.advance(self.recipe.batch_size, f"loss {next(iter(figures.values())):.4f}")
                     is_stopping = self.processes.any(stop is not None and stop.is_set())
-                    agreed(partial(self._record, log, figures, checkpoint_every, is_stopping))
+                    if agreed(partial(self._record, log, figures, checkpoint_every, is_stopping)):
+                        progress.checkpoint()
                     if is_stopping:
                         break
         return self.n_steps_taken == self.recipe.n_steps
@@ -218,21 +219,22 @@ class ImageTraining(ABC, Generic[R]):
             _ = self.validation.batches
         return closing(RunLog(self.folder, self.n_seen))
 
-    def _record(self, log: RunLog | None, figures: dict[str, float], checkpoint_every: int, is_stopping: bool) -> None:
-        """Log the step, and save a checkpoint where one is due.
+    def _record(self, log: RunLog | None, figures: dict[str, float], checkpoint_every: int, is_stopping: bool) -> bool:
+        """Log the step, and save a checkpoint where one is due; return whether it was.
 
         The log always contains everything before the checkpoint.
         """
         if log is None:
-            return
+            return False
         log.write(self.n_seen, figures)
         is_last = self.n_steps_taken == self.recipe.n_steps
         if self.validation is not None and (is_last or self.is_validation_due(checkpoint_every)):
             log.write(self.n_seen, {"validation_top1": self.validate(self.validation)})
         elif self.n_steps_taken % checkpoint_every and not (is_last or is_stopping):
-            return
+            return False
         log.flush()
         self.save()
+        return True
 
     def is_validation_due(self, checkpoint_every: int) -> bool:
         """Return whether to validate after the step that was just taken."""
@@ -250,15 +252,6 @@ class ImageTraining(ABC, Generic[R]):
             return logits.cpu()
 
         return measure(classify, validation.batches).value
-
-    def _progress(self, last: int) -> Any:
-        return tqdm(
-            total=last * self.recipe.batch_size,
-            initial=self.n_seen,
-            unit="image",
-            smoothing=0.05,
-            disable=not self.processes.is_first,
-        )
 
     def _batches(self, last: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         return image_batches(

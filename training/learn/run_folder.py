@@ -57,15 +57,13 @@ def opened_folder(folder: Path, checkpoint_bytes: int) -> Iterator[None]:
             f"{folder} cannot hold a checkpoint of {checkpoint_bytes / 1e6:.1f} MB: {err.strerror}; "
             "expected a writable folder with that much space"
         ) from err
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with (folder / ".lock").open("a") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+            # Data workers do not inherit this kind of lock, so those of a killed run cannot hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
             raise OSError(f"{folder} is in use by another run: wait for its end, or give another folder") from err
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

@@ -31,9 +31,9 @@ def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]
 
 
 def wait_for_lines(process: "subprocess.Popen[bytes]", out: Path, n_lines: int) -> None:
-    """Wait until n_lines are logged; output of the progress bar triggers each check."""
+    """Wait until n_lines are logged; each line of progress triggers a check."""
     assert process.stderr is not None
-    while process.stderr.read(40):
+    while process.stderr.readline():
         log = out / "metrics.jsonl"
         if log.exists() and log.read_text().count("\n") >= n_lines:
             return

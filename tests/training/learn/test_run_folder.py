@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import resource
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
 from training.learn.dtem import DtemTraining
 from training.learn.picture import _means, draw_learning
+from training.learn.progress import StepProgress
 from training.learn.recipe import DtemRecipe
 from training.learn.run_folder import RunLog, opened_folder, replaced
 
@@ -129,11 +131,30 @@ def test_files_of_a_run_have_the_mode_of_the_umask(recipe: DtemRecipe, tmp_path:
     assert {"weights.safetensors", "embedding.safetensors", "state.pt", "metrics.jsonl"} <= modes.keys()
 
 
-def test_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with opened_folder(tmp_path, 1), pytest.raises(OSError, match="in use by another run"), opened_folder(tmp_path, 1):
+def test_folder_in_use_is_refused_until_its_run_ends_or_is_killed(tmp_path: Path) -> None:
+    (opened, opening), (ended, ending) = os.pipe(), os.pipe()
+
+    def train() -> None:
+        with opened_folder(tmp_path, 1):
+            # As a data worker, which outlives a killed run for a moment.
+            if os.fork() == 0:
+                os.read(ended, 1)
+                os._exit(0)
+            os.write(opening, b".")
+            os.read(ended, 1)
+
+    run = multiprocessing.get_context("fork").Process(target=train)
+    run.start()
+    os.read(opened, 1)
+    with pytest.raises(OSError, match="in use by another run"), opened_folder(tmp_path, 1):
         pass
+    run.kill()
+    run.join()
     with opened_folder(tmp_path, 1):
         pass
+    os.write(ending, b".")
+    for descriptor in (opened, opening, ended, ending):
+        os.close(descriptor)
 
 
 def test_folder_explains_itself(recipe: DtemRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +191,22 @@ def test_picture_of_many_steps_shows_means(tmp_path: Path) -> None:
     n_seen, loss = _means(np.array([[n, 1 / n] for n in range(1, 5001)]))
     assert len(n_seen) == len(loss) == 200
     assert n_seen[0] == np.mean(range(1, 26))
+
+
+def test_progress_off_a_terminal_is_a_line_per_checkpoint(
+    recipe: DtemRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_training(recipe, tmp_path).run(checkpoint_every=4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": loss ")[0] for line in lines] == ["image 32 of 48", "image 48 of 48"]
+
+
+def test_progress_on_a_terminal_has_at_most_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StepProgress(1_281_167 * 30, 0) as progress:
+        progress.advance(1024, "loss 6.9077")
+    shown = capsys.readouterr().err.replace("\n", "").split("\r")
+    assert max(map(len, shown)) == 80
+    assert "loss 6.9077" in shown[-1]
