@@ -76,10 +76,8 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     data = _chosen_data(options)
     labels = read_labels(options.labels) if options.labels else None
     chosen = _chosen_vit(options)
-    # Weights alone do not say which pixels they learned from; a dataset with pixels of its own does.
-    is_bare = not (options.run or options.published)
     rule = override(
-        find_dataset(data).rule(lambda: chosen.rule) if is_bare else chosen.rule,
+        chosen.rule,
         mean=options.mean,
         std=options.std,
         crop_pct=options.crop_pct,
@@ -166,11 +164,15 @@ def _from_checkpoint(options: ModelOptions) -> ChosenModel:
     print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}")
     for note in checkpoint.notes:
         print(f"  {note}")
+    rule = input_rule(vit)
+    if not checkpoint.pixels and "pretrained_cfg_overlay" not in checkpoint.arguments:
+        # A dataset with pixels of its own says what weights alone do not.
+        rule = find_dataset(options.data or "").rule(lambda: input_rule(vit))
     return ChosenModel(
         vit,
         checkpoint.architecture,
         checkpoint.arguments,
-        input_rule(vit),
+        rule,
         f"timm {checkpoint.architecture}, weights {source}",
         task=task,
         labels=checkpoint.labels,
