@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -140,7 +141,7 @@ def make_workspace(folder: Path) -> None:
     (folder / "corrupt.toml").write_text(RECIPE.replace("SOURCE", "corrupt"))
 
 
-def _vit(**arguments: int) -> torch.nn.Module:
+def _vit(**arguments: Any) -> torch.nn.Module:
     return load_vit("vit_tiny_patch16_224", img_size=64, **{"embed_dim": 32, "depth": 2, "num_heads": 2, **arguments})
 
 
