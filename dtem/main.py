@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import click
 
-from dtem.commands import calibrate, compare, draw, evaluate, export, learn, serve, summary
+from dtem.commands import calibrate, compare, draw, evaluate, export, inspect, learn, prepare, serve, summary
 
 SUCCESS, REFUSED, INTERRUPTED = 0, 2, 130
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
-COMMANDS = (serve, export, learn, calibrate, evaluate, compare, summary, draw)
+COMMANDS = (serve, prepare, inspect, learn, calibrate, export, evaluate, compare, summary, draw)
 
 
 class Commands(click.Group):

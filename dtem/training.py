@@ -37,6 +37,8 @@ def run_training(
     refusals: tuple[type[Exception], ...] = (ValueError, OSError)
     try:
         check(chosen)
+        if model is not None:
+            model.require_data()
         body = import_module(f"training.cli.{command}")
         refusals += getattr(body, "REFUSALS", ())
         return int(body.run(chosen) if model is None else body.run(model, chosen))

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from training.data.digits import Split, draw
 
 WEIGHTS = Path(__file__).parents[1] / "model_store/reference/5/weights.safetensors"
-CLASSES = ("zero", "one", "two", "three", "four")
+# Outputs in the order of the folders' names, as training on such folders has them.
+DIGITS = {"four": 4, "one": 1, "three": 3, "two": 2, "zero": 0}
 # Images drawn per class, of the split that each folder takes them from.
 FOLDERS: dict[str, tuple[Split, int]] = {"train": ("train", 200), "val": ("validation", 60)}
 
@@ -36,19 +37,20 @@ def main() -> int:
 
 def save_checkpoint(path: Path) -> None:
     weights = {name: tensor for name, tensor in load_file(WEIGHTS).items() if not name.endswith("_embedding")}
-    weights |= {name: weights[name][: len(CLASSES)].clone() for name in ("head.weight", "head.bias")}
+    weights |= {name: weights[name][list(DIGITS.values())] for name in ("head.weight", "head.bias")}
     torch.save({"epoch": 20, "model": {f"module.{name}": tensor for name, tensor in weights.items()}}, path)
 
 
 def draw_images(folder: Path, split: Split, n_images: int) -> None:
     """Draw the first n_images of each class."""
-    missing = dict.fromkeys(range(len(CLASSES)), n_images)
+    names = {digit: name for name, digit in DIGITS.items()}
+    missing = dict.fromkeys(names, n_images)
     index = 0
     while any(missing.values()):
         scene = draw(split, index)
         if missing.get(scene.label):
             missing[scene.label] -= 1
-            path = folder / CLASSES[scene.label] / f"{index:05d}.jpg"
+            path = folder / names[scene.label] / f"{index:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(scene.image).save(path, quality=95)
         index += 1

@@ -12,8 +12,12 @@ EXAMPLES = example(
 
 
 @click.command("calibrate", epilog=EXAMPLES)
-@model_options(split="validation", n_images=2000)
-@click.option("--n-unseen", type=int, default=2000, help="images for the report, unseen by the search")
+@model_options(split="validation", n_images_help="of the search; default: 2000, or half of a smaller folder")
+@click.option(
+    "--n-unseen",
+    type=click.IntRange(min=1),
+    help="images for the report, unseen by the search; default: 2000, or the rest of a smaller folder",
+)
 @click.option("--unlabelled", is_flag=True, help="ignore labels; count a changed prediction as lost")
 @click.option("--max-accuracy-drop", type=float, default=0.0, help="points of top-1")
 @click.option("--metric", default="features", help="what tokens are compared by: features, keys, or embedding (DTEM)")

@@ -43,6 +43,9 @@ _RESOLVED = 0.25
 _FINEST_POINTS = 0.1
 """or of a tenth of a point more."""
 
+_N_IMAGES = 2000
+"""Images of the search, and of the report, where the options do not say."""
+
 
 def run(model: ModelOptions, options: Namespace) -> int:
     options.out = options.out or Path("runs/calibrations") / f"{options.metric}-{options.max_accuracy_drop:g}"
@@ -51,7 +54,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     for name, accepted in (("metric", list(ADAPTIVE_METRICS)), ("score", list(get_args(Score)))):
         if getattr(options, name) not in accepted:
             raise ValueError(f"--{name} {getattr(options, name)}: expected one of {', '.join(accepted)}")
-    for name, minimum in (("n_unseen", 1), ("n_trials", 1), ("max_accuracy_drop", 0)):
+    for name, minimum in (("n_trials", 1), ("max_accuracy_drop", 0)):
         if not getattr(options, name) >= minimum:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least {minimum}")
     began_at = time.perf_counter()
@@ -144,23 +147,30 @@ def _sources(model: ModelOptions, options: Namespace, chosen: ChosenModel) -> tu
 
     Raises: ValueError where a folder has too few images, or other classes than the model.
     """
-    n_images, n_unseen = model.n_images or 0, options.n_unseen
     dataset = find_dataset(chosen.data)
     if dataset.has_splits:
+        n_images, n_unseen = model.n_images or _N_IMAGES, options.n_unseen or _N_IMAGES
         if model.split == "test":
             raise ValueError("--split test is reserved for the report: calibrate on train or validation")
         found = opened_source(chosen, n_images, chosen_split(model.split))
         announce(chosen, found, is_labelled=not options.unlabelled)
         return found, dataset.open(chosen.rule, n_unseen)
-    folder: Any = opened_source(chosen, n_images + n_unseen, "test", is_labelled=not options.unlabelled)
-    if len(folder) < n_images + n_unseen:
+    asked = [n for n in (model.n_images, options.n_unseen) if n is not None]
+    folder: Any = opened_source(
+        chosen, sum(asked) if len(asked) == 2 else None, "test", is_labelled=not options.unlabelled
+    )
+    n_images = model.n_images or min(_N_IMAGES, len(folder) - (options.n_unseen or len(folder) // 2))
+    n_unseen = options.n_unseen or min(_N_IMAGES, len(folder) - n_images)
+    if min(n_images, n_unseen) < 1 or len(folder) < n_images + n_unseen:
         raise ValueError(
             f"{chosen.data} has {len(folder)} images; {n_images} to calibrate and {n_unseen} to report on were "
             "requested: reduce --n-images and --n-unseen"
         )
     announce(chosen, folder, is_labelled=not options.unlabelled)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return _Part(folder, order[:n_images], "calibration"), _Part(folder, order[n_images:], "unseen")
+    return _Part(folder, order[:n_images], "calibration"), _Part(
+        folder, order[n_images : n_images + n_unseen], "unseen"
+    )
 
 
 class _Part(Subset[Any]):

@@ -19,6 +19,7 @@ from training.evaluate.accuracy import Measurement, measure
 from training.evaluate.progress import progress
 from training.learn.run_folder import replaced
 from training.models.activations import images_at_once
+from training.models.classifier import SIGMOID
 from training.models.weights import save_weights
 
 _BATCH_SIZE = 50
@@ -55,19 +56,20 @@ image has the same label is not known."""
 def run(model: ModelOptions, options: Namespace) -> int:
     device = chosen_device(options.device)
     chosen = chosen_model(model)
-    print(_architecture(chosen))
-    for note in chosen.notes:
-        print(f"note: {note}")
+    print(f"model: {_architecture(chosen)}")
+    if options.train and chosen.activation == SIGMOID:
+        raise ValueError("--train: DTEM learns from one label per image, and the model has an activation of sigmoid")
     source = chosen_source(model, chosen)
-    print(f"{chosen.n_outputs} outputs, {chosen.activation}: {_shortened(source.labels)}")
+    print(f"classes: {chosen.n_outputs} outputs, {chosen.activation}: {_shortened(source.labels)}")
     if options.out:
         _save(options.out, model, chosen, source, options)
     found = _measured(chosen, source, device)
     low, high = (100 * bound for bound in found.ci95)
+    where = f"on {len(source)} images of {source.name}, split {source.split}"
+    print(f"accuracy: {found.measure.label} {100 * found.value:.2f} % ({low:.2f} … {high:.2f}) unmerged, {where}")
     print(
-        f"{found.measure.label} {100 * found.value:.2f} % ({low:.2f} … {high:.2f}) unmerged, on {len(source)} images of "
-        f"{source.name}, split {source.split}. Is that what you know of this model? If not, mean, std or crop are "
-        "probably others than in its training, or the labels have another order"
+        "Is that the accuracy you know of this model? If not, mean, std or crop are probably others than in its "
+        "training, or the labels have another order"
     )
     return 0
 

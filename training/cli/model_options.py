@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,12 +26,13 @@ from training.data.sources import (
     run_data,
 )
 from training.models.calibration import Calibration, load_calibration
+from training.models.checkpoints import is_source, open_checkpoint
 from training.models.classifier import CLASSIFY, SOFTMAX, check_activation, input_rule
 from training.models.embedding import DecoupledEmbedding, load_embedding
 from training.tasks import TASKS, find_task
 from training.tasks.task import Task
 
-EMBEDDING = "embedding.safetensors"
+EMBEDDING, LABELS = "embedding.safetensors", "labels.json"
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,21 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     Raises: EmbeddingMismatch; ValueError where the options name no model or several, or invalid
         weights.
     """
-    named = [name for name in ("run", "published", "architecture") if getattr(options, name)]
+    given = {
+        "--run": options.run,
+        "--published": options.published,
+        "--weights": options.weights or options.architecture,
+    }
+    named = [name for name, value in given.items() if value]
     if len(named) != 1:
-        raise ValueError(f"expected exactly one of --run, --published and --architecture, not {named or 'none'}")
+        raise ValueError(f"expected exactly one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
     data = _chosen_data(options)
     labels = read_labels(options.labels) if options.labels else None
     chosen = _chosen_vit(options)
+    # Weights alone do not say which pixels they learned from; a dataset with pixels of its own does.
+    is_bare = not (options.run or options.published)
     rule = override(
-        chosen.rule,
+        find_dataset(data).rule(lambda: chosen.rule) if is_bare else chosen.rule,
         mean=options.mean,
         std=options.std,
         crop_pct=options.crop_pct,
@@ -83,7 +91,7 @@ def chosen_model(options: ModelOptions) -> ChosenModel:
     if chosen.task.name == CLASSIFY:
         check_activation(activation, chosen.n_outputs)
     default = (options.run or options.published or Path()) / EMBEDDING
-    file = options.embedding or (default if default.is_file() and not options.architecture else None)
+    file = options.embedding or (default if default.is_file() and (options.run or options.published) else None)
     if file is None:
         return chosen
     embedding = load_embedding(file).eval()
@@ -97,9 +105,9 @@ def _chosen_data(options: ModelOptions) -> str:
         return options.data
     if options.run:
         return run_data(json.loads((options.run / "recipe.json").read_text()))
-    if options.published:
-        return published_data(json.loads((options.published / "manifest.json").read_text()))
-    raise ValueError("--architecture needs --data: a folder with one subfolder per class, or 'digits'")
+    options.require_data()
+    folder = cast(Path, options.published)
+    return published_data(json.loads((folder / "manifest.json").read_text()))
 
 
 def _chosen_vit(options: ModelOptions) -> ChosenModel:
@@ -109,7 +117,17 @@ def _chosen_vit(options: ModelOptions) -> ChosenModel:
         vit = task.load(name, weights=options.run / "weights.safetensors", **arguments)
         dataset = find_dataset(recipe.get("data", {}).get("source", REFERENCE_DATASET))
         rule = dataset.rule(lambda: input_rule(vit))
-        return ChosenModel(vit.eval(), name, arguments, rule, recipe["file"], task=task)
+        labels = options.run / LABELS
+        return ChosenModel(
+            vit.eval(),
+            name,
+            arguments,
+            rule,
+            recipe["file"],
+            task=task,
+            labels=read_labels(labels) if labels.is_file() else None,
+            activation=recipe.get("activation", SOFTMAX),
+        )
     if options.published:
         manifest = json.loads((options.published / "manifest.json").read_text())
         name, arguments = manifest["architecture"]["timm_name"], manifest["architecture"]["timm_arguments"]
@@ -125,13 +143,39 @@ def _chosen_vit(options: ModelOptions) -> ChosenModel:
             labels=tuple(manifest["labels"]),
             activation=manifest["output"].get("activation", SOFTMAX),
         )
-    if not options.architecture or not options.weights:
-        raise ValueError("--architecture needs --weights: 'pretrained' or a safetensors file")
-    weights = "pretrained" if options.weights == "pretrained" else Path(options.weights)
+    if options.weights == "pretrained" and options.architecture and not is_source(options.architecture):
+        task = find_task(options.task)
+        vit = task.load(options.architecture, weights="pretrained", **options.arguments)
+        origin = f"timm {options.architecture}, weights pretrained"
+        return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin, task=task)
+    return _from_checkpoint(options)
+
+
+def _from_checkpoint(options: ModelOptions) -> ChosenModel:
+    """Raises: ValueError where the options name no file, folder or repository."""
+    source, architecture = options.weights, options.architecture
+    if architecture and is_source(architecture):
+        if source not in (None, "pretrained"):
+            raise ValueError(f"--architecture {architecture} has its own weights: leave --weights {source} out")
+        source, architecture = architecture, None
+    if source in (None, "pretrained"):
+        raise ValueError("--architecture needs --weights ('pretrained', a file or a folder), and 'pretrained' needs it")
+    checkpoint = open_checkpoint(str(source), architecture, options.arguments)
     task = find_task(options.task)
-    vit = task.load(options.architecture, weights=weights, **options.arguments)
-    origin = f"timm {options.architecture}, weights {options.weights}"
-    return ChosenModel(vit.eval(), options.architecture, options.arguments, input_rule(vit), origin, task=task)
+    vit = checkpoint.load(task.load)
+    print(f"{source}: {checkpoint.architecture} {json.dumps(checkpoint.arguments)}")
+    for note in checkpoint.notes:
+        print(f"  {note}")
+    return ChosenModel(
+        vit,
+        checkpoint.architecture,
+        checkpoint.arguments,
+        input_rule(vit),
+        f"timm {checkpoint.architecture}, weights {source}",
+        task=task,
+        labels=checkpoint.labels,
+        activation=checkpoint.activation,
+    )
 
 
 def newest_version(model: Path) -> Path | None:

@@ -11,8 +11,10 @@ from typing import Any
 class ModelOptions:
     """Which model, and which images.
 
-    run: folder of a training run. published: a version in the store. architecture: a timm name, with weights
-        ("pretrained" or a file) and arguments of timm.create_model. One of these three is given.
+    run: folder of a training run. published: a version in the store. weights: a checkpoint (file, folder,
+        local-dir:PATH, hf-hub:NAME), or "pretrained" with architecture. One of these three is given.
+    architecture, arguments: a timm name and arguments of timm.create_model; for a checkpoint, None and empty
+        mean what it states or implies.
     task: of a run or an architecture. embedding: a file; None means that of the run or version.
     data: a dataset or a folder with one subfolder per class; None means that of the run or version. n_images: None
         means all, or 10,000 digits. labels: a file with the names of the model's outputs.
@@ -37,6 +39,12 @@ class ModelOptions:
     crop_mode: str | None = None
     interpolation: str | None = None
     activation: str | None = None
+
+    def require_data(self) -> None:
+        """Raises: ValueError where neither the options nor a run or version can name the data"""
+        if (self.architecture or self.weights) and not (self.data or self.run or self.published):
+            named = "--weights" if self.weights else "--architecture"
+            raise ValueError(f"{named} needs --data: a folder with one subfolder per class, or 'digits'")
 
 
 def parse_rates(text: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.augmentation import augmentation
 from training.data.digits import LABELS, REFERENCE_TASK, Split, Task, draw
-from training.data.folders import UnreadableImage, find_classes, match_labels, shown
+from training.data.folders import UnreadableImage, find_classes, match_labels, read_labels, shown
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.training_images import AugmentedFolder, TrainingDigits, TrainingImages
 
@@ -96,8 +96,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         self, root: Path, rule: InputRule, n_images: int | None = None, labels: Sequence[str] | None = None
     ) -> None:
         self.folders, self._rule = find_classes(root), rule
-        self.labels = list(labels) if labels is not None else self.folders.names
-        indices = match_labels(self.folders, self.labels)
+        self.labels = self.folders.names if labels is None else list(labels)
+        own = {name: index for index, name in enumerate(self.folders.names)}
+        indices = own if labels is None else match_labels(self.folders, labels)
         files = [(file, indices[name]) for name, files in self.folders.images.items() for file in files]
         n_images = min(n_images or len(files), len(files))
         self._files = [files[index * len(files) // n_images] for index in range(n_images)]
@@ -143,6 +144,9 @@ class LearningOptions(Protocol):
 
     @property
     def validation(self) -> str | None: ...
+
+    @property
+    def labels(self) -> str | None: ...
 
     @property
     def n_validation(self) -> int: ...
@@ -225,9 +229,9 @@ class ReferenceTask(NamedDataset):
             raise ValueError(f"data of {self.name} needs n_distinct, the number of different images")
         if not isinstance(n_distinct, int) or isinstance(n_distinct, bool) or n_distinct < 1:
             raise ValueError(f"n_distinct {n_distinct!r}: expected a whole number of at least 1")
-        if options.randaugment or options.erasing or options.validation or options.share != 1:
+        if options.randaugment or options.erasing or options.validation or options.labels or options.share != 1:
             raise ValueError(
-                f"randaugment, erasing, validation and share are for folders of images, not for {self.name}"
+                f"randaugment, erasing, validation, labels and share are for folders of images, not for {self.name}"
             )
 
 
@@ -252,16 +256,20 @@ class Folder(NamedDataset):
             min_crop=options.min_crop,
             flip=options.flip,
         )
-        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share)
+        return AugmentedFolder(Path(self.name), augment, seed=seed, share=options.share, labels=_labels_of(options))
 
     def open_validation(self, options: LearningOptions, rule: InputRule) -> Source | None:
         if options.validation is None or not options.n_validation:
             return None
-        return find_dataset(options.validation).open(rule, options.n_validation, "validation")
+        return open_source(options.validation, rule, options.n_validation, "validation", _labels_of(options))
 
     def check_options(self, options: LearningOptions) -> None:
         if options.n_distinct is not None:
             raise ValueError(f"n_distinct {options.n_distinct!r}: it is for digits; for a folder give a share")
+
+
+def _labels_of(options: LearningOptions) -> Sequence[str] | None:
+    return None if options.labels is None else read_labels(Path(options.labels))
 
 
 REFERENCE_DATASET = "digits"

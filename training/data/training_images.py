@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.data.augmentation import Augmentation, seeded
 from training.data.digits import LABELS, draw
-from training.data.folders import find_classes, shown
+from training.data.folders import find_classes, match_labels, shown
 from training.data.preprocessing import read_whole
 from training.data.random_words import RandomWords
 
@@ -56,17 +56,27 @@ class AugmentedFolder:
     """Image files under `<root>/<class>/`, or a share of each class, augmented anew in each epoch.
 
     The share of a class of n images is round(share * n), and at least one image, so that no class
-    is empty. For equal seeds, a larger share contains the smaller ones.
+    is empty. labels: of the model's outputs, in their order; None means the names of the folders.
+    For equal seeds, a larger share contains the smaller ones.
     Raises: FileNotFoundError where the folder is missing, or one of its classes has no image.
     """
 
-    def __init__(self, root: Path, augment: Augmentation, *, seed: int, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        augment: Augmentation,
+        *,
+        seed: int,
+        share: float = 1.0,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         folders = find_classes(root)
         if folders.empty:
             raise FileNotFoundError(f"{root}: the class folders {shown(folders.empty)} have no image")
-        self.classes: Sequence[str] = folders.names
+        self.classes: Sequence[str] = folders.names if labels is None else labels
+        indices = match_labels(folders, self.classes)
         self._augment, self._seed = augment, seed
-        samples = [(str(file), label) for label, files in enumerate(folders.images.values()) for file in files]
+        samples = [(str(file), indices[name]) for name, files in folders.images.items() for file in files]
         if share < 1:
             samples = [samples[index] for index in _shared([label for _, label in samples], share, seed)]
         self._samples = samples

@@ -16,16 +16,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data.digits import LABELS, draw
 from training.learn.finite import check_finite
 from training.learn.learning_rate import half_cosine, warmup
 from training.learn.losses import LOSSES, cross_entropy
 from training.learn.parameter_groups import parameter_groups
+from training.learn.picture import draw_learning
+from training.learn.progress import StepProgress
 from training.learn.recipe import Recipe, Stage
-from training.learn.run_folder import RunLog, opened_folder, save_checkpoint, saved_state
+from training.learn.run_folder import METRICS, RunLog, opened_folder, save_checkpoint, saved_state
 from training.learn.scenes import Batch, batches
+from training.learn.session import recorded_session
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
 
@@ -139,22 +141,22 @@ class BackboneTraining:
             # Weights, and for resuming the weights again with AdamW's two averages, in float32.
             stack.enter_context(opened_folder(self.folder, 16 * parameters + 1_000_000))
             self.resume()
+            facts = {"device": "cpu", "n_processes": 1, "n_images": self._n_images, "from_n_seen": self.n_seen}
+            session = stack.enter_context(recorded_session(self.folder, facts))
             log = stack.enter_context(closing(RunLog(self.folder, self.n_seen)))
-            progress = stack.enter_context(
-                tqdm(total=self.recipe.n_images, initial=self.n_seen, unit="image", smoothing=0.02)
-            )
+            progress = stack.enter_context(StepProgress(self._n_images, self.n_seen))
             remaining = stack.enter_context(closing(self._remaining()))
             for stage, batch in remaining:
                 figures = self.step(batch, stage)
-                progress.update(len(batch.labels))
-                progress.set_postfix(
-                    {"stage": stage.name, "loss": f"{figures['loss']:.3f}", "top1": f"{figures['accuracy']:.3f}"}
-                )
+                progress.advance(len(batch.labels), f"loss {figures['loss']:.4f}")
                 log.write(self.n_seen, figures)
+                session["to_n_seen"] = self.n_seen
                 if self.n_seen == self._n_images:
                     self._checkpoint(log, n_images=2_000)
+                    progress.checkpoint()
                 elif self.n_seen % checkpoint_every < len(batch.labels):
                     self._checkpoint(log, n_images=500)
+                    progress.checkpoint()
 
     @property
     def _n_images(self) -> int:
@@ -210,7 +212,11 @@ class BackboneTraining:
             "optimiser": self.optimiser.state_dict(),
             "n_seen": self.n_seen,
         }
-        save_checkpoint(self.folder, self.recipe, state, {"weights.safetensors": partial(save_weights, self.vit, None)})
+        artefacts = {
+            "learning.png": partial(draw_learning, self.folder / METRICS),
+            "weights.safetensors": partial(save_weights, self.vit, None),
+        }
+        save_checkpoint(self.folder, self.recipe, state, artefacts)
 
     def resume(self) -> None:
         """Restore the last checkpoint, if there is one. Raises: ValueError for another recipe's."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -23,16 +22,20 @@ from training.learn.images import Validation
 from training.learn.parameter_groups import layerwise_groups
 from training.learn.processes import Processes
 from training.learn.recipe import FinetuneRecipe, LayerwiseAdamW
+from training.models.checkpoints import Checkpoint, open_checkpoint
 from training.models.vit import MergingVisionTransformer, load_vit
 from training.models.weights import save_weights
 
 _VIT = "vit"
+_PIXELS = "pretrained_cfg_overlay"
+"""timm's argument for what the weights were trained with: mean, std, crop_pct, ..."""
 
 
 class FinetuneTraining(ImageTraining[FinetuneRecipe]):
     """A run that trains a ViT; weights.safetensors are the best by validation, or else the last.
 
     Of equally good weights the later ones are kept. They are validated after each epoch.
+    recipe: as `as_stated` returns it. notes: about the weights, for the user.
     Raises: ValueError where the arguments name another number of classes than the images have, or
         the run is shorter than one batch.
     """
@@ -49,7 +52,8 @@ class FinetuneTraining(ImageTraining[FinetuneRecipe]):
     ) -> None:
         recipe = _with_classes(recipe, images.classes)
         super().__init__(recipe, images, folder, validation=validation, processes=processes, n_workers=n_workers)
-        self.vit = initial_vit(recipe).to(processes.device)
+        vit, self.notes = _initial_vit(recipe)
+        self.vit = vit.to(processes.device)
         self.learners[_VIT] = self.vit
         groups = layerwise_groups(self.vit, recipe.optimiser.weight_decay, recipe.optimiser.layer_decay)
         self.optimisers[_VIT] = torch.optim.AdamW(groups, betas=recipe.optimiser.betas, fused=True)
@@ -119,33 +123,51 @@ class FinetuneTraining(ImageTraining[FinetuneRecipe]):
             self.average.load_state_dict(state["average"])
 
 
-def initial_vit(recipe: FinetuneRecipe) -> Any:
-    """Return the recipe's ViT with its weights, and a new head for `num_classes` of its arguments.
+def as_stated(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """Return the recipe with the architecture's arguments and the preprocessing of its checkpoint.
 
-    Raises: ValueError; FileNotFoundError or WeightsMismatch for the weights file.
+    Raises: as `open_checkpoint`.
+    """
+    checkpoint = _checkpoint(recipe)
+    if checkpoint is None:
+        return recipe
+    arguments = {**checkpoint.arguments, **recipe.arguments}
+    if "num_classes" not in recipe.arguments:
+        del arguments["num_classes"]
+    if checkpoint.pixels:
+        arguments[_PIXELS] = {**checkpoint.pixels, **recipe.arguments.get(_PIXELS, {})}
+    return replace(recipe, architecture=checkpoint.architecture, arguments=arguments)
+
+
+def _checkpoint(recipe: FinetuneRecipe) -> Checkpoint | None:
+    """Read the file or folder of weights, with the classes that it has. None where timm has them."""
+    if recipe.weights in (None, "pretrained"):
+        return None
+    arguments = {name: value for name, value in recipe.arguments.items() if name != "num_classes"}
+    return open_checkpoint(recipe.weights, recipe.architecture, arguments)
+
+
+def _initial_vit(recipe: FinetuneRecipe) -> tuple[Any, list[str]]:
+    """Return the recipe's ViT with its weights and a new head, and notes.
+
+    Raises: ValueError or OSError, as `load_vit` and `open_checkpoint`.
     """
     arguments = {**recipe.arguments, "drop_path_rate": recipe.drop_path}
     n_classes = arguments.pop("num_classes")
-    if recipe.weights in (None, "pretrained"):
+    checkpoint = _checkpoint(recipe)
+    if checkpoint is None:
         vit: Any = load_vit(recipe.architecture, weights=cast(Any, recipe.weights), **arguments)
+        notes = [f"weights: {recipe.weights or 'random'}"]
     else:
-        file = Path(recipe.weights)
-        vit = load_vit(recipe.architecture, weights=file, num_classes=_classes_of(file), **arguments)
+        vit = load_vit(recipe.architecture, num_classes=checkpoint.arguments["num_classes"], **arguments)
+        vit.load_state_dict(checkpoint.tensors)
+        notes = [f"weights: {recipe.weights}", *checkpoint.notes]
+    notes.append(f"the head is new: {n_classes} classes; that of the weights had {vit.num_classes}")
     vit.reset_classifier(n_classes)
     for name in ("head", "head_dist"):
         for parameter in getattr(vit, name, nn.Identity()).parameters():
             nn.init.zeros_(parameter)
-    return vit
-
-
-def _classes_of(file: Path) -> int:
-    if not file.is_file():
-        raise FileNotFoundError(f"no weights file {file}")
-    try:
-        with safe_open(file, "pt") as tensors:
-            return int(tensors.get_slice("head.bias").get_shape()[0])
-    except SafetensorError as err:
-        raise ValueError(f"weights {file}: expected the safetensors file of a timm ViT with a head: {err}") from err
+    return vit, notes
 
 
 def _with_classes(recipe: FinetuneRecipe, classes: Sequence[str]) -> FinetuneRecipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.data.augmentation import Mixing
 from training.data.training_images import TrainingImages
@@ -27,9 +26,12 @@ from training.learn.finite import check_finite
 from training.learn.images import Validation, image_batches
 from training.learn.learning_rate import half_cosine, warmup
 from training.learn.losses import LOSSES
-from training.learn.processes import Processes
+from training.learn.picture import draw_learning
+from training.learn.processes import Processes, describe_device
+from training.learn.progress import StepProgress
 from training.learn.recipe import AdamW, ImageRecipe
-from training.learn.run_folder import RunLog, opened_folder, save_checkpoint, saved_state
+from training.learn.run_folder import METRICS, RunLog, opened_folder, save_checkpoint, saved_state
+from training.learn.session import recorded_session
 from training.models.classifier import ServedClassifier
 from training.models.vit import MergingVisionTransformer
 
@@ -47,13 +49,14 @@ class ImageTraining(ABC, Generic[R]):
     """A training run: modules, optimisers and steps taken, which a checkpoint saves and restores.
 
     recipe: with its length in images. vit: the whole model. learners: the modules that learn, by
-        name; optimisers have the same names.
+        name; optimisers have the same names. notes: for the user, before the run.
     Raises: ValueError where the run is shorter than one batch.
     """
 
     vit: Any
     learners: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -175,13 +178,14 @@ class ImageTraining(ABC, Generic[R]):
         agreed = self.processes.agreed
         with self._opened() as log:
             last = min(self.recipe.n_steps, until or self.recipe.n_steps)
-            with self._progress(last) as progress, closing(self._batches(last)) as batches:
+            shown = StepProgress(self.recipe.n_images, self.n_seen, is_shown=self.processes.is_first)
+            with shown as progress, closing(self._batches(last)) as batches:
                 while (batch := agreed(partial(next, batches, None))) is not None:
                     figures = agreed(partial(self.step, *batch))
-                    progress.update(self.recipe.batch_size)
-                    progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+                    progress.advance(self.recipe.batch_size, f"loss {next(iter(figures.values())):.4f}")
                     is_stopping = self.processes.any(stop is not None and stop.is_set())
-                    agreed(partial(self._record, log, figures, checkpoint_every, is_stopping))
+                    if agreed(partial(self._record, log, figures, checkpoint_every, is_stopping)):
+                        progress.checkpoint()
                     if is_stopping:
                         break
         return self.n_steps_taken == self.recipe.n_steps
@@ -196,7 +200,18 @@ class ImageTraining(ABC, Generic[R]):
 
             entered(lambda: opened_folder(self.folder, self._checkpoint_bytes()))
             self.resume()
+            session = entered(lambda: recorded_session(self.folder, self._facts()))
             yield entered(self._opened_log)
+            if session is not None:
+                session["to_n_seen"] = self.n_seen
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "device": describe_device(self.processes.device),
+            "n_processes": self.processes.count,
+            "n_images": len(self.images),
+            "from_n_seen": self.n_seen,
+        }
 
     def _opened_log(self) -> AbstractContextManager[RunLog]:
         if self.validation is not None and self.n_steps_taken < self.recipe.n_steps:
@@ -204,23 +219,22 @@ class ImageTraining(ABC, Generic[R]):
             _ = self.validation.batches
         return closing(RunLog(self.folder, self.n_seen))
 
-    def _record(self, log: RunLog | None, figures: dict[str, float], checkpoint_every: int, is_stopping: bool) -> None:
-        """Log the step, and save a checkpoint where one is due.
+    def _record(self, log: RunLog | None, figures: dict[str, float], checkpoint_every: int, is_stopping: bool) -> bool:
+        """Log the step, and save a checkpoint where one is due; return whether it was.
 
         The log always contains everything before the checkpoint.
         """
         if log is None:
-            return
+            return False
         log.write(self.n_seen, figures)
         is_last = self.n_steps_taken == self.recipe.n_steps
-        if self.is_validation_due(checkpoint_every) or is_last:
-            if self.validation is not None:
-                top1 = self.validate(self.validation)
-                log.write(self.n_seen, {"validation_top1": top1})
-        elif not is_stopping and self.n_steps_taken % checkpoint_every:
-            return
+        if self.validation is not None and (is_last or self.is_validation_due(checkpoint_every)):
+            log.write(self.n_seen, {"validation_top1": self.validate(self.validation)})
+        elif self.n_steps_taken % checkpoint_every and not (is_last or is_stopping):
+            return False
         log.flush()
         self.save()
+        return True
 
     def is_validation_due(self, checkpoint_every: int) -> bool:
         """Return whether to validate after the step that was just taken."""
@@ -238,15 +252,6 @@ class ImageTraining(ABC, Generic[R]):
             return logits.cpu()
 
         return measure(classify, validation.batches).value
-
-    def _progress(self, last: int) -> Any:
-        return tqdm(
-            total=last * self.recipe.batch_size,
-            initial=self.n_seen,
-            unit="image",
-            smoothing=0.05,
-            disable=not self.processes.is_first,
-        )
 
     def _batches(self, last: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         return image_batches(
@@ -273,7 +278,11 @@ class ImageTraining(ABC, Generic[R]):
         """Write a checkpoint in the first process."""
         if self.processes.is_first:
             labels = json.dumps(list(self.images.classes), ensure_ascii=False)
-            artefacts = {"labels.json": lambda file: file.write_text(labels), **self.artefacts()}
+            artefacts: dict[str, Callable[[Path], Any]] = {
+                "labels.json": lambda file: file.write_text(labels),
+                "learning.png": partial(draw_learning, self.folder / METRICS),
+                **self.artefacts(),
+            }
             save_checkpoint(self.folder, self.recipe, self.state(), artefacts)
 
     def resume(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from training.data.preprocessing import InputRule
 from training.data.sources import find_dataset
 from training.learn.dtem import DtemTraining
-from training.learn.finetune import FinetuneTraining
+from training.learn.finetune import FinetuneTraining, as_stated
 from training.learn.image_training import ImageTraining
 from training.learn.images import training_images, validation_images
 from training.learn.processes import Processes
@@ -23,6 +23,8 @@ def prepared(
     recipe: DtemRecipe | FinetuneRecipe, folder: Path, *, processes: Processes, n_workers: int
 ) -> ImageTraining[Any]:
     """Open the images of a recipe and build its model. Raises: ValueError or OSError, as these do."""
+    if isinstance(recipe, FinetuneRecipe):
+        recipe = as_stated(recipe)
     rule = recipe_rule(recipe)
     images = training_images(recipe.data, rule, recipe.seed)
     validation = validation_images(recipe.data, rule, images.classes, n_workers=n_workers)

@@ -117,6 +117,10 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def stop_signals() -> Iterator[Event]:
     """Set the event on Ctrl-C or SIGTERM, so that a run can end after its step.

@@ -136,6 +136,9 @@ class Data:
     """"digits" (the reference task), or a folder with one subfolder of images per class."""
     validation: str | None = None
     """Such a folder, to measure top-1 on. Digits have their own split."""
+    labels: str | None = None
+    """File with the labels in the order of the model's outputs, one per line or JSON; none means the
+    sorted names of the folders. Folders only."""
     n_validation: int = 500
     """Largest number of images to validate on, spread over the classes; 0 for none. Unit: images."""
     n_distinct: int | None = None
@@ -252,7 +255,7 @@ class FinetuneRecipe(ImageRecipe):
 
     optimiser: LayerwiseAdamW
     weights: str | None = None
-    """Weights to start from: "pretrained" for timm's, or a file; none means from scratch."""
+    """Weights to start from: "pretrained" for timm's, or a checkpoint; none means from scratch."""
     drop_path: float = 0.0
     """Probability that the last block is skipped; that of earlier blocks is proportionally lower."""
     ema: float | None = None

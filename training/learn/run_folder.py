@@ -20,6 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.summary import scalar
 
+METRICS = "metrics.jsonl"
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -55,15 +57,13 @@ def opened_folder(folder: Path, checkpoint_bytes: int) -> Iterator[None]:
             f"{folder} cannot hold a checkpoint of {checkpoint_bytes / 1e6:.1f} MB: {err.strerror}; "
             "expected a writable folder with that much space"
         ) from err
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with (folder / ".lock").open("a") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+            # Data workers do not inherit this kind of lock, so those of a killed run cannot hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as err:
             raise OSError(f"{folder} is in use by another run: wait for its end, or give another folder") from err
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:
@@ -77,7 +77,7 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def save_checkpoint(
-    folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], None]]
+    folder: Path, recipe: Any, state: Mapping[str, Any], artefacts: Mapping[str, Callable[[Path], Any]]
 ) -> None:
     """Write state.pt, recipe.json and the artefacts, then replace the previous ones, state.pt last.
 
@@ -153,7 +153,7 @@ class RunLog:
 
     def __init__(self, folder: Path, n_seen: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "metrics.jsonl"
+        file = folder / METRICS
         if file.exists():
             lines = file.read_text().splitlines(keepends=True)
             # The last line may be incomplete.

@@ -62,7 +62,7 @@ def input_rule(vit: nn.Module) -> InputRule:
     """
     model: Any = vit
     height, width = model.patch_embed.img_size
-    return stated_rule(model.pretrained_cfg, height=height, width=width)
+    return stated_rule(getattr(model, "pretrained_cfg", None) or {}, height=height, width=width)
 
 
 def frozen_classifier(

@@ -21,6 +21,9 @@ class RelaxedVisionTransformer(MergingVisionTransformer):
     sizes of 1 and more count as 1.
 
     Source: arXiv 2412.10569, section 3.2.
+    Differs from the paper: for models that average tokens, its code trains with proportional
+        attention and turns it off at inference; here it is off in both, and only the remaining
+        sizes below 1, which inference does not have, weight the attention.
     """
 
     def __init__(

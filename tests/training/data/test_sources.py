@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def test_a_folder_without_images_is_no_class_and_is_named_where_classes_are_miss
     assert [source[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
     with pytest.raises(ValueError, match=r"val has 2 classes, the model 3 outputs: n01-red, n02-blue; .*: n00-empty;"):
         check_classes(3, source)
+
+
+def test_one_folder_is_one_class(folder: Path) -> None:
+    shutil.rmtree(folder / "n02-blue")
+    source = FolderImages(folder, RULE)
+    assert (source.labels, [source[i][1] for i in range(3)]) == (["n01-red"], [0, 0, 0])
 
 
 def test_folder_without_class_folders_is_refused(tmp_path: Path) -> None:

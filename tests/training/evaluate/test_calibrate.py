@@ -275,7 +275,7 @@ def test_without_a_model_it_is_the_newest_reference_model(
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)  # where there is no store
     assert dtem("calibrate", []) == 2
-    assert "expected exactly one of --run, --published and --architecture" in capsys.readouterr().err
+    assert "expected exactly one of --run, --published, --weights" in capsys.readouterr().err
 
 
 def test_trials_of_another_search_are_refused(

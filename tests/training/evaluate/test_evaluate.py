@@ -242,7 +242,7 @@ def test_rows_of_another_evaluation_are_not_mixed_in(
         (["--policies", "tome", "--rates", "0"], "nothing to measure"),
         (["--policies", "dtem"], "policy dtem needs an embedding"),
         (["--run", "somewhere"], "expected exactly one of"),
-        (["--weights", "nowhere.safetensors"], "no weights file nowhere.safetensors"),
+        (["--weights", "nowhere.safetensors"], "no checkpoint nowhere.safetensors"),
         (["--data", "nowhere"], "nowhere"),
         (["--rates", "0,120"], "cannot remove r=120"),
         (["--device", "nowhere"], "--device nowhere: expected cpu, cuda or cuda:<number>"),

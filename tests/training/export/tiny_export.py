@@ -22,7 +22,7 @@ from training.tasks.task import output_tensors
 
 RATES = (0, 8, 32)
 GRAPHS = [("none", 0), *((policy, r) for policy in ("tome", "dtem") for r in RATES if r)]
-# As timm has it.
+# As timm has it, not as the digits have it.
 RULE = InputRule(height=112, width=112, resize_height=124, resize_width=124, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
@@ -59,6 +59,7 @@ def command(folder: Path) -> list[str]:
             calibration.save(folder / f"{calibration.policy}.json")
         (folder / "store").mkdir()
     model = ["--architecture", "vit_tiny_patch16_224", "--weights", str(folder / "weights.safetensors")]
+    model += ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--crop-pct", "0.9"]
     data = [
         "--data",
         "digits",

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.commands import dtem
 from tests.training.learn.tiny_run import FINETUNE, RULE, logged, write_run
+from training.cli.model_options import chosen_model
+from training.cli.options import ModelOptions
 from training.learn.finetune import FinetuneTraining
 from training.learn.image_training import ImageTraining
 from training.learn.images import Validation, training_images, validation_images
@@ -93,8 +97,8 @@ def test_written_weights_are_the_average(recipe: FinetuneRecipe, tmp_path: Path)
 
 
 def test_loss_falls_on_a_folder_from_scratch(recipe: FinetuneRecipe, tmp_path: Path) -> None:
-    data = replace(recipe.data, mixup=0.0, label_smoothing=0.0)
-    training(replace(recipe, weights=None, epochs=20, drop_path=0.0, data=data), tmp_path).run(checkpoint_every=1000)
+    data = replace(recipe.data, mixup=0.0, label_smoothing=0.0, validation=None)
+    training(replace(recipe, weights=None, epochs=12, drop_path=0.0, data=data), tmp_path).run(checkpoint_every=1000)
     losses = [entry["vit_loss"] for entry in logged(tmp_path) if "vit_loss" in entry]
     assert losses[0] == pytest.approx(1.386, abs=0.01)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
@@ -126,3 +130,25 @@ def test_learning_rate_is_lower_in_earlier_blocks() -> None:
     assert found["blocks.0.attn.qkv.bias"] == (0.25, 0)
     assert found["patch_embed.proj.weight"] == (0.125, 0.1)
     assert found["cls_token"] == found["pos_embed"] == (0.125, 0)
+
+
+def test_run_from_a_timm_folder_is_read_by_the_other_commands(tmp_path: Path) -> None:
+    """With the preprocessing that the folder states, and the labels of the images."""
+    file = write_run(tmp_path, FINETUNE, weights=f'weights = "{tmp_path}/given"', epochs="epochs = 1")
+    (tmp_path / "given").mkdir()
+    (tmp_path / "vit.safetensors").rename(tmp_path / "given" / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 4,
+        "model_args": {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2},
+        "pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 1.0},
+    }
+    (tmp_path / "given" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "train" / "dog").rename(tmp_path / "elk")
+    (tmp_path / "val" / "dog").rename(tmp_path / "elk2")
+    assert dtem("learn", ["--recipe", str(file), "--out", str(tmp_path / "run"), "--workers", "0"]) == 0
+    chosen = chosen_model(ModelOptions(run=tmp_path / "run"))
+    assert (chosen.n_outputs, chosen.labels, chosen.data) == (3, ("ant", "bee", "cat"), str(tmp_path / "val"))
+    assert (chosen.rule.mean, chosen.rule.std) == ((0.1,) * 3, (0.2,) * 3)
+    written = load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in chosen.vit.state_dict().items())

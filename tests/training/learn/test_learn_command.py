@@ -31,9 +31,9 @@ def started(recipe: Path, out: Path, n_workers: int) -> "subprocess.Popen[bytes]
 
 
 def wait_for_lines(process: "subprocess.Popen[bytes]", out: Path, n_lines: int) -> None:
-    """Wait until n_lines are logged; output of the progress bar triggers each check."""
+    """Wait until n_lines are logged; each line of progress triggers a check."""
     assert process.stderr is not None
-    while process.stderr.read(40):
+    while process.stderr.readline():
         log = out / "metrics.jsonl"
         if log.exists() and log.read_text().count("\n") >= n_lines:
             return
@@ -93,7 +93,7 @@ def test_image_that_cannot_be_read_ends_the_run_with_its_name(tmp_path: Path, br
     _, errors = process.communicate(timeout=120)
     line = errors.decode().splitlines()[-1]
     assert process.returncode == 2
-    assert re.fullmatch(r"training refused: .*bee/\d\.png.*", line)
+    assert re.fullmatch(r"dtem learn: .*bee/\d\.png.*", line)
 
 
 @pytest.mark.slow
@@ -102,10 +102,10 @@ def test_image_that_cannot_be_read_ends_several_processes(tmp_path: Path) -> Non
     for file in tmp_path.glob("train/bee/*.png"):
         file.write_bytes(b"")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "training.cli.learn", *arguments(recipe, tmp_path / "out", 1)]
+    command = [*launcher, "-m", "dtem", "learn", *arguments(recipe, tmp_path / "out", 1)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode != 0
-    assert len(re.findall(r"^training refused: training image .*/bee/\d\.png", done.stderr, re.M)) == 1
+    assert len(re.findall(r"^dtem learn: training image .*/bee/\d\.png", done.stderr, re.M)) == 1
     assert "exitcode : 2" in re.sub(r"exitcode\s*:\s*", "exitcode : ", done.stderr)
 
 

@@ -1,13 +1,20 @@
 import json
+import multiprocessing
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.training.learn.tiny_run import logged, tiny_recipe, tiny_training, write_run
+from training.learn.dtem import DtemTraining
+from training.learn.picture import _means, draw_learning
+from training.learn.progress import StepProgress
 from training.learn.recipe import DtemRecipe
 from training.learn.run_folder import RunLog, opened_folder, replaced
 
@@ -61,7 +68,7 @@ def test_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_full_folder_is_refused_before_the_first_step(recipe: DtemRecipe, tmp_path: Path) -> None:
     with room_for(500_000), pytest.raises(OSError, match=r"run cannot hold a checkpoint of 1\.\d MB: File too large"):
         tiny_training(recipe, tmp_path / "run").run()
-    assert not list((tmp_path / "run").iterdir())
+    assert not contents(tmp_path / "run")
 
 
 def test_folder_that_is_a_file_is_refused(recipe: DtemRecipe, tmp_path: Path) -> None:
@@ -70,7 +77,7 @@ def test_folder_that_is_a_file_is_refused(recipe: DtemRecipe, tmp_path: Path) ->
         tiny_training(recipe, tmp_path / "run").run()
 
 
-@pytest.mark.parametrize(("n_bytes", "file"), [(3_000, r"state\.pt"), (30_000, r"weights\.safetensors")])
+@pytest.mark.parametrize(("n_bytes", "file"), [(3_000, r"state\.pt"), (80_000, r"weights\.safetensors")])
 def test_disk_that_becomes_full_leaves_the_last_checkpoint(
     recipe: DtemRecipe, tmp_path: Path, n_bytes: int, file: str
 ) -> None:
@@ -78,6 +85,7 @@ def test_disk_that_becomes_full_leaves_the_last_checkpoint(
     whole.run(checkpoint_every=2)
     ended.run(checkpoint_every=2, until=5)
     before = contents(tmp_path / "ended")
+    # Without it, the frozen ViT is written too.
     (tmp_path / "ended" / "state.pt").rename(tmp_path / "state.pt")
     with room_for(n_bytes), pytest.raises(OSError, match=rf"{file} cannot be written, and the last .*File too large"):
         ended.save()
@@ -123,8 +131,82 @@ def test_files_of_a_run_have_the_mode_of_the_umask(recipe: DtemRecipe, tmp_path:
     assert {"weights.safetensors", "embedding.safetensors", "state.pt", "metrics.jsonl"} <= modes.keys()
 
 
-def test_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with opened_folder(tmp_path, 1), pytest.raises(OSError, match="in use by another run"), opened_folder(tmp_path, 1):
+def test_folder_in_use_is_refused_until_its_run_ends_or_is_killed(tmp_path: Path) -> None:
+    (opened, opening), (ended, ending) = os.pipe(), os.pipe()
+
+    def train() -> None:
+        with opened_folder(tmp_path, 1):
+            # As a data worker, which outlives a killed run for a moment.
+            if os.fork() == 0:
+                os.read(ended, 1)
+                os._exit(0)
+            os.write(opening, b".")
+            os.read(ended, 1)
+
+    run = multiprocessing.get_context("fork").Process(target=train)
+    run.start()
+    os.read(opened, 1)
+    with pytest.raises(OSError, match="in use by another run"), opened_folder(tmp_path, 1):
         pass
+    run.kill()
+    run.join()
     with opened_folder(tmp_path, 1):
         pass
+    os.write(ending, b".")
+    for descriptor in (opened, opening, ended, ending):
+        os.close(descriptor)
+
+
+def test_folder_explains_itself(recipe: DtemRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_training(recipe, tmp_path).run(checkpoint_every=2, until=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(DtemTraining, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_training(recipe, tmp_path).run(checkpoint_every=2)
+    tiny_training(recipe, tmp_path).run(checkpoint_every=2)
+    sessions = json.loads((tmp_path / "run.json").read_text())["sessions"]
+    assert [session["from_n_seen"] for session in sessions] == [0, 16, 16]
+    assert [session["outcome"] for session in sessions] == ["ended", "KeyboardInterrupt:", "ended"]
+    assert sessions[-1]["to_n_seen"] == 48
+    for session in sessions:
+        assert session["start"] <= session["end"]
+        assert session["versions"]["torch"] == torch.__version__
+        assert session["versions"]["timm"]
+        assert "pytest" in session["command"]
+        assert session["device"] == "cpu"
+        assert session["host_cpu"]
+    with Image.open(tmp_path / "learning.png") as picture:
+        assert picture.size == (800, 400)
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 2
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_picture_of_many_steps_shows_means(tmp_path: Path) -> None:
+    lines = [json.dumps({"n_seen": n, "vit_loss": 1 / n}) for n in range(1, 5001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    draw_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")
+    n_seen, loss = _means(np.array([[n, 1 / n] for n in range(1, 5001)]))
+    assert len(n_seen) == len(loss) == 200
+    assert n_seen[0] == np.mean(range(1, 26))
+
+
+def test_progress_off_a_terminal_is_a_line_per_checkpoint(
+    recipe: DtemRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_training(recipe, tmp_path).run(checkpoint_every=4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": loss ")[0] for line in lines] == ["image 32 of 48", "image 48 of 48"]
+
+
+def test_progress_on_a_terminal_has_at_most_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StepProgress(1_281_167 * 30, 0) as progress:
+        progress.advance(1024, "loss 6.9077")
+    shown = capsys.readouterr().err.replace("\n", "").split("\r")
+    assert max(map(len, shown)) == 80
+    assert "loss 6.9077" in shown[-1]

@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "scaled-norms": ("beit3_base_patch16_224", SMALL | {"embed_dim": 48, "num_heads": 3}),
     "aim": ("aimv2_large_patch14_224", SMALL | {"embed_dim": 48, "num_heads": 3}),
     "no-position-embedding": ("vit_tiny_patch16_224", SMALL | {"pos_embed": "none"}),
+    "token-and-average": ("vit_small_patch14_reg4_dinov2", SMALL | {"global_pool": "token+avg"}),
     "dynamic-size": ("vit_tiny_patch16_224", SMALL | {"dynamic_img_size": True}),
 }
 

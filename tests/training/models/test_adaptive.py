@@ -12,7 +12,7 @@ from training.models import count_macs, vit_macs
 from training.models.adaptive import AdaptiveVisionTransformer
 from training.models.embedding import DecoupledEmbedding, EmbeddingConfig
 
-FAMILIES = ["deit-distilled", "registers", "average", "average-registers", "qk-norm"]
+FAMILIES = ["deit-distilled", "registers", "average", "average-registers", "qk-norm", "token-and-average"]
 NEVER = Thresholds(alpha=2.0, beta=0.0, floor=2.0, split_depth=2)
 
 

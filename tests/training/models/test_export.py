@@ -31,7 +31,7 @@ def shares_a_destination(model: MergingVisionTransformer) -> bool:
     return source is not None and bool((source.sum(2) > 2).any())
 
 
-@pytest.mark.parametrize("family", ["augreg", "registers", "average-no-class-token"])
+@pytest.mark.parametrize("family", ["augreg", "registers", "average-no-class-token", "token-and-average"])
 def test_onnx_graph_gives_eager_logits_at_any_batch(family: str, tmp_path: Path) -> None:
     model = MergingVisionTransformer(build(family).float(), SCHEDULE, attention="plain").eval()
     batch = {"images": {0: torch.export.Dim("batch")}}

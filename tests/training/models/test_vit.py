@@ -9,6 +9,7 @@ from tests.training.merging import oracle
 from tests.training.models.families import FAMILIES, SMALL, build, images
 from training.merging import Schedule, unmerge
 from training.models import MergingVisionTransformer, load_vit
+from training.models.head import TokenAndAverage
 
 
 def reference_logits(vit: Any, pixels: Tensor, schedule: list[int], is_proportional: bool) -> Tensor:
@@ -32,6 +33,8 @@ def reference_logits(vit: Any, pixels: Tensor, schedule: list[int], is_proportio
         return torch.as_tensor(vit.forward_head(x))
     first = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
     pooled = (x * size)[:, first:].sum(1) / size[first:].sum()
+    if isinstance(vit.head, TokenAndAverage):
+        return torch.cat([x[:, 0], pooled], dim=1) @ vit.head.weight.T + vit.head.bias
     return torch.as_tensor(vit.head(vit.fc_norm(pooled)))
 
 

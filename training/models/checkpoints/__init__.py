@@ -28,8 +28,10 @@ from training.models.weights import differences
 __all__ = ["Checkpoint", "UnreadableCheckpoint", "is_source", "open_checkpoint"]
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
-_UNUSED = re.compile(r"mask_token|(.*\.)?(total_ops|total_params|n_averaged|num_batches_tracked)|decoder.*")
-"""Tensors that training scripts save and no classifier reads."""
+_UNUSED = re.compile(
+    r"mask_token|(.*\.)?(total_ops|total_params|n_averaged|num_batches_tracked)|decoder.*|.*\.qkv\.(weight|bias)_embedding"
+)
+"""Tensors that training scripts save and no classifier reads; the last are an embedding's, see `save_weights`."""
 _LAYER_SCALE = re.compile(r"(blocks\.\d+)\.gamma_([12])")
 
 
@@ -87,7 +89,7 @@ def open_checkpoint(
     tensors, ignored = _cleaned(tensors, file)
     _check_classes(tensors, given, file)
     notes = [*stated.notes, *found.notes, *ignored]
-    if architecture is not None and not is_source(architecture):
+    if architecture is not None:
         name, known = architecture, {}
     elif stated.architecture is not None:
         name, known = stated.architecture, stated.arguments
@@ -109,7 +111,7 @@ def open_checkpoint(
             f"{file} states {len(labels)} labels, and its head has {fitted['num_classes']} classes"
         )
     if not stated.pixels:
-        notes.append(f"no preprocessing stated: mean, std and crop are those of timm's {name}")
+        notes.append(f"no preprocessing stated: mean, std and crop are those of timm's {name}, unless you state them")
     return Checkpoint(name, fitted, tensors, labels, stated.pixels, stated.activation, (*notes, *resampled))
 
 

@@ -40,6 +40,7 @@ _FOREIGN = {
     "tf_model.h5": "from_tf",
 }
 _ACCEPTED = "expected safetensors or a PyTorch state dict (.safetensors, .pth, .pt, .bin, .ckpt, or a folder of these)"
+_numpy_scalar = np.float64(0).__reduce__()[0]
 _SAFE: list[Any] = [
     argparse.Namespace,
     pathlib.PosixPath,
@@ -49,7 +50,8 @@ _SAFE: list[Any] = [
     np.dtypes.Float32DType,
     np.dtypes.Int64DType,
     type(np.float64(0)),
-    np.float64(0).__reduce__()[0],  # the function that numpy pickles scalars by
+    _numpy_scalar,
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
 ]
 """Classes beside tensors that training scripts save, and that run no code when they are read."""
 
@@ -275,7 +277,7 @@ def _refused_pickle(path: Path, err: Exception) -> str:
 
 
 def _unsafe_globals(path: Path) -> Iterator[str]:
-    known = {f"{value.__module__}.{value.__qualname__}" for value in _SAFE}
+    known = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in _SAFE}
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # noqa: BLE001 - of a damaged or an old file; the names only explain the refusal

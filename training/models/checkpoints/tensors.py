@@ -21,6 +21,20 @@ _ANCHORS = {
     "timm": "patch_embed.proj.weight",
     "Hugging Face": "embeddings.patch_embeddings.projection.weight",
 }
+_TORCHVISION = (
+    (r"\bconv_proj\.", "patch_embed.proj."),
+    (r"\bclass_token$", "cls_token"),
+    (r"\bencoder\.pos_embedding$", "pos_embed"),
+    (r"\bencoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\bself_attention\.in_proj_", "attn.qkv."),
+    (r"\bself_attention\.out_proj\.", "attn.proj."),
+    (r"\bln_([12])\.", r"norm\1."),
+    (r"\bmlp\.(0|linear_1)\.", "mlp.fc1."),
+    (r"\bmlp\.(3|linear_2)\.", "mlp.fc2."),
+    (r"\bencoder\.ln\.", "norm."),
+    (r"\bheads\.head\.", "head."),
+)
+"""Names of torchvision's VisionTransformer, which computes the same as timm's."""
 _EMA = re.compile(r"(^|_)ema($|_)|^teacher|averaged|^shadow")
 _LAST = ("student", "online", "momentum")
 _OPTIMISER = re.compile(r"optim|grad_scaler|lr_sched")
@@ -48,6 +62,9 @@ def find_vit(content: Mapping[str, Any], file: Path) -> Found:
     Raises: UnreadableCheckpoint where there is no plain ViT, or several that cannot be told apart.
     """
     flat = dict(_flattened(content))
+    is_torchvision = any("encoder_layer_0.self_attention.in_proj_weight" in name for name in flat)
+    if is_torchvision:
+        flat = {_from_torchvision(name): tensor for name, tensor in flat.items()}
     if not flat:
         raise UnreadableCheckpoint(f"{file} has no tensors, only {_some(content)}")
     prefixes = {style: _prefixes(flat, anchor) for style, anchor in _ANCHORS.items()}
@@ -55,11 +72,16 @@ def find_vit(content: Mapping[str, Any], file: Path) -> Found:
     if not prefixes[style]:
         raise UnreadableCheckpoint(f"{file} {_looks_like(flat)}")
     prefix, others = _chosen(prefixes[style], file)
-    notes = [f"weights of {prefix.rstrip('.')!r}" + (f", not of {_some(others)}" if others else "")] if prefix else []
+    is_wrapped = prefix and style == "timm"
+    notes = (
+        [f"weights of {prefix.rstrip('.')!r}" + (f", not of {_some(others)}" if others else "")] if is_wrapped else []
+    )
+    if is_torchvision:
+        notes.append("names of torchvision's VisionTransformer")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
     if style == "Hugging Face":
         tensors = {name.removeprefix(prefix): tensor for name, tensor in flat.items()}
-    elif (head := _head(flat, prefix, tensors)) is not None:
+    elif head := _head(flat, prefix, tensors, file):
         tensors |= {f"head.{name.rpartition('.')[2]}": flat[name] for name in head}
         notes.append(f"head: {head[0].rpartition('.')[0]}")
     if ignored := _ignored(content, flat, prefix):
@@ -73,6 +95,12 @@ def _flattened(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[s
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping) and not _OPTIMISER.search(str(name).lower()):
             yield from _flattened(value, f"{prefix}{name}.")
+
+
+def _from_torchvision(name: str) -> str:
+    for pattern, replacement in _TORCHVISION:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _prefixes(flat: Mapping[str, Tensor], anchor: str) -> list[str]:
@@ -96,27 +124,37 @@ def _chosen(prefixes: list[str], file: Path) -> tuple[str, list[str]]:
     return chosen[0], [prefix.rstrip(".") for prefix in prefixes if prefix != chosen[0]]
 
 
-def _head(flat: Mapping[str, Tensor], prefix: str, tensors: Mapping[str, Tensor]) -> list[str] | None:
-    """Return the names of a linear classifier that stands beside the ViT, or has another name in it."""
+def _head(flat: Mapping[str, Tensor], prefix: str, tensors: Mapping[str, Tensor], file: Path) -> list[str]:
+    """Return the names of a linear classifier that stands beside the ViT, or has another name in it.
+
+    Raises: UnreadableCheckpoint where other layers stand beside the ViT, since they may come between.
+    """
     if "head.weight" in tensors:
-        return None
+        return []
     width = tensors["patch_embed.proj.weight"].shape[0]
     scope = prefix
     while True:
+        inner = {name.removeprefix(scope): name for name in flat if name.startswith(scope)}
         found = [
             name
-            for name in flat
-            if name.startswith(scope)
-            and (match := _HEADS.fullmatch(name.removeprefix(scope)))
+            for name in inner
+            if (match := _HEADS.fullmatch(name))
             and match[2] == "weight"
-            and flat[name].ndim == 2
-            and flat[name].shape[1] == width
+            and flat[inner[name]].ndim == 2
+            and flat[inner[name]].shape[1] == width
         ]
         if len(found) == 1:
-            bias = found[0].removesuffix("weight") + "bias"
-            return [found[0], *([bias] if bias in flat else [])]
+            head = [name for name in (found[0], found[0].removesuffix("weight") + "bias") if name in inner]
+            beside = [
+                name
+                for name in inner
+                if name.endswith(".weight") and name not in head and not inner[name].startswith(prefix)
+            ]
+            if beside:
+                raise UnreadableCheckpoint(f"{file} has layers beside the ViT and its head: {_some(beside)}")
+            return [inner[name] for name in head]
         if not scope:
-            return None
+            return []
         scope = scope.rstrip(".").rpartition(".")[0]
         scope += "." if scope else ""
 
@@ -130,7 +168,6 @@ def _looks_like(flat: Mapping[str, Tensor]) -> str:
     names = list(flat)
     kinds = {
         "a CLIP model of OpenAI or OpenCLIP": r"visual\.(class_embedding|conv1|transformer)",
-        "a torchvision VisionTransformer": r"(^|\.)encoder\.layers\.encoder_layer_0\.",
         "a convolutional network": r"(^|\.)(conv1|bn1|stem\.0|layer1\.0\.conv1|features\.0)\.",
         "an adapter (LoRA), without the weights of its model: merge it first": r"lora_[AB]",
         "the state of an optimiser": r"exp_avg",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from training.models import UnsupportedArchitecture, load_vit
@@ -89,6 +90,14 @@ def test_head_beside_the_backbone_is_found(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(path, NAME, {"patch_size": 8, "depth": 2})
     assert_equal(checkpoint.load(), vit)
     assert f"head: state_dict.{name}" in checkpoint.notes
+
+
+def test_layers_between_the_backbone_and_its_head_are_refused(tmp_path: Path) -> None:
+    tensors = vit_of().state_dict()
+    head = {f"head.{kind}": tensors.pop(f"head.{kind}") for kind in ("weight", "bias")}
+    path = save(tmp_path / "a.pth", {**prefixed(tensors, "backbone."), **head, "neck.weight": torch.ones(192, 192)})
+    with pytest.raises(UnreadableCheckpoint, match=r"layers beside the ViT and its head: neck\.weight"):
+        open_checkpoint(path)
 
 
 INFERRED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
@@ -268,7 +277,7 @@ def test_folder_of_timm_gives_model_labels_and_preprocessing(tmp_path: Path, pre
     assert checkpoint.labels == tuple(f"class {index}" for index in range(7))
     assert_equal(checkpoint.load(), vit)
     loaded: Any = checkpoint.load()
-    source = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    source: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     assert_equal(loaded, source)
     for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation", "input_size"):
         expected = source.pretrained_cfg[key]
@@ -300,6 +309,20 @@ def test_facebook_names_of_layer_scale_are_read(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pth", {"model": stored})
     given = {**SMALL, "embed_dim": 64, "num_heads": 1}
     assert_equal(open_checkpoint(path, "deit3_small_patch16_224", given).load(), vit)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_torchvision_are_read(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+    model = torchvision.models.VisionTransformer(**sizes, num_classes=3).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    path = save(tmp_path / "a.pth", {"model": prefixed(model.state_dict(), prefix), "epoch": 1})
+    vit = open_checkpoint(path, arguments={"num_heads": 2}).load()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_token_and_average_is_an_argument_of_load_vit() -> None:

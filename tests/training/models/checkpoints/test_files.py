@@ -82,6 +82,15 @@ def test_objects_of_training_scripts_are_read(tmp_path: Path) -> None:
     assert_read(tmp_path / "a.pth")
 
 
+def test_numbers_of_older_numpy_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({**TENSORS, "best": np.float64(0.9)}, path, _use_new_zipfile_serialization=False)
+    older = path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert older != path.read_bytes()
+    path.write_bytes(older)
+    assert_read(path)
+
+
 CONTENTS = {
     "is empty": b"",
     "is a git-lfs pointer, .* git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",

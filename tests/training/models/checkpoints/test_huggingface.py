@@ -104,7 +104,7 @@ def reference_logits(kind: str, stored: dict[str, Tensor], images: Tensor) -> Te
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        scaled: Tensor = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
         return scaled * get(f"{name}.weight") + get(f"{name}.bias")
 
     def mlp(x: Tensor, block: str) -> Tensor:
@@ -135,7 +135,9 @@ def reference_logits(kind: str, stored: dict[str, Tensor], images: Tensor) -> Te
         block = f"encoder.layer.{index}"
         hidden = norm(x, f"{block}.{before}")
         q, k, v = (
-            linear(hidden, f"{block}.attention.attention.{part}").unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            linear(hidden, f"{block}.attention.attention.{part}")
+            .view(len(x), -1, HEADS, WIDTH // HEADS)
+            .transpose(1, 2)
             for part in ("query", "key", "value")
         )
         weights = (q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS)).softmax(-1)

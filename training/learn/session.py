@@ -1,0 +1,96 @@
+"""run.json: what ran in the folder of a run, on which machine, from when to when."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.learn.run_folder import replaced
+
+FILE = "run.json"
+_PACKAGES = ("dtem-serve", "torchvision", "timm", "numpy", "pillow")
+
+
+@contextmanager
+def recorded_session(folder: Path, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Add a session to run.json: one for the start of a run, and one for each time it resumed.
+
+    Yields the session, for what is known at its end. Without `end`, it was killed.
+    """
+    file = folder / FILE
+    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    session = {"start": _now(), **_surroundings(), **facts}
+
+    def write() -> None:
+        with replaced(file) as new:
+            new.write_text(json.dumps({"sessions": [*sessions, session]}, indent=2, ensure_ascii=False))
+
+    write()
+    session["outcome"] = "ended"
+    try:
+        yield session
+    except BaseException as err:
+        session["outcome"] = " ".join(f"{type(err).__name__}: {err}".split())
+        raise
+    finally:
+        session["end"] = _now()
+        # The disk may be full, which is then being reported.
+        with suppress(OSError):
+            write()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "git_commit": _git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "host": platform.node(),
+        "host_cpu": _cpu(),
+        "n_cpus": len(os.sched_getaffinity(0)),
+        "n_threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this code, with "-dirty" where files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
