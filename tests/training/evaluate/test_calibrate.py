@@ -324,7 +324,7 @@ def test_folder_is_divided_into_images_of_the_search_and_of_the_report(command: 
         (["--split", "test"], "calibrate on train or validation"),
         (["--metric", "embedding"], "--metric embedding needs an embedding"),
         (["--data", "FOLDER", "--n-unseen", "500"], "has 3 images; 60 to calibrate and 500"),
-        (["--data", "FOLDER", "--n-images", "2", "--n-unseen", "1"], "the model has 10 outputs, but"),
+        (["--data", "FOLDER", "--n-images", "2", "--n-unseen", "1"], "has 1 classes, the model 10 outputs"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(

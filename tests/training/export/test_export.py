@@ -356,7 +356,7 @@ def test_full_disk_is_refused_before_anything_is_written(
         (["--default-r", "4"], "default_r 4"),
         (["--default-policy", "dtem"], "default_policy dtem: expected one of none, tome"),
         (["--default-policy", "none", "--default-r", "8"], "default_r 8: expected one of [0], the rates of the"),
-        (["--rates", "8,8"], "rates [8, 8]"),
+        (["--rates", "8,8"], "expected distinct rates"),
         (["--formats", "onnx,tensorrt"], "format tensorrt with precision float32: expected one of onnx float32"),
         (["--precisions", "int4"], "format onnx with precision int4"),
         (["--rates", "8,150"], "cannot remove r=150"),
