@@ -118,7 +118,7 @@ def test_image_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, content:
 
 
 def test_image_is_oriented_by_its_exif(tmp_path: Path) -> None:
-    (tmp_path / "train" / "one").mkdir(parents=True)
+    write_images(tmp_path / "train", 1, ("one", "two"))
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32] = 255  # white above; to be turned upside down
     exif = Image.Exif()

@@ -83,7 +83,7 @@ def test_bad_recipe_is_refused_with_file_and_key(tmp_path: Path, old: str, new: 
         ("clip_norm = 5.0", "clip_norm = 5.0\nbetas = [0.9, 1.1]", r"betas \[0.9, 1.1\].* from 0 to 1"),
         ("clip_norm = 5.0", "clip_norm = 5.0\n[relaxation]\ntau1 = 0", "tau1 0"),
         ('weights = "pretrained"', "", "the recipe lacks weights"),
-        ("seed = 1", "seed = 1\nembedding_weight = 3", "no key 'embedding_weight': did you mean 'embedding'"),
+        ("seed = 1", "seed = 1\nembedding_weight = 3", "no key 'embedding_weight': did you mean 'embedding_weights'"),
         ("arguments = {}", "arguments = {}\nlayer_decay = 0.5", r"\[model\] has no key 'layer_decay'"),
         ("mixup = 0.8", "mix_up = 0.8", r"\[data\] has no key 'mix_up': did you mean 'mixup'"),
         ("clip_norm = 5.0", "clip_norm = 5.0\nlerning_rate = 1", "'lerning_rate': did you mean 'learning_rate'"),
