@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import onnx
 from torch import nn
 
 from training.data.preprocessing import InputRule
 from training.data.sources import Source
 from training.evaluate.results import Row, value_entry
 from training.export.formats import GraphFormat
+from training.export.onnx_format import MIN_ONNXRUNTIME
 from training.export.plan import manifest_schema
 from training.models.classifier import SOFTMAX
 from training.models.embedding import DecoupledEmbedding
@@ -37,11 +37,6 @@ PROMISE = (
     "Batch-invariant: results do not depend on the other images in the batch, up to floating-point rounding. The batch "
     "is padded, and absent tokens are masked."
 )
-
-
-_FIRST_OF_OPSET = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.20", 23: "1.23"}
-_FIRST_OF_IR = {8: "1.11", 9: "1.15", 10: "1.18", 11: "1.23"}
-"""ONNX Runtime's first release with an opset or an IR version of ONNX, from its release notes."""
 
 
 def calibration_file(policy: str) -> str:
@@ -151,25 +146,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def exporter_entries(commit: str | None, files: Sequence[Path]) -> dict[str, Any]:
+def exporter_entries(commit: str | None, files: Iterable[Path]) -> dict[str, Any]:
     """Return what exported the version, and the least ONNX Runtime that reads its graphs.
 
     commit: None asks git.
     """
-    graphs = [onnx.load(file, load_external_data=False) for file in files if file.suffix == ".onnx"]
-    least = [version for graph in graphs for version in _least_onnxruntime(graph)]
+    has_onnx = any(file.suffix == ".onnx" for file in files)
     return {
         "git_commit": commit or git_commit(),
         "exporter": f"dtem-serve {_package_version()}",
-        "min_onnxruntime": max(least, key=lambda version: [int(part) for part in version.split(".")], default=None),
+        "min_onnxruntime": MIN_ONNXRUNTIME if has_onnx else None,
     }
-
-
-def _least_onnxruntime(graph: onnx.ModelProto) -> list[str]:
-    """Return the first releases that read the graph's IR version, and its operators where that is known."""
-    opset = next(entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
-    found = [_FIRST_OF_IR.get(graph.ir_version), _FIRST_OF_OPSET.get(opset)]
-    return [version for version in found if version is not None]
 
 
 def _package_version() -> str:

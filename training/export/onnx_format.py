@@ -22,6 +22,8 @@ from training.models.frozen import FrozenModule
 from training.tasks import graph_outputs
 
 OPSET = 20
+MIN_ONNXRUNTIME = "1.18"
+"""The first release that reads the IR version of our graphs, 10: tried with 1.17.3, which refuses them, and 1.18.1."""
 _SCORES, _FED = "scores.", "fed."
 """Names of the scores of each block that merges, and of the scores that replace them in a check."""
 
