@@ -25,6 +25,7 @@ EXAMPLES = example(
 @click.option("--formats", default="onnx", help="comma-separated, of onnx, torchscript")
 @click.option("--precisions", default="float32", help="comma-separated, of float32")
 @click.option("--tolerance", type=float, default=1e-4, help="largest difference of a result from eager")
+@click.option("--device", default="cpu", help="on which the graphs are measured, e.g. cuda")
 def command(**options: Any) -> int:
     """Publish a ViT: a verified, measured graph per policy and rate.
 

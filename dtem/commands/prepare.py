@@ -59,7 +59,7 @@ def _steps(model: ModelOptions, folder: Path, published: Path, options: dict[str
         steps += [["learn", "--recipe", str(unmerged / "dtem.toml"), "--out", str(learned)]]
     chosen = ["--run", str(learned if train else unmerged), "--data", str(model.data)]
     export = ["export", *chosen, "--name", published.parent.name, "--version", published.name]
-    export += ["--store", str(published.parents[1]), "--rates", ",".join(map(str, options["rates"]))]
+    export += ["--store", str(published.parents[1]), "--rates", ",".join(map(str, options["rates"])), *device]
     if options["adaptive"]:
         metric = ["--metric", "embedding" if train else "features", "--n-trials", str(options["n_trials"])]
         bound = ["--max-accuracy-drop", str(options["max_accuracy_drop"])]

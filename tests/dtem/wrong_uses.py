@@ -93,6 +93,7 @@ WRONG_USES: dict[str, tuple[str, str]] = {
     "arguments that are no JSON": (f"{EXPORT} --weights five.pth --data five --arguments '{{'", "is no JSON"),
     "softmax over one output": (f"{EXPORT} {ANY} --weights one.pth --data two", "expected activation sigmoid"),
     "device that is not there": (f"evaluate {MODEL} --device cuda:99 --out out", "--device cuda:99: expected cpu"),
+    "device of an export that is not there": (f"{EXPORT} {MODEL} --device cuda:99", "cuda:99: expected cpu"),
     "run that is none": ("evaluate --run five --data five --out out", "five"),
     "two models": (f"evaluate {MODEL} --published store/taken/1 --out out", "expected exactly one of"),
     "calibration on too few images": (f"calibrate {MODEL} --n-images 9 --n-unseen 9 --out out", "has 10 images"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from training.cli.devices import chosen_device
 from training.cli.model_options import chosen_model, chosen_source, published_calibrations, read_calibrations
 from training.cli.options import ModelOptions
 from training.cli.plan import plan_of
@@ -22,6 +23,7 @@ def run(model: ModelOptions, options: Namespace) -> int:
     torch.manual_seed(0)
     plan = plan_of(options)
     # Refused before a model is loaded.
+    chosen_device(plan.device)
     plan_formats(plan)
     given = read_calibrations(options.calibrations) if options.calibrations else None
     chosen = chosen_model(model)

@@ -17,6 +17,7 @@ def plan_of(options: Namespace) -> Plan:
         formats=tuple(options.formats.split(",")),
         precisions=tuple(options.precisions.split(",")),
         parity_tolerance=options.tolerance,
+        device=options.device,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from training.export.onnx_format import OPSET, OnnxClassifier, OnnxScores, export_onnx
+from training.export.onnx_format import OPSET, OnnxClassifier, OnnxScores, export_onnx, require_provider
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript, traced_scores
 from training.models.frozen import FrozenModule
 from training.models.variants import FLOAT32
@@ -30,7 +30,8 @@ class GraphFormat:
     write: (module, example uint8 (B, H, W, 3), graph file, weights file of the version) -> the
         names of the files that the graph requires. A converter of another precision writes its own
         weights next to the graph.
-    load: run a graph on the CPU, as the service does.
+    load: (graph file, device="cpu") -> the graph, run as the service does.
+    require: raises ValueError where graphs of this format do not run on a device here.
     show: (module, example, graph file) -> the graph with its scores after its outputs, by which
         parity follows its decisions; None where they cannot be taken out, and then results alone
         are compared.
@@ -46,7 +47,8 @@ class GraphFormat:
     suffix: str
     opset: int | None
     write: Callable[[FrozenModule, Tensor, Path, Path], list[str]]
-    load: Callable[[Path], Exported]
+    load: Callable[..., Exported]
+    require: Callable[[str], None] = lambda device: None
     show: Callable[[FrozenModule, Tensor, Path], Shown] | None = None
     feed: Callable[[Path], Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, ...]]] | None = None
     parity_tolerance: float | None = None
@@ -61,6 +63,7 @@ FORMATS = (
         OPSET,
         write=export_onnx,
         load=OnnxClassifier,
+        require=require_provider,
         show=lambda module, example, file: OnnxScores(file),
         feed=lambda file: OnnxScores(file, is_fed=True),
     ),

@@ -54,8 +54,9 @@ def measured_row(
     source: DecodedImages,
     work: Path,
     predecessor: Path | None,
+    device: str = "cpu",
 ) -> tuple[Row, list[float], str]:
-    """Measure a graph file; return the row, the tokens per block, and the date.
+    """Measure a graph file, on the device it was loaded on; return the row, the tokens per block, and the date.
 
     An earlier measurement of identical files on the same images is reused: that of an interrupted
     export, or of the predecessor, a published version.
@@ -63,7 +64,7 @@ def measured_row(
     module, model = graph.module, graph.module.model
     kept = work / MEASURED
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)}"
+    key = f"{sha256(work / name)} {sha256(work / WEIGHTS)} {source.name} {source.split} {len(source)} {device}"
     if key in known:
         entry, packed, tokens, date = known[key]
         return Row(**{**entry, "scores": _read_scores(packed, entry["measure"], len(source))}), tokens, date
@@ -72,7 +73,7 @@ def measured_row(
         row, date = published
     else:
         date = datetime.now(UTC).date().isoformat()
-        by, n_parallel = find_task(module.task).measure, cpu_count()
+        by, n_parallel = find_task(module.task).measure, cpu_count() if device == "cpu" else 1
         size = min(BATCH_SIZE, images_at_once(module.model.vit, n_parallel=n_parallel))
         batches = progress(source.batches(size), name, -(-len(source) // size))
         result = measure(exported, batches, n_parallel=n_parallel, by=by)

@@ -24,6 +24,7 @@ from training.tasks import graph_outputs
 OPSET = 20
 MIN_ONNXRUNTIME = "1.18"
 """The first release that reads the IR version of our graphs, 10: tried with 1.17.3, which refuses them, and 1.18.1."""
+_CUDA = "CUDAExecutionProvider"
 _SCORES, _FED = "scores.", "fed."
 """Names of the scores of each block that merges, and of the scores that replace them in a check."""
 
@@ -99,10 +100,10 @@ def _integers(*values: int) -> Any:
 
 
 class OnnxClassifier:
-    """An exported graph, run on a CPU as the service does."""
+    """An exported graph, run as the service does."""
 
-    def __init__(self, file: Path, n_threads: int = 1) -> None:
-        self._session = _open(str(file), file.parent, n_threads)
+    def __init__(self, file: Path, n_threads: int = 1, device: str = "cpu") -> None:
+        self._session = _open(str(file), file.parent, n_threads, device)
 
     def __call__(self, pixels: Tensor) -> Any:
         """Return the outputs of the graph: one tensor, or a tuple."""
@@ -137,9 +138,21 @@ class OnnxScores:
         return tuple(torch.from_numpy(array) for array in found)
 
 
-def _open(model: str | bytes, folder: Path, n_threads: int) -> onnxruntime.InferenceSession:
+def require_provider(device: str) -> None:
+    """Raises: ValueError where this ONNX Runtime does not run on the device."""
+    if device != "cpu" and _CUDA not in onnxruntime.get_available_providers():
+        raise ValueError(
+            f"--device {device}: ONNX Runtime has no {_CUDA}: install onnxruntime-gpu, or leave onnx out of --formats"
+        )
+
+
+def _open(model: str | bytes, folder: Path, n_threads: int, device: str = "cpu") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     # Where a model in memory finds its weights file.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    if device == "cpu":
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # With TF32 results differ in the third digit.
+    settings = {"device_id": device.partition(":")[2] or "0", "use_tf32": "0"}
+    return onnxruntime.InferenceSession(model, options, providers=[(_CUDA, settings), "CPUExecutionProvider"])

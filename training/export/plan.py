@@ -28,7 +28,7 @@ class Plan:
     task: a name in `TASKS`. activation: from logits to probabilities. default_r: None means the
         rate above 0 that is nearest to 8.
     default_policy: None means dtem where there is an embedding, else tome.
-    git_commit: of the code that exports; None asks git.
+    git_commit: of the code that exports; None asks git. device: on which graphs are measured.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Plan:
     git_commit: str | None = None
     task: str = CLASSIFY
     activation: str = "softmax"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not self.rates or len(set(self.rates)) != len(self.rates) or min(self.rates) < 0:

@@ -213,7 +213,10 @@ def _export_all(
             exported = graph_format.load(work / name)
             tolerance = graph_format.parity_tolerance or plan.parity_tolerance
             parity[name] = check_parity(graph.module, graph_format, work / name, exported, pixels, tolerance)
-            row, tokens, date = measured_row(exported, graph, graph_format, name, images, work, predecessor)
+            measured = exported if plan.device == "cpu" else graph_format.load(work / name, device=plan.device)
+            row, tokens, date = measured_row(
+                measured, graph, graph_format, name, images, work, predecessor, plan.device
+            )
             # Formats of one precision share a row, that of the first.
             rows.setdefault(row.key, row)
             accuracy = accuracy_entry(row, images, date)
@@ -276,8 +279,14 @@ def _remove_others(work: Path, wanted: set[str]) -> None:
 
 
 def plan_formats(plan: Plan) -> list[GraphFormat]:
-    """Return the formats in each precision. Raises: ValueError for a combination that does not exist."""
-    return [find_format(name, precision) for precision in plan.precisions for name in plan.formats]
+    """Return the formats in each precision.
+
+    Raises: ValueError for a combination that does not exist, or does not run on the plan's device.
+    """
+    found = [find_format(name, precision) for precision in plan.precisions for name in plan.formats]
+    for one in found:
+        one.require(plan.device)
+    return found
 
 
 def _require_disk(store: Path, needed: Needs) -> None:

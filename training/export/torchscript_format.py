@@ -41,14 +41,16 @@ def _frozen_trace(module: nn.Module, example: Tensor) -> Any:
 
 
 class TorchScriptClassifier:
-    """An exported graph, run on a CPU as the service does."""
+    """An exported graph, run as the service does."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str = "cpu") -> None:
+        self._device = device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._graph: Any = torch.jit.load(str(file), map_location="cpu")  # type: ignore[no-untyped-call]
+            self._graph: Any = torch.jit.load(str(file), map_location=device)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Any:
         """Return the outputs of the graph: one tensor, or a tuple."""
-        return self._graph(pixels)
+        found = self._graph(pixels.to(self._device))
+        return found.cpu() if isinstance(found, Tensor) else tuple(part.cpu() for part in found)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -23,6 +24,8 @@ from tests.training.export.tiny_export import (
 from tests.training.tiny_vit import ARGUMENTS, tiny_vit
 from training.export.onnx_format import OnnxClassifier, export_onnx
 from training.export.parity import parity_pixels
+from training.export.plan import Plan
+from training.export.publish import plan_formats
 from training.export.torchscript_format import TorchScriptClassifier, export_torchscript
 from training.export.weights import tensor_places
 from training.merging.adaptive import Thresholds
@@ -182,3 +185,22 @@ def test_graph_is_batch_invariant(published: Path, pixels: Tensor) -> None:
     batch = exported(images)
     single = torch.cat([exported(images[i : i + 1]) for i in range(len(images))])
     assert torch.allclose(batch, single, atol=1e-4)
+
+
+def test_graph_format_is_refused_on_a_device_that_it_does_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    plan = Plan("mine", "1", (0, 8), device="cuda", formats=("torchscript", "onnx"))
+    with pytest.raises(ValueError, match="--device cuda: ONNX Runtime has no CUDAExecutionProvider"):
+        plan_formats(plan)
+    assert [one.name for one in plan_formats(replace(plan, formats=("torchscript",)))] == ["torchscript"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torchscript_is_measured_on_a_gpu(tmp_path: Path) -> None:
+    module = frozen_classifier(tiny_vit(), RULE, 16)
+    export_torchscript(module, torch.zeros(2, 112, 112, 3, dtype=torch.uint8), tmp_path / "graph.pt")
+    pixels = torch.randint(0, 256, (4, 112, 112, 3), dtype=torch.uint8)
+    found = TorchScriptClassifier(tmp_path / "graph.pt", device="cuda")(pixels)
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, module(pixels), rtol=1e-3, atol=1e-3)
