@@ -42,13 +42,13 @@ from tests.training.commands import dtem
 from tests.training.export.tiny_export import calibrations
 from tests.training.tiny_vit import ARGUMENTS
 from training import tasks
+from training.cli.model_options import published_rule
 from training.data.digits import Split, draw, patch_ink
 from training.data.preprocessing import InputRule, read_pixels
 from training.data.sources import DATASETS, DigitScenes, ReferenceTask, Source
 from training.evaluate.comparison import compare
 from training.evaluate.results import read_evaluation
 from training.merging.source import unmerge
-from training.models.classifier import input_rule
 from training.models.frozen import FrozenModule
 from training.models.macs import count_macs
 from training.models.vit import MergingVisionTransformer, MetricChoice, load_vit
@@ -190,7 +190,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 def frozen(folder: Path, r: int) -> FrozenModule:
     vit = load_vit("vit_tiny_patch16_224", weights=folder / "weights.safetensors", **ARCHITECTURE)
-    return freeze(vit.eval(), input_rule(vit), r)
+    return freeze(vit.eval(), published_rule(folder / "segmenter/1"), r)
 
 
 def test_measure_of_the_task_is_published(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_service_answers_as_eager_does(client: TestClient, folder: Path, tmp_pat
     answer = client.post("/segment", params={"policy": "tome", "r": r}, content=(tmp_path / "a.png").read_bytes())
     assert (answer.status_code, answer.json()["r"]) == (200, r)
     module = frozen(folder, r)
-    pixels = torch.from_numpy(read_pixels(tmp_path / "a.png", input_rule(module.model.vit)))
+    pixels = torch.from_numpy(read_pixels(tmp_path / "a.png", published_rule(folder / "segmenter/1")))
     expected = module(pixels[None]).argmax(1)[0]
     assert (np.array(answer.json()["classes"]) == expected.numpy()).mean() > 0.99
 
