@@ -1,5 +1,6 @@
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ EXAMPLES = example(
     "dtem prepare mine.pth --data val --name mine",
     "dtem prepare mine.pth --data val --name mine --train train    (also learns what to merge)",
 )
+
+UNMERGED = "unmerged"
 
 
 @click.command("prepare", epilog=EXAMPLES)
@@ -37,6 +40,7 @@ def command(model: ModelOptions, name: str, store: Path, out: Path | None, **opt
     folder = out or Path("runs") / name
     try:
         model.require_data()
+        _require_paths([path for path in (model.data, options["train"]) if path not in (None, "digits")])
         published = _claim_version(folder, store, name, {**options, "model": as_arguments(model)})
     except (ValueError, OSError) as error:
         raise click.UsageError(" ".join(str(error).split())) from error
@@ -51,7 +55,7 @@ def command(model: ModelOptions, name: str, store: Path, out: Path | None, **opt
 
 
 def _steps(model: ModelOptions, folder: Path, published: Path, options: dict[str, Any]) -> list[list[str]]:
-    unmerged, learned, adaptive = folder / "unmerged", folder / "dtem", folder / "adaptive"
+    unmerged, learned, adaptive = folder / UNMERGED, folder / "dtem", folder / "adaptive"
     train, device = options["train"], ["--device", options["device"]]
     learning = ["--train", str(train), "--n-learn", str(options["n_learn"])] if train else []
     steps = [["inspect", *as_arguments(model), "--out", str(unmerged), *learning, *device]]
@@ -68,6 +72,13 @@ def _steps(model: ModelOptions, folder: Path, published: Path, options: dict[str
     return [*steps, export, ["summary", str(published), "--out", str(folder / "summary")]]
 
 
+def _require_paths(folders: Sequence[Any]) -> None:
+    """Raises: ValueError naming a folder that does not exist"""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} is no folder; expected one with a subfolder of images per class")
+
+
 def _claim_version(folder: Path, store: Path, name: str, options: dict[str, Any]) -> Path:
     """Return the folder of the version to publish, the same one whenever the same command runs.
 
@@ -75,7 +86,8 @@ def _claim_version(folder: Path, store: Path, name: str, options: dict[str, Any]
     """
     file = folder / "prepare.json"
     wanted = json.loads(json.dumps({"name": name, **options}, default=str))
-    if file.is_file():
+    # Until the first step is done, another command may take the folder.
+    if file.is_file() and (folder / UNMERGED).is_dir():
         found = json.loads(file.read_text())
         if found["options"] != wanted:
             differing = [key for key in {**found["options"], **wanted} if found["options"].get(key) != wanted.get(key)]

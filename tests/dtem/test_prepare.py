@@ -14,6 +14,8 @@ from dtem.main import dtem, main
 def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The steps that were run, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
+    for name in ("val", "train", "runs/mine/unmerged"):
+        Path(name).mkdir(parents=True)
     seen: list[list[str]] = []
 
     def run(step: list[str]) -> int:
@@ -67,6 +69,7 @@ def test_same_command_publishes_one_version(steps: list[list[str]]) -> None:
         (["--name", "Pets"], "name 'Pets': expected lower-case letters"),
         (["--max-accuracy-drop", "2"], "runs/mine is of a command with other max_accuracy_drop: choose another --out"),
         (["--store", "file"], "file is not a folder"),
+        (["--train", "nowhere"], "nowhere is no folder"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_written(
@@ -83,6 +86,12 @@ def test_wrong_use_is_refused_before_anything_is_written(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert (sorted(map(str, Path().rglob("*"))), len(steps)) == (before, n_steps)
+
+
+def test_folder_of_a_command_that_did_nothing_is_free(steps: list[list[str]]) -> None:
+    Path("runs/mine/unmerged").rmdir()
+    assert main(PREPARE) == 0
+    assert main([*PREPARE, "--mean", "0.1,0.1,0.1"]) == 0
 
 
 def test_data_is_required(steps: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
