@@ -51,10 +51,17 @@ def run_training(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except refusals as error:
-        raise click.UsageError(" ".join(str(error).split()), context) from error
+        raise click.UsageError(describe(error), context) from error
     except KeyboardInterrupt:
         click.echo(f"dtem {command}: interrupted; run the same command again to go on", err=True)
         return INTERRUPTED
+
+
+def describe(error: Exception) -> str:
+    """Return the message in one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def explain_missing(package: str) -> str:

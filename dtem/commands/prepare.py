@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dtem.options import FILE, as_arguments, checkpoint_options, example, rates_option
+from dtem.training import describe
 from training.cli.options import ModelOptions
 from training.export.plan import Plan, check_plan, next_version
 
@@ -43,7 +44,7 @@ def command(model: ModelOptions, name: str, store: Path, out: Path | None, **opt
         _require_paths([path for path in (model.data, options["train"]) if path not in (None, "digits")])
         published = _claim_version(folder, store, name, {**options, "model": as_arguments(model)})
     except (ValueError, OSError) as error:
-        raise click.UsageError(" ".join(str(error).split())) from error
+        raise click.UsageError(describe(error)) from error
     for step in _steps(model, folder, published, options):
         if step[0] == "export" and published.is_dir():
             continue

@@ -78,8 +78,8 @@ def _architecture(chosen: ChosenModel) -> str:
     vit: Any = chosen.vit
     n_weights = sum(tensor.numel() for tensor in vit.parameters())
     return (
-        f"{chosen.timm_name} {json.dumps(chosen.timm_arguments)}: {len(vit.blocks)} blocks of width {vit.embed_dim}, "
-        f"{_n_tokens(chosen)} tokens, {n_weights / 1e6:.1f} M weights"
+        f"{chosen.timm_name}, {len(vit.blocks)} blocks of width {vit.embed_dim}, {_n_tokens(chosen)} tokens, "
+        f"{n_weights / 1e6:.1f} M weights"
     )
 
 

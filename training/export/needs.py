@@ -38,7 +38,7 @@ class Needs:
         time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
         return (
             f"{self.n_graphs} graphs need up to {self.memory_bytes / 1e9:.1f} GB of memory, "
-            f"{self.disk_bytes / 1e9:.1f} GB of disk and {time}"
+            f"{self.disk_bytes / 1e6:.0f} MB of disk and {time}"
         )
 
 
