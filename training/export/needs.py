@@ -35,7 +35,7 @@ class Needs:
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
-        time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+        time = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
         return (
             f"{self.n_graphs} graphs need up to {self.memory_bytes / 1e9:.1f} GB of memory, "
             f"{self.disk_bytes / 1e6:.0f} MB of disk and {time}"
