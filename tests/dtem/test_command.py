@@ -133,7 +133,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
     assert main(COMPARE) == 2
     message = capsys.readouterr().err
     assert message.startswith("dtem compare: the package torch is missing")
-    assert "-m pip install jsonschema matplotlib" in message
+    assert "-m pip install huggingface-hub joblib jsonschema matplotlib" in message
     assert "--torch-backend cpu" in message
 
 
