@@ -58,7 +58,7 @@ def needs(vit: nn.Module, graphs: Sequence[Graph], source: Source, graph_formats
     return Needs(
         memory_bytes=_LIBRARIES_BYTES
         + _WEIGHT_COPIES * weights
-        + 2 * max(BUDGET_BYTES, activation_bytes(vit))
+        + 3 * max(BUDGET_BYTES, activation_bytes(vit))
         + min(pixels, MAX_MEMORY_BYTES),
         disk_bytes=n_copies * weights + (pixels if pixels > MAX_MEMORY_BYTES else 0),
         seconds=n_graphs * (_SECONDS_PER_BLOCK * depth + (len(source) + _N_CHECKED) * per_image),
