@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import click
 
 from dtem.commands import calibrate, compare, draw, evaluate, export, inspect, learn, prepare, serve, summary
+from dtem.training import INTERRUPTED
 
-SUCCESS, REFUSED, INTERRUPTED = 0, 2, 130
+SUCCESS, REFUSED = 0, 2
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100}
 COMMANDS = (serve, prepare, inspect, learn, calibrate, export, evaluate, compare, summary, draw)
 

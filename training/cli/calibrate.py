@@ -31,7 +31,7 @@ from training.evaluate.calibrate import (
     search,
     write_trial,
 )
-from training.evaluate.progress import progress
+from training.evaluate.progress import COLUMNS, progress
 from training.evaluate.results import with_suffix
 from training.merging.adaptive import Score
 from training.merging.policies import ADAPTIVE_METRICS
@@ -94,7 +94,9 @@ def run(model: ModelOptions, options: Namespace) -> int:
     known = _known(log, about)
     calibrating = evaluator(source)
     print(shown_bound(options.max_accuracy_drop, len(source)), file=sys.stderr)
-    bar = tqdm(total=options.n_trials, desc="trials", initial=len(known), ncols=80, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=options.n_trials, desc="trials", initial=len(known), ncols=COLUMNS, disable=not sys.stderr.isatty()
+    )
     with bar:
 
         def on_trial(trial: Trial) -> None:

@@ -18,7 +18,7 @@ from training.data.sources import Source
 from training.evaluate.accuracy import Measurement, measure
 from training.evaluate.progress import progress
 from training.learn.run_folder import replaced
-from training.models.activations import images_at_once
+from training.models.activations import images_at_once, n_tokens
 from training.models.classifier import SIGMOID
 from training.models.weights import save_weights
 
@@ -78,14 +78,9 @@ def _architecture(chosen: ChosenModel) -> str:
     vit: Any = chosen.vit
     n_weights = sum(tensor.numel() for tensor in vit.parameters())
     return (
-        f"{chosen.timm_name}, {len(vit.blocks)} blocks of width {vit.embed_dim}, {_n_tokens(chosen)} tokens, "
+        f"{chosen.timm_name}, {len(vit.blocks)} blocks of width {vit.embed_dim}, {n_tokens(chosen.vit)} tokens, "
         f"{n_weights / 1e6:.1f} M weights"
     )
-
-
-def _n_tokens(chosen: ChosenModel) -> int:
-    vit: Any = chosen.vit
-    return int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
 
 
 def _shortened(labels: Any, n_shown: int = 10) -> str:
@@ -127,7 +122,7 @@ def _save(out: Path, model: ModelOptions, chosen: ChosenModel, source: Source, o
             "labels": str(labels),
             "n_images": options.n_learn,
             # Of 197 tokens in 12 blocks, 16, at which the published embeddings learned.
-            "r": max(1, _n_tokens(chosen) // len(chosen.vit.blocks)),  # type: ignore[arg-type]
+            "r": max(1, n_tokens(chosen.vit) // len(chosen.vit.blocks)),  # type: ignore[arg-type]
         }
         with replaced(out / "dtem.toml") as file:
             file.write_text(_DTEM.format(**{name: _toml(value) for name, value in entries.items()}))

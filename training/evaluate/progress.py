@@ -9,7 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-_COLUMNS = 80
+COLUMNS = 80
 
 
 def progress(items: Iterable[T], title: str, total: int, unit: str = "batch") -> Iterator[T]:
@@ -18,4 +18,4 @@ def progress(items: Iterable[T], title: str, total: int, unit: str = "batch") ->
         print(f"{title}: {total} {unit}{'' if total == 1 else 'es' if unit == 'batch' else 's'}", file=sys.stderr)
         yield from items
         return
-    yield from tqdm(items, desc=title, total=total, unit=unit, ncols=_COLUMNS)
+    yield from tqdm(items, desc=title, total=total, unit=unit, ncols=COLUMNS)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,11 @@ from training.evaluate.results import Row, value_entry
 from training.export.formats import GraphFormat
 from training.export.onnx_format import MIN_ONNXRUNTIME
 from training.export.plan import manifest_schema
+from training.models.activations import n_tokens
 from training.models.classifier import SOFTMAX
 from training.models.embedding import DecoupledEmbedding
 from training.models.variants import variant_id
+from training.provenance import git_commit, package_version
 from training.tasks.task import Output
 
 WEIGHTS, EMBEDDING = "weights.safetensors", "embedding.safetensors"
@@ -98,7 +98,7 @@ def architecture_entry(vit: nn.Module, timm_name: str, timm_arguments: dict[str,
         "timm_arguments": timm_arguments,
         "depth": len(model.blocks),
         "width": int(model.embed_dim),
-        "n_tokens": int(model.patch_embed.num_patches + model.num_prefix_tokens),
+        "n_tokens": n_tokens(vit),
         "n_protected": int(model.num_prefix_tokens),
     }
 
@@ -154,28 +154,6 @@ def exporter_entries(commit: str | None, files: Iterable[Path]) -> dict[str, Any
     has_onnx = any(file.suffix == ".onnx" for file in files)
     return {
         "git_commit": commit or git_commit(),
-        "exporter": f"dtem-serve {_package_version()}",
+        "exporter": f"dtem-serve {package_version('dtem-serve') or 'of unknown version'}",
         "min_onnxruntime": MIN_ONNXRUNTIME if has_onnx else None,
     }
-
-
-def _package_version() -> str:
-    try:
-        return version("dtem-serve")
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
-def git_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Return the commit of the code that exports, None where it is in no git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed package may lie in a checkout of something else, which does not track it.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None

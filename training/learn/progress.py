@@ -8,7 +8,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-_COLUMNS = 80
+from training.evaluate.progress import COLUMNS
 
 
 class StepProgress:
@@ -22,7 +22,7 @@ class StepProgress:
             initial=n_seen,
             unit="image",
             smoothing=0.05,
-            ncols=_COLUMNS,
+            ncols=COLUMNS,
             disable=not (is_shown and is_terminal),
         )
         self._n_images, self._n_seen, self._text = n_images, n_seen, ""

@@ -6,18 +6,17 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training.learn.run_folder import replaced
+from training.provenance import git_commit, package_version
 
 FILE = "run.json"
 _PACKAGES = ("dtem-serve", "torchvision", "timm", "numpy", "pillow")
@@ -58,34 +57,17 @@ def _now() -> str:
 def _surroundings() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.orig_argv),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(marks_changes=True),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: package_version(name) for name in _PACKAGES},
         },
         "host": platform.node(),
         "host_cpu": _cpu(),
         "n_cpus": len(os.sched_getaffinity(0)),
         "n_threads": torch.get_num_threads(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this code, with "-dirty" where files differ; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _cpu() -> str:

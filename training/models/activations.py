@@ -11,16 +11,22 @@ BUDGET_BYTES = 1 << 30
 MAX_BATCH = 64
 
 
+def n_tokens(vit: nn.Module) -> int:
+    """Return the number of tokens before the first block."""
+    model: Any = vit
+    return int(model.patch_embed.num_patches + model.num_prefix_tokens)
+
+
 def activation_bytes(vit: nn.Module) -> int:
     """Estimate the memory of one image in float32: its largest block, and the scores of all blocks."""
     model: Any = vit
-    n_tokens, width = int(model.patch_embed.num_patches + model.num_prefix_tokens), int(model.embed_dim)
+    n, width = n_tokens(vit), int(model.embed_dim)
     # Logits of attention, their softmax, and a copy.
-    of_attention = 3 * int(model.blocks[0].attn.num_heads) * n_tokens**2
+    of_attention = 3 * int(model.blocks[0].attn.num_heads) * n**2
     # Norm, queries, keys, values, the MLP before and after its activation, and sums.
-    of_block = 20 * n_tokens * width
+    of_block = 20 * n * width
     # Each half of the tokens with the other, twice: eager's and the graph's.
-    of_scores = len(model.blocks) * n_tokens**2 // 2
+    of_scores = len(model.blocks) * n**2 // 2
     return 4 * (of_attention + of_block + of_scores)
 
 

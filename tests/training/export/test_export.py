@@ -28,12 +28,12 @@ from training.evaluate.results import read_evaluation
 from training.export import manifest as written
 from training.export import measured as measured_rows
 from training.export import publish as publishing
-from training.export.manifest import git_commit
 from training.export.onnx_format import OnnxClassifier
 from training.export.torchscript_format import TorchScriptClassifier
 from training.models.calibration import load_calibration
 from training.models.macs import matching_macs, vit_macs
 from training.models.variants import variant_key
+from training.provenance import git_commit
 
 # The fixture `published` exports graphs for minutes on a busy machine.
 pytestmark = pytest.mark.timeout(900)
